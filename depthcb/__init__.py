@@ -1,0 +1,44 @@
+"""Where in depth fine-tuning changes a network, and whether that is only where the gradient went.
+
+Names are imported when they are first used, so that ``import depthcb`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthcb import similarity as similarity
+    from depthcb.callbacks.depth_profile import DepthProfile as DepthProfile
+    from depthcb.callbacks.equal_step import EqualStep as EqualStep
+    from depthcb.callbacks.step_events import OptimizerStepCallback as OptimizerStepCallback
+    from depthcb.callbacks.update_ratio import UpdateRatioMonitor as UpdateRatioMonitor
+    from depthcb.compare import depth_profile as depth_profile
+    from depthcb.profile import Profile as Profile
+    from depthcb.stack import LayerStack as LayerStack
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DepthProfile": "depthcb.callbacks.depth_profile",
+    "EqualStep": "depthcb.callbacks.equal_step",
+    "LayerStack": "depthcb.stack",
+    "OptimizerStepCallback": "depthcb.callbacks.step_events",
+    "Profile": "depthcb.profile",
+    "UpdateRatioMonitor": "depthcb.callbacks.update_ratio",
+    "depth_profile": "depthcb.compare",
+}
+__all__ = [*_HOMES, "similarity"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "similarity":
+        return importlib.import_module("depthcb.similarity")
+    raise AttributeError(f"module 'depthcb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

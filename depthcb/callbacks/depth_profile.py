@@ -1,0 +1,227 @@
+"""Watches how far each layer's representations have moved from the pretrained model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from depthcb.callbacks.step_events import logged_step
+from depthcb.probe import Forward, Probe, Recording, Rows
+from depthcb.profile import DERIVED, Profile
+from depthcb.reference import Reference
+from depthcb.similarity import find_measures
+from depthcb.stack import LayerStack
+
+#: Layers whose reference has fewer directions than this are named in a warning [ours].
+LOW_EFFECTIVE_RANK = 5
+
+
+class DepthProfile(Callback):
+    """Measures at every validation how far each layer has moved from the pretrained model [paper].
+
+    The reference is recorded at train start, before the first step, and travels in checkpoints: a resumed run still
+    compares with the pretrained model, and so does a refit with the same object (`reset` forgets it). Watching changes
+    nothing: weights, optimizer state, random streams and train/eval flags stay bit-for-bit what they were.
+
+    ===============================  ==============================================================================
+    logged key, under each measure   meaning (once per validation, in the row of ``val/...``)
+    ===============================  ==============================================================================
+    ``depth/cka/L00``                change of layer 0 (unit: the measure's; 0 is unchanged)
+    ``depth/cka/mean``               mean change
+    ``depth/cka/slope``              locality gradient: change per whole depth; ``slope_low``, ``slope_high`` bound it
+    ``depth/cka/relative_slope``     slope / mean
+    ``depth/cka/spearman``           rank correlation of change with depth
+    ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
+    ``depth/cka/width``              share of the layers that the change is spread over
+    ===============================  ==============================================================================
+
+    Args:
+        probe: What is measured on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
+            of the (first) validation dataset through its loader's ``collate_fn``.
+        layers: The layers, as `LayerStack.find` takes them; None finds them.
+        measures: Names out of `depthcb.similarity.MEASURES`; the first one is in `profiles`.
+        rows: What a row is, as `Probe` takes it: ``"mean"``, ``"tokens"``, ``"last"`` or ``"first"``.
+        every_n_validations: Measure at every n-th validation.
+        name: First part of the logged keys; two profiles in one Trainer need two names.
+        probe_rows: Most examples taken from a dataset, and most token rows.
+        forward: ``(pl_module, batch) -> anything``: how the probe is fed. By default ``pl_module(...)``, or where it
+            has no forward of its own the child that holds the layers.
+
+    Raises:
+        ValueError: A bad argument, at once; a probe that cannot be built or fed, a stack that cannot be found, or a
+            resume without or with another reference, at train start; activations that are not finite, when measured.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from depthcb import DepthProfile
+        >>> watch = DepthProfile(every_n_validations=2)
+        >>> trainer = pl.Trainer(callbacks=[watch], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        layers: str | list[str] | None = None,
+        measures: Sequence[str] = ("cka", "cka_normalized"),
+        rows: Rows = "mean",
+        every_n_validations: int = 1,
+        name: str = "depth",
+        probe_rows: int = 256,
+        forward: Forward | None = None,
+    ) -> None:
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations={every_n_validations}: measure at every validation (1) or fewer.")
+        self.measures = find_measures(measures)
+        self.probe = probe
+        self.layers = layers
+        self.rows: Rows = rows
+        self.every_n_validations = every_n_validations
+        self.name = name
+        self.probe_rows = probe_rows
+        self.forward = forward
+        #: Wall-clock time spent on measuring so far, in seconds.
+        self.seconds = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the reference and the profiles: the next fit records its own."""
+        #: The recorded pretrained side, known from train start on.
+        self.reference: Reference | None = None
+        #: All profiles so far, by measure.
+        self.profiles_by_measure: dict[str, list[Profile]] = {m.name: [] for m in self.measures}
+        self._validations = 0
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """The first measure's profiles so far, oldest first."""
+        return self.profiles_by_measure[self.measures[0].name]
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.perf_counter()
+        self._stack = LayerStack.find(pl_module, self.layers)
+        self._entry = self._find_entry(pl_module)
+        self._probe = self._collect(trainer)
+        if self.reference is not None:
+            self._check_reference(self.reference)
+        elif trainer.ckpt_path is not None:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
+                "and the resumed weights would be a wrong one: resume from a full checkpoint of a run that had this "
+                "callback, or compare two checkpoints with depthcb.depth_profile."
+            )
+        else:
+            self.reference = Reference.record(self._probe, self._entry, self._stack, self.measures)
+            self._warn_low_rank(self.reference)
+        self.seconds += time.perf_counter() - start
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self.reference is None:
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations:
+            return
+        start = time.perf_counter()
+        recording: Recording = self._probe.record(self._entry, self._stack)
+        step, epoch = logged_step(trainer), trainer.current_epoch
+        for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
+            self.profiles_by_measure[measure].append(profile)
+            pl_module.log_dict(_row(f"{self.name}/{measure}", profile))
+        self.seconds += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "reference": None if self.reference is None else self.reference.state_dict(),
+            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in self.profiles_by_measure.items()},
+            "validations": self._validations,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        reference = state_dict["reference"]
+        self.reference = None if reference is None else Reference.from_state_dict(reference)
+        for measure in self.profiles_by_measure:
+            self.profiles_by_measure[measure] = [Profile.from_json(p) for p in state_dict["profiles"].get(measure, [])]
+        self._validations = state_dict["validations"]
+
+    def _collect(self, trainer: pl.Trainer) -> Probe:
+        source = self.probe
+        if source is None:
+            source = _validation_loader(trainer)
+        elif trainer.val_dataloaders is None:
+            rank_zero_warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
+        return Probe.collect(source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward)
+
+    def _find_entry(self, pl_module: pl.LightningModule) -> nn.Module:
+        """The module that is called: the user's, or the child that holds all layers where it has no forward."""
+        children = {name.partition(".")[0] for name in self._stack.names}
+        if self.forward is not None or is_overridden("forward", pl_module) or len(children) > 1:
+            return pl_module
+        child: nn.Module = getattr(pl_module, children.pop())
+        return child
+
+    def _check_reference(self, reference: Reference) -> None:
+        if reference.layer_names != self._stack.names:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model "
+                f"{_ends(self._stack.names)}: use a new callback, or reset() it, for another model."
+            )
+        if reference.probe_hash != self._probe.hash:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): give the "
+                "probe of the first run, or reset() the callback."
+            )
+        missing = {m.needs for m in self.measures} - set(reference.sketches)
+        if missing:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: ask for "
+                "the measures of the first run, or reset() the callback."
+            )
+
+    def _warn_low_rank(self, reference: Reference) -> None:
+        pairs = zip(reference.layer_names, reference.effective_rank, strict=True)
+        low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_EFFECTIVE_RANK]
+        if low and any(m.name == "cka" for m in self.measures):
+            rank_zero_warn(
+                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_EFFECTIVE_RANK} directions (effective "
+                f"rank) in {', '.join(low)}: read cka_normalized beside it."
+            )
+
+
+def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The loader whose dataset gives the probe: iterating it would move the random streams of training."""
+    loader = trainer.val_dataloaders
+    if isinstance(loader, dict):
+        loader = list(loader.values())
+    if isinstance(loader, (list, tuple)):
+        loader = loader[0] if loader else None
+    if loader is None:
+        raise ValueError("DepthProfile: no validation loader and no probe: pass probe=a batch, a dataset or a loader.")
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "DepthProfile: the validation data can only be iterated, which would move its random streams: pass probe=a "
+            "batch or a map-style dataset."
+        )
+    return loader
+
+
+def _row(prefix: str, profile: Profile) -> dict[str, float]:
+    row: dict[str, float | None] = {f"L{i:02d}": c for i, c in enumerate(profile.change)}
+    row |= {key: getattr(profile, key) for key in DERIVED}
+    row["slope_low"], row["slope_high"] = profile.slope_interval or (None, None)
+    return {f"{prefix}/{key}": value for key, value in row.items() if value is not None}  # NaN stops EarlyStopping
+
+
+def _ends(names: Sequence[str]) -> str:
+    return f"{names[0]!r} to {names[-1]!r} ({len(names)})"

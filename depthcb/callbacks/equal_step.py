@@ -1,0 +1,186 @@
+"""The equal-step control: every layer moves by the same fraction of its norm."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row, logged_step
+from depthcb.stack import LayerStack
+from depthcb.step_ratio import (
+    LayerSteps,
+    Target,
+    check_target,
+    imposed_ratios,
+    layer_norms,
+    rescale,
+    revert_non_finite,
+    step_ratios,
+)
+
+
+class EqualStep(OptimizerStepCallback):
+    r"""Rescales every optimizer step so that ||dW|| / ||W|| is equal in all layers [paper].
+
+    After each real step, every layer with a non-zero update becomes ``before + (r* / r) (after - before)``: its
+    direction is kept, its size is set. Layers without an update (frozen, no gradient, a skipped step) stay as they
+    are and don't count in r*. Optimizer state is left alone. A non-finite update is not applied, and an error at the
+    next log names its layer. Memory: one more copy of the controlled parameters, and a second one during log steps.
+
+    ========================  =====================================================================================
+    logged key                meaning (every ``log_every_n_steps``; layers without an update are left out)
+    ========================  =====================================================================================
+    ``equal_step/ratio/L00``    step ratio r that the optimizer wanted
+    ``equal_step/scale/L00``    r* / r, the factor on the layer's step
+    ``equal_step/realised/L00`` step ratio measured after rescaling, rounding included
+    ``equal_step/target``       mean of the imposed ratios r*
+    ``equal_step/spread``       max r / min r: what the control had to remove (1: nothing)
+    ========================  =====================================================================================
+
+    Args:
+        layers: The layers, as `LayerStack.find` takes them; None finds them.
+        target: r*: ``"mean"`` (default), ``"median"``, ``"min"`` or ``"geometric_mean"`` of the layers' ratios; a
+            float; one weight per layer, which imposes that depth profile of step sizes at the mean ratio; or a
+            callable ``(ratios, step) -> ratios`` on (L,) tensors.
+        outside: ``"leave"`` parameters outside the stack alone, or treat each module that owns some as a further
+            ``"layer"`` [ours].
+
+    Raises:
+        ValueError: A target that cannot be imposed, layers that cannot be found, a layer without trainable or
+            with all-zero parameters (at fit start); a layer whose update was not finite (at the next log).
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from depthcb import EqualStep
+        >>> trainer = pl.Trainer(callbacks=[EqualStep()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str] | None = None,
+        target: Target = "mean",
+        outside: Literal["leave", "layer"] = "leave",
+    ) -> None:
+        check_target(target)
+        if outside not in ("leave", "layer"):
+            raise ValueError(f"outside={outside!r} is unknown: use 'leave' or 'layer'.")
+        self.layers = layers
+        self.target = target
+        self.outside = outside
+        #: One ``{"step", "wanted", "realised"}`` per log step, with L ratios each.
+        self.history: list[dict[str, Any]] = []
+        #: Names of the controlled layers, known from fit start on.
+        self.names: tuple[str, ...] = ()
+        self._steps_made = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stack = LayerStack.find(pl_module, self.layers)
+        groups = dict(zip(stack.names, stack.parameters(), strict=True))
+        self._labels = [f"L{i:02d}" for i in range(len(stack))]
+        if self.outside == "layer":
+            outside = stack.outside()
+            groups |= outside
+            self._labels += list(outside)
+        self.names = tuple(groups)
+        check_target(self.target, len(groups))
+        _check_weights(groups)
+        self._steps = LayerSteps(list(groups.values()))
+        self._broken: Tensor | None = None
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_closure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._steps.begin(optimizer, trainer.optimizers)
+
+    def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        done = self._steps.finish(optimizer)
+        if not done:
+            return
+        now, before = self._steps.now(done), self._steps.before(done)
+        logs = is_log_step(trainer)
+        start = [[t.clone() for t in layer] for layer in before] if logs else []
+        broken = revert_non_finite(now, before)
+        ratios = step_ratios(now, before)
+        broken |= ~ratios.isfinite()  # the layer's norm was 0
+        ratios = torch.where(broken, 0.0, ratios)
+        wanted = self._wanted(ratios, done)
+        broken |= ~(wanted.isfinite() & (wanted >= 0)) & (ratios > 0)
+        scale = torch.where((ratios > 0) & ~broken, wanted / ratios, 1.0)
+        rescale(now, before, scale)
+        self._remember(broken, done)
+        self._steps_made += 1
+        if logs:
+            self._log(trainer, done, ratios, scale, step_ratios(now, start))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._raise_if_broken()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps_made": self._steps_made, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps_made = state_dict["steps_made"]
+        self.history = state_dict["history"]
+
+    def _wanted(self, ratios: Tensor, done: list[int]) -> Tensor:
+        """The ratios to impose on the layers that are done; the target itself speaks of all layers."""
+        index = torch.tensor(done, device=ratios.device)
+        every = torch.zeros(len(self.names), dtype=ratios.dtype, device=ratios.device).index_copy_(0, index, ratios)
+        return imposed_ratios(self.target, every, self._steps_made).index_select(0, index)
+
+    def _remember(self, broken: Tensor, done: list[int]) -> None:
+        """Keeps, on the device, the layers of the first step that broke."""
+        if self._broken is None:
+            self._broken = torch.zeros(len(self.names), dtype=torch.bool, device=broken.device)
+        flags = torch.zeros_like(self._broken).index_copy_(0, torch.tensor(done, device=broken.device), broken)
+        self._broken = torch.where(self._broken.any(), self._broken, flags)
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None and self._broken.any():
+            names = [name for name, flag in zip(self.names, self._broken.tolist(), strict=True) if flag]
+            raise ValueError(
+                f"EqualStep: the update or its target was not finite in layer {', '.join(names)}; that update was not "
+                "applied. Lower the learning rate, clip gradients or look for NaN in the batch."
+            )
+
+    def _log(self, trainer: pl.Trainer, done: list[int], ratios: Tensor, scale: Tensor, realised: Tensor) -> None:
+        self._raise_if_broken()
+        columns = torch.stack([ratios, scale, realised]).tolist()
+        rows = [(i, *row) for i, row in zip(done, zip(*columns, strict=True), strict=True) if row[0] > 0]
+        if not rows:
+            return
+        wanted = [r for _, r, _, _ in rows]
+        values = {"target": sum(r * s for _, r, s, _ in rows) / len(rows), "spread": max(wanted) / min(wanted)}
+        for i, r, s, actual in rows:
+            label = self._labels[i]
+            values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
+        log_row(trainer, {f"equal_step/{key}": value for key, value in values.items()})
+        by_layer = {i: (r, actual) for i, r, _, actual in rows}
+        wanted_all, realised_all = zip(*(by_layer.get(i, (0.0, 0.0)) for i in range(len(self.names))), strict=True)
+        step = logged_step(trainer)
+        self.history.append({"step": step, "wanted": list(wanted_all), "realised": list(realised_all)})
+
+
+def _check_weights(groups: dict[str, list[torch.nn.Parameter]]) -> None:
+    """Refuses layers whose step ratio cannot be defined, once, before the first step."""
+    parameters = [p for group in groups.values() for p in group]
+    empty = [name for name, group in groups.items() if not group]
+    norms = layer_norms([group for group in groups.values() if group]).tolist()
+    zero = [name for name, norm in zip((n for n, g in groups.items() if g), norms, strict=True) if norm == 0]
+    if empty or zero:
+        raise ValueError(
+            f"EqualStep: layer {', '.join(empty + zero)} has no parameters or only zeros, so ||dW|| / ||W|| is not "
+            "defined: leave it out with layers=[...]."
+        )
+    half = {str(p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}
+    if half:
+        rank_zero_warn(
+            f"EqualStep: with {', '.join(sorted(half))} weights a small step is rounded away, so the realised ratio "
+            "can miss the target by tens of per cent: look at equal_step/realised, or keep fp32 weights ('bf16-mixed')."
+        )

@@ -1,0 +1,100 @@
+"""``on_after_optimizer_step``, which Lightning's Trainer callbacks lack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
+
+
+class OptimizerStepCallback(Callback):
+    """Base class of callbacks that act around every *real* optimizer step.
+
+    Override `on_after_optimizer_step` (and `on_before_optimizer_closure`). They fire once per step that the optimizer
+    really makes: not for accumulated batches, not for steps that an AMP scaler skips, once for LBFGS however often it
+    calls its closure, and once per optimizer under manual optimization. The hooks sit on ``trainer.optimizers``
+    from ``on_train_start`` until the fit ends, fails or is torn down. A subclass that overrides ``on_train_start``,
+    ``on_fit_end``, ``on_exception`` or ``teardown`` calls ``super()``.
+
+    Raises:
+        ValueError: At fit start, for a strategy that steps by itself (DeepSpeed) or shards parameters (FSDP).
+
+    Example:
+        >>> from depthcb import OptimizerStepCallback
+        >>> class CountSteps(OptimizerStepCallback):
+        ...     steps = 0
+        ...     def on_after_optimizer_step(self, trainer, pl_module, optimizer):
+        ...         self.steps += 1
+    """
+
+    def on_before_optimizer_closure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Called first thing in ``optimizer.step``: the weights are those before the step, gradients not yet there."""
+
+    def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Called when ``optimizer.step`` has changed the weights: momentum, decay and clipping are all in them."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"{type(self).__name__} does not support DeepSpeed, which steps its own optimizer out of sight: "
+                "use strategy='ddp' or 'auto'."
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"{type(self).__name__} does not support sharded parameters ({type(trainer.strategy).__name__}), whose "
+                "local norms are not the layer's: use strategy='ddp' or 'auto'."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_hooks()
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.on_before_optimizer_closure(trainer, pl_module, optimizer)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.on_after_optimizer_step(trainer, pl_module, optimizer)
+
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(before))
+            self._handles.append(optimizer.register_step_post_hook(after))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_hooks()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    @property
+    def _handles(self) -> list[Any]:
+        # Made on first use, so that a subclass need not call this class's constructor.
+        handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
+        return handles
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step that Lightning stamps on the metrics logged now: ``trainer.global_step`` counts every optimizer."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_log_step(trainer: pl.Trainer) -> bool:
+    """Whether Lightning logs the training batch that is running now."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+    return every > 0 and (logged_step(trainer) + 1) % every == 0
+
+
+def log_row(trainer: pl.Trainer, row: dict[str, float]) -> None:
+    """Hands one row to every logger of the Trainer, at the step of the batch that is running now."""
+    for logger in trainer.loggers:
+        logger.log_metrics(row, step=logged_step(trainer))

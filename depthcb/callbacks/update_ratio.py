@@ -1,0 +1,85 @@
+"""Watches ||dW|| / ||W|| per layer and touches nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row, logged_step
+from depthcb.stack import LayerStack
+from depthcb.step_ratio import LayerSteps, step_ratios
+
+
+class UpdateRatioMonitor(OptimizerStepCallback):
+    """Logs each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or a callback before this one, left it.
+
+    Placed after `EqualStep` in the Trainer's list it sees the controlled step, placed before it the optimizer's own.
+    Between log steps it does nothing at all; at a log step it holds one more copy of the layers' parameters.
+
+    ==========================  ===================================================================================
+    logged key                  meaning (every ``log_every_n_steps``; layers without an update are left out)
+    ==========================  ===================================================================================
+    ``update_ratio/L00``        realised step ratio of layer 0 (fraction of the layer's norm)
+    ``update_ratio/spread``     max / min over the layers
+    ==========================  ===================================================================================
+
+    Args:
+        layers: The layers, as `LayerStack.find` takes them; None finds them.
+        name: First part of the logged keys; two monitors in one Trainer need two names.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from depthcb import UpdateRatioMonitor
+        >>> trainer = pl.Trainer(callbacks=[UpdateRatioMonitor()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio") -> None:
+        self.layers = layers
+        self.name = name
+        #: One ``{"step", "realised"}`` per log step, with L ratios each.
+        self.history: list[dict[str, Any]] = []
+        #: Names of the watched layers, known from fit start on.
+        self.names: tuple[str, ...] = ()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stack = LayerStack.find(pl_module, self.layers)
+        self.names = stack.names
+        self._steps = LayerSteps(stack.parameters())
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_closure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if is_log_step(trainer):
+            self._steps.begin(optimizer, trainer.optimizers)
+
+    def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        done = self._steps.finish(optimizer)
+        if not done:
+            return
+        ratios = dict(zip(done, step_ratios(self._steps.now(done), self._steps.before(done)).tolist(), strict=True))
+        broken = [self.names[i] for i, ratio in ratios.items() if not math.isfinite(ratio)]
+        if broken:
+            rank_zero_warn(f"UpdateRatioMonitor: the step ratio of layer {', '.join(broken)} is not finite.")
+        updated = {i: ratio for i, ratio in ratios.items() if ratio > 0 and math.isfinite(ratio)}
+        if not updated:
+            return
+        row = {f"{self.name}/L{i:02d}": ratio for i, ratio in updated.items()}
+        row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
+        log_row(trainer, row)
+        values = [updated.get(i, 0.0) for i in range(len(self.names))]
+        self.history.append({"step": logged_step(trainer), "realised": values})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]

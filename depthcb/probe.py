@@ -1,0 +1,441 @@
+"""A fixed set of inputs, fed through a model without leaving a trace, and one vector per row and layer taken from it.
+
+`Probe.record` runs the model once per batch with a forward hook on every layer. Everything the run could disturb is
+put back: hooks, each module's train/eval flag, all random number streams, precision flags. The forward is in fp32 (no
+autocast, no TF32), because one outlier channel in bf16 can hide the change of all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from depthcb.similarity.cka import MIN_ROWS
+from depthcb.stack import WRAPPERS, LayerStack
+
+Rows = Literal["mean", "tokens", "last", "first"]
+Forward = Callable[[nn.Module, Any], Any]
+LABELS = ("labels", "label")
+#: Relative size below which a perturbed position counts as not having moved another one.
+UNMOVED = 1e-5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one pass over the probe gave.
+
+    Args:
+        rows: For each of L layers its (n, d) activations, in the model's own precision.
+        examples: (n,) number of the example that each row belongs to.
+        causal: Whether the model is causal, so that position 0 was left out.
+    """
+
+    rows: list[Tensor]
+    examples: Tensor
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed inputs and how to turn a layer's output into rows.
+
+    Args:
+        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or bare tensors, examples along dimension 0.
+        rows: One row per example: ``"mean"`` over its real positions, its ``"last"`` or ``"first"`` real position;
+            or ``"tokens"``: a seeded sample of positions, the same number from each example [ours]. Of a causal
+            model position 0 never counts: massive activations there would rule every measure. Positions are
+            dimension 1 of (B, T, d) outputs; (B, C, H, W) maps are averaged or sampled over H x W (blocks without a
+            convolution are read as (B, H, W, C)).
+        max_tokens: The most rows that ``"tokens"`` samples.
+        forward: ``(model, batch) -> anything``, how a batch is fed; by default a dict goes in by keyword (without
+            labels), the first element of a tuple or a tensor by position.
+        seed: Seed of the token sample.
+
+    Raises:
+        ValueError: No batch, an unknown ``rows``, or a batch without tensors.
+
+    Example:
+        >>> import torch
+        >>> from depthcb import LayerStack
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        >>> recording = Probe((torch.randn(5, 3),)).record(model, LayerStack.find(model))
+        >>> [tuple(r.shape) for r in recording.rows]
+        [(5, 3), (5, 3)]
+    """
+
+    batches: tuple[Any, ...]
+    rows: Rows = "mean"
+    max_tokens: int = 256
+    forward: Forward | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows not in get_args(Rows):
+            raise ValueError(f"rows={self.rows!r} is unknown: use one of {get_args(Rows)}.")
+        if not self.batches:
+            raise ValueError("The probe has no batch: give inputs, or a dataset that is not empty.")
+        for batch in self.batches:
+            if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
+                raise ValueError(f"A probe batch of type {type(batch).__name__} holds no tensor with examples in it.")
+
+    @classmethod
+    def collect(cls, source: Any, limit: int, **options: Any) -> Probe:
+        """A probe from a batch, a list of batches, a Dataset or a DataLoader.
+
+        Of datasets and loaders the items 0 to ``limit`` - 1 are taken through the loader's ``collate_fn``, without
+        iterating the loader, in isolation from all random streams; given batches are taken whole. A probe stays as
+        it is.
+
+        Raises:
+            ValueError: A source of none of these kinds.
+        """
+        if isinstance(source, cls):
+            return source
+        with isolated_rng(options.get("seed", 0)):
+            batches = [tree_map_only(Tensor, _keep, _plain(b)) for b in _batches(source, limit)]
+        return cls(tuple(batches), **options)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the inputs and of how rows are taken from them."""
+        digest = hashlib.sha256(repr((self.rows, self.rows == "tokens" and (self.max_tokens, self.seed))).encode())
+        for batch in self.batches:
+            for leaf in tree_leaves(batch):
+                if isinstance(leaf, Tensor):
+                    digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
+                    digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def record(self, model: nn.Module, stack: LayerStack) -> Recording:
+        """Feeds every batch to ``model`` and takes the rows of each layer of ``stack``.
+
+        Raises:
+            ValueError: A layer that is never reached, reached several times, or gives an output that cannot be read;
+                fewer than 4 rows; ``rows="first"`` of a causal model, which sees one token there.
+        """
+        with undisturbed(model):
+            causal = self._is_causal(model, stack)
+            if causal and self.rows == "first":
+                raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
+            parts, examples, start = [], [], 0
+            for batch in self.batches:
+                taken = _Taker(self, batch, causal, start)
+                parts.append(self._run(model, stack, batch, taken))
+                examples.append(taken.examples)
+                start += batch_size(batch)
+        rows = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        if len(rows[0]) < MIN_ROWS:
+            raise ValueError(f"The probe gives {len(rows[0])} rows: a comparison needs at least {MIN_ROWS}.")
+        return Recording(rows, torch.cat(examples), causal)
+
+    def _run(
+        self, model: nn.Module, stack: LayerStack, batch: Any, take: Callable[[str, nn.Module, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """One forward; what ``take`` made of each layer's output."""
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str, layer: nn.Module, output: Any) -> None:
+            if name in found:
+                raise ValueError(
+                    f"Layer {name!r} ran several times in one forward: its depth is not one number, name others."
+                )
+            found[name] = take(name, layer, _activation(name, output))
+
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with contextlib.ExitStack() as hooks:
+            for name, layer in zip(stack.names, stack.modules, strict=True):
+                handle = layer.register_forward_hook(lambda m, _, out, name=name: hook(name, m, out))
+                hooks.callback(handle.remove)
+            (self.forward or feed)(model, tree_map_only(Tensor, lambda t: t.to(device), batch))
+        silent = [name for name in stack.names if name not in found]
+        if silent:
+            raise ValueError(
+                f"The forward never reached layer {', '.join(silent)}: check layers=, or pass forward=(model, batch) "
+                "that runs them."
+            )
+        return [found[name] for name in stack.names]
+
+    def _is_causal(self, model: nn.Module, stack: LayerStack) -> bool:
+        """Whether a change of the last position moves no earlier one, while a change of the first moves later ones."""
+        batch = _first_example(self.batches[0])
+        mask, inputs = _mask(batch), _inputs(batch)
+        if inputs is None or inputs.dim() < 2:
+            return False
+        fits = mask is not None and mask.shape == inputs.shape[:2]
+        real = mask[0].nonzero().flatten() if mask is not None and fits else torch.arange(inputs.shape[1])
+        if len(real) < 2:
+            return False
+        first, last = int(real[0]), int(real[-1])
+
+        def activations(position: int | None) -> list[Tensor]:
+            changed = batch if position is None else _perturbed(batch, inputs, position)
+            return self._run(model, stack, changed, lambda _, __, output: output)
+
+        before = activations(None)
+        if any(a.dim() != 3 or a.shape[1] != inputs.shape[1] for a in before):
+            return False
+        end, start = activations(last), activations(first)
+        pairs = list(zip(before, end, start, strict=True))
+        deaf = all(_moved(a[:, :last], b[:, :last]) <= UNMOVED for a, b, _ in pairs)
+        mixes = any(_moved(a[:, first + 1 :], c[:, first + 1 :]) > UNMOVED for a, _, c in pairs)
+        return deaf and mixes
+
+
+@dataclass
+class _Taker:
+    """Takes the rows of one batch from each layer's output, the same rows for all layers."""
+
+    probe: Probe
+    batch: Any
+    causal: bool
+    start: int
+    examples: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __call__(self, name: str, layer: nn.Module, output: Tensor) -> Tensor:
+        size = batch_size(self.batch)
+        if output.dim() not in (2, 3, 4) or len(output) != size:
+            raise ValueError(
+                f"Layer {name!r} gives shape {tuple(output.shape)} for a batch of {size}: rows need examples along "
+                "dimension 0 and 2 to 4 dimensions."
+            )
+        if output.dim() == 4:
+            conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in layer.modules())
+            output = output.flatten(2).mT if conv else output.flatten(1, 2)
+        if output.dim() == 2:
+            self.examples = self.start + torch.arange(size)
+            return output
+        return self._rows(output, self._real(name, output))
+
+    def _real(self, name: str, output: Tensor) -> Tensor:
+        """(B, T) booleans: the positions that count."""
+        mask = _mask(self.batch)
+        if mask is None:
+            mask = torch.ones(output.shape[:2], dtype=torch.bool)
+        elif mask.shape != output.shape[:2]:
+            raise ValueError(
+                f"Layer {name!r} gives {output.shape[1]} positions, attention_mask has {mask.shape[1]}: pass forward= "
+                "or a probe without the mask."
+            )
+        if self.causal:
+            mask = mask & (mask.cumsum(dim=1) > 1)  # all but the first real position, wherever padding put it
+        if not bool(mask.any(dim=1).all()):
+            empty = self.start + int((~mask.any(dim=1)).nonzero()[0])
+            raise ValueError(f"Example {empty} of the probe has no position that counts: leave it out.")
+        return mask
+
+    def _rows(self, output: Tensor, real: Tensor) -> Tensor:
+        if self.probe.rows == "mean":
+            self.examples = self.start + torch.arange(len(real))
+            weights = real.to(output.device)[..., None]
+            # Padding may hold anything, NaN included: select, don't multiply.
+            return torch.where(weights, output, 0).sum(dim=1) / weights.sum(dim=1)
+        pairs = [(i, p) for i, mask in enumerate(real) for p in self._positions(self.start + i, mask)]
+        which, where = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(dim=1)
+        self.examples = self.start + which
+        return output[which.to(output.device), where.to(output.device)]
+
+    def _positions(self, example: int, mask: Tensor) -> list[int]:
+        real: list[int] = mask.nonzero().flatten().tolist()
+        if self.probe.rows == "last":
+            return real[-1:]
+        if self.probe.rows == "first":
+            return real[:1]
+        share, rest = divmod(self.probe.max_tokens, sum(map(batch_size, self.probe.batches)))
+        quota = share + (example < rest)
+        # Seeded by example, so that the sample depends neither on batch size nor on padding.
+        generator = torch.Generator().manual_seed(self.probe.seed * 1_000_003 + example)
+        order = torch.randperm(len(real), generator=generator)[:quota].sort().values
+        return [real[i] for i in order.tolist()]
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Calls a model the way its signature asks for: a dict by keyword, the first of a tuple, a tensor as it is.
+
+    Raises:
+        ValueError: The model refuses the call, with the remedy.
+    """
+    if isinstance(batch, (tuple, list)):
+        return feed(model, batch[0])
+    keywords: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(_unwrapped(model).forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        keywords = {k: v for k, v in batch.items() if (open_ended or k in parameters) and k not in LABELS}
+    try:
+        return model(**keywords) if keywords else model(batch)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be fed a probe batch of type {type(batch).__name__} ({error}): pass "
+            "forward=(model, batch) -> output."
+        ) from error
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """An fp32 eval-mode, gradient-free scope that leaves flags, random streams and precision as they were."""
+    flags = [(m, m.training) for m in model.modules()]
+    precision = [(b, b.fp32_precision) for b in _fp32_backends()]
+    devices = {p.device.type for p in model.parameters()} or {"cpu"}
+    with contextlib.ExitStack() as scope:
+        scope.enter_context(isolated_rng())
+        scope.enter_context(torch.no_grad())
+        for device in devices:
+            scope.enter_context(torch.autocast(device, enabled=False))
+        if any(_compiled(m) for m, _ in flags):  # compiled code would skip the forward hooks in silence
+            scope.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module, _ in flags:
+                module.training = False  # not .eval(), which modules override with side effects
+            for backend, _ in precision:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for backend, value in precision:
+                backend.fp32_precision = value
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Puts every random stream (Python, NumPy, torch on all devices) back afterwards; seeds them inside on request."""
+    states = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples: dimension 0 of the first tensor."""
+    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def _batches(source: Any, limit: int) -> list[Any]:
+    if isinstance(source, DataLoader):
+        if isinstance(source.dataset, IterableDataset):
+            return _first_batches(source, limit)
+        return _batched(source.dataset, limit, source.batch_size or 32, source.collate_fn)
+    if isinstance(source, (Tensor, Mapping, tuple)):
+        return [source]
+    if isinstance(source, list):
+        # What default_collate makes of (x, y) pairs is the list [x, y]: tensors that differ in kind are one batch.
+        one = all(isinstance(b, Tensor) for b in source) and len({(b.dtype, b.shape[1:]) for b in source}) > 1
+        return [source] if one else source
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return _batched(source, limit, 32, default_collate)
+    raise ValueError(
+        f"probe={type(source).__name__}: give a batch, a list of batches, a Dataset with a length, or a DataLoader."
+    )
+
+
+def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
+    items = [dataset[i] for i in range(min(len(dataset), limit))]
+    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _first_batches(loader: Any, limit: int) -> list[Any]:
+    batches: list[Any] = []
+    for batch in loader:
+        batches.append(batch)
+        if sum(batch_size(_plain(b)) for b in batches) >= limit:
+            break
+    return batches
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _activation(name: str, output: Any) -> Tensor:
+    """The tensor that a layer hands on: its output, or the first tensor in a tuple, dict or dataclass."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = [getattr(output, f.name) for f in dataclasses.fields(output)]
+    for item in output if isinstance(output, (tuple, list)) else [output]:
+        if isinstance(item, Tensor):
+            return item.detach() if item.dtype == torch.float64 else item.detach().float()
+    raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    return mask.cpu() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _inputs(batch: Any) -> Tensor | None:
+    """The tensor that carries the positions: ``input_ids``, else the first one that is not a mask or a label."""
+    if isinstance(batch, (tuple, list)):
+        return _inputs(batch[0])
+    if isinstance(batch, dict):
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and "mask" not in k and k not in LABELS}
+        return tensors.get("input_ids", next(iter(tensors.values()), None))
+    return batch if isinstance(batch, Tensor) else None
+
+
+def _first_example(batch: Any) -> Any:
+    size = batch_size(batch)
+    return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and len(t) == size else t, batch)
+
+
+def _perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
+    """The batch with another input at one position: another token of the text, or the negative of a number."""
+    changed = inputs.clone()
+    if inputs.is_floating_point():
+        changed[:, position] = 1 - inputs[:, position]
+    else:
+        old = inputs[:, position]
+        others = inputs[inputs != old.flatten()[0]]
+        changed[:, position] = others[0] if len(others) else torch.where(old > 0, old - 1, old + 1)
+    return tree_map_only(Tensor, lambda t: changed if t is inputs else t, batch)
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """Largest difference relative to the largest value; 0 for nothing to compare."""
+    return float((after - before).abs().max() / before.abs().max().clamp(min=1e-30)) if before.numel() else 0.0
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    for wrapper in WRAPPERS:
+        model = getattr(model, wrapper, model)
+    return model
+
+
+def _compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _fp32_backends() -> Sequence[Any]:
+    backends = torch.backends
+    return (
+        backends.cuda.matmul,
+        backends.cudnn.conv,  # type: ignore[attr-defined]
+        backends.cudnn.rnn,  # type: ignore[attr-defined]
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )

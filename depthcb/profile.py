@@ -1,0 +1,199 @@
+"""The numbers of one depth curve: how much each layer changed, and what shape that makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Interval = tuple[float, float]
+FloatArray = npt.NDArray[np.float64]
+
+#: The derived numbers, written beside the stored ones so that a JSON file can be read without depthcb.
+DERIVED = ("slope", "relative_slope", "spearman", "centre", "width", "mean")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The depth profile of one measure at one moment of training.
+
+    Args:
+        change: Change c_l of each of the L layers, input side first (unit: the measure's; 0 is unchanged).
+        layer_names: Name of each layer's module.
+        measure: The measure that gave ``change``, for example ``"cka"``.
+        step: The step that Lightning stamps on the ``val/...`` rows of the same validation.
+        epoch: The epoch of that validation.
+        rows: Number of probe rows behind each figure.
+        band: 2.5 % and 97.5 % points of each layer's change over random halves of the probe, or None.
+        slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers which rows the probe
+            happened to hold, not training seeds [ours].
+        relative_slope_interval: The same for ``relative_slope``.
+
+    Raises:
+        ValueError: Fewer than 2 layers, a figure that is not finite or below 0, or lengths that differ.
+
+    Example:
+        >>> from depthcb import Profile
+        >>> p = Profile((0.0, 0.1, 0.2), ("h.0", "h.1", "h.2"), "cka")
+        >>> round(p.slope, 6), round(p.relative_slope, 6), round(p.centre, 6), round(p.width, 6)
+        (0.2, 2.0, 0.833333, 0.6)
+        >>> Profile.from_json(p.to_json()) == p
+        True
+    """
+
+    change: tuple[float, ...]
+    layer_names: tuple[str, ...]
+    measure: str
+    step: int = 0
+    epoch: int = 0
+    rows: int = 0
+    band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    slope_interval: Interval | None = None
+    relative_slope_interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.change) < 2:
+            raise ValueError(f"A depth profile needs at least 2 layers, got {len(self.change)}.")
+        if len(self.change) != len(self.layer_names):
+            raise ValueError(f"{len(self.change)} changes for {len(self.layer_names)} layer names: they must pair up.")
+        for name, value in zip(self.layer_names, self.change, strict=True):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"The {self.measure} change of layer {name!r} is {value}: it must be finite and >= 0.")
+
+    @classmethod
+    def from_halves(cls, change: Sequence[float], halves: FloatArray, **fields: Any) -> Profile:
+        """A profile with its intervals: the 2.5 % and 97.5 % points over the (H, L) changes of random halves.
+
+        The spread over halves of n rows is that of the mean of n rows, so no widening is applied [ours].
+        """
+        slopes = np.asarray([slope(c) for c in halves])
+        means = halves.mean(axis=1)
+        relative = (slopes / means) if (means > 0).all() else None
+        low, high = np.percentile(halves, (2.5, 97.5), axis=0).tolist()
+        return cls(
+            change=tuple(float(c) for c in change),
+            band=(tuple(low), tuple(high)),
+            slope_interval=_interval(slopes),
+            relative_slope_interval=None if relative is None else _interval(relative),
+            **fields,
+        )
+
+    @property
+    def depth(self) -> tuple[float, ...]:
+        """Relative depth x_l = l / (L - 1) of each layer, 0 at the input side and 1 at the output side [ours]."""
+        return tuple(float(x) for x in relative_depth(len(self.change)))
+
+    @property
+    def slope(self) -> float:
+        """The locality gradient [paper]: least-squares slope of change on relative depth [ours]."""
+        return slope(self.change)
+
+    @property
+    def mean(self) -> float:
+        """Mean change over the layers."""
+        return float(np.mean(self.change))
+
+    @property
+    def relative_slope(self) -> float | None:
+        """``slope / mean`` [ours]; None when nothing changed."""
+        return self.slope / self.mean if self.mean > 0 else None
+
+    @property
+    def spearman(self) -> float | None:
+        """Spearman's rank correlation of change with depth [ours]; None when all changes are equal."""
+        ranks = _ranks(np.asarray(self.change))
+        if np.ptp(ranks) == 0:
+            return None
+        return float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
+
+    @property
+    def centre(self) -> float | None:
+        """Centre of mass of the change, sum(x c) / sum(c), in [0, 1] [ours]; None when nothing changed."""
+        total = float(np.sum(self.change))
+        return float(np.dot(self.depth, self.change)) / total if total > 0 else None
+
+    @property
+    def width(self) -> float | None:
+        """How many layers share the change: sum(c)^2 / (L sum(c^2)), in [1/L, 1] [ours]; None when nothing changed."""
+        if self.mean == 0:
+            return None
+        scaled = np.asarray(self.change) / max(self.change)  # squares of 1e-200 would underflow
+        return float(scaled.sum() ** 2 / (len(scaled) * (scaled**2).sum()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored fields and, for readers without depthcb, the depth and the derived numbers."""
+        derived = {name: getattr(self, name) for name in ("depth", *DERIVED)}
+        return {**dataclasses.asdict(self), **derived}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
+        """The profile that `to_dict` described; derived numbers are computed anew.
+
+        Raises:
+            ValueError: A field is missing or has the wrong form.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: _tuples(value) for name, value in fields.items() if name in known})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"This is not a saved depth profile: {error}.") from error
+
+    def to_json(self) -> str:
+        """One JSON object; every float survives the round trip exactly."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The profile that `to_json` wrote."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"This is not a saved depth profile: a JSON {type(fields).__name__}, not an object.")
+        return cls.from_dict(fields)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_json` to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Reads a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def relative_depth(layers: int) -> FloatArray:
+    """Relative depth x_l = l / (L - 1) of L layers [ours]."""
+    return np.linspace(0.0, 1.0, layers)
+
+
+def slope(change: Sequence[float] | FloatArray) -> float:
+    """Least-squares slope of L changes on relative depth (change per whole depth) [ours].
+
+    >>> round(slope([1.0, 2.0, 3.0]), 12)
+    2.0
+    """
+    x = relative_depth(len(change))
+    x = x - x.mean()
+    return float(np.dot(x, np.asarray(change)) / np.dot(x, x))
+
+
+def _interval(values: FloatArray) -> Interval:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _ranks(values: FloatArray) -> FloatArray:
+    """Ranks from 0, ties sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value

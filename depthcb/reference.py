@@ -1,0 +1,151 @@
+"""The pretrained side of a comparison: what is kept of it, and the profiles that later recordings give against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthcb.probe import Probe, Recording
+from depthcb.profile import Profile
+from depthcb.similarity import Measure, effective_rank, gram
+from depthcb.stack import LayerStack
+
+HALVES = 200
+#: Fewer examples have too few distinct halves, or too few rows in one, for an interval [ours].
+EXAMPLES_FOR_INTERVAL = 8
+#: Most float64 numbers that a batch of halves may take at once (256 MB).
+CHUNK = 2**25
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sketches of L layers' reference activations: enough for every measure asked for, and no more.
+
+    Args:
+        sketches: By kind, one tensor a layer: ``"gram"``, doubly centred and unnormalised with its diagonal (n, n) in
+            float64, so that memory grows neither with width nor with time; ``"rows"`` (n, d) only where a measure
+            needs them.
+        examples: (n,) number of the example behind each row.
+        layer_names: Names of the L layers.
+        probe_hash: `Probe.hash` of the probe that was recorded.
+        effective_rank: Of each layer's Gram: how many directions its CKA sees [ours].
+        causal: Whether the model was found to be causal, so that position 0 was left out.
+    """
+
+    sketches: dict[str, list[Tensor]]
+    examples: Tensor
+    layer_names: tuple[str, ...]
+    probe_hash: str
+    effective_rank: tuple[float, ...]
+    causal: bool
+
+    @classmethod
+    def record(cls, probe: Probe, model: nn.Module, stack: LayerStack, measures: Sequence[Measure]) -> Reference:
+        """Records ``model`` as the reference.
+
+        Raises:
+            ValueError: What `Probe.record` raises; a layer whose activations are not finite or all alike.
+        """
+        recording = probe.record(model, stack)
+        kinds = {"gram"} | {m.needs for m in measures}  # the effective rank always needs the Grams
+        sketches = {kind: [_sketch(kind, r).cpu() for r in recording.rows] for kind in sorted(kinds)}
+        for name, rows, k in zip(stack.names, recording.rows, sketches["gram"], strict=True):
+            _check_finite(name, rows)
+            if not bool(k.any()):
+                raise ValueError(f"Layer {name!r} gives the same activations for all probe rows: nothing to compare.")
+        ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
+        return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal)
+
+    def profiles(self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int) -> dict[str, Profile]:
+        """The profile of each measure for activations of the same probe now.
+
+        Raises:
+            ValueError: Activations that are not finite or all alike, naming the layer.
+        """
+        halves = _halves(self.examples)
+        for name, rows in zip(self.layer_names, recording.rows, strict=True):
+            _check_finite(name, rows)
+        now = {kind: [_sketch(kind, r) for r in recording.rows] for kind in {m.needs for m in measures}}
+        return {m.name: self._profile(m, now[m.needs], halves, step, epoch) for m in measures}
+
+    def _profile(self, measure: Measure, now: list[Tensor], halves: list[Tensor], step: int, epoch: int) -> Profile:
+        change, over_halves = [], []
+        for name, before, after in zip(self.layer_names, self.sketches[measure.needs], now, strict=True):
+            before = before.to(after.device)
+            try:
+                change.append(measure.change(before, after).item())
+                over_halves.append(_over_halves(measure, before, after, halves))
+            except ValueError as error:
+                raise ValueError(f"Layer {name!r}, measure {measure.name!r}: {error}.") from error
+        fields: dict[str, Any] = {
+            "layer_names": self.layer_names,
+            "measure": measure.name,
+            "step": step,
+            "epoch": epoch,
+            "rows": len(self.examples),
+        }
+        if not halves:
+            return Profile(tuple(change), **fields)
+        return Profile.from_halves(change, torch.stack(over_halves, dim=1).numpy(), **fields)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists and scalars only, so that a checkpoint with it loads without pickle."""
+        return {
+            "sketches": self.sketches,
+            "examples": self.examples,
+            "layer_names": list(self.layer_names),
+            "probe_hash": self.probe_hash,
+            "effective_rank": list(self.effective_rank),
+            "causal": self.causal,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Reference:
+        """The reference that `state_dict` described."""
+        return cls(
+            state["sketches"],
+            state["examples"],
+            tuple(state["layer_names"]),
+            state["probe_hash"],
+            tuple(state["effective_rank"]),
+            state["causal"],
+        )
+
+
+def _sketch(kind: str, rows: Tensor) -> Tensor:
+    return gram(rows) if kind == "gram" else rows
+
+
+def _check_finite(name: str, rows: Tensor) -> None:
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"Layer {name!r} gives NaN or infinite activations for the probe: its change is not defined.")
+
+
+def _halves(examples: Tensor) -> list[Tensor]:
+    """Row numbers of 200 random halves of the examples (whole examples); none when there are too few."""
+    distinct: Tensor = torch.unique(examples)
+    if len(distinct) < EXAMPLES_FOR_INTERVAL:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    chosen = [distinct[torch.randperm(len(distinct), generator=generator)[: len(distinct) // 2]] for _ in range(HALVES)]
+    return [torch.isin(examples, half).nonzero().flatten() for half in chosen]
+
+
+def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: list[Tensor]) -> Tensor:
+    """The change (H,) computed anew on each half of the rows, equal-sized halves batched."""
+    if not halves:
+        return torch.empty(0, dtype=torch.float64)
+    changes = torch.empty(len(halves), dtype=torch.float64)
+    for size in {len(half) for half in halves}:
+        members = [i for i, half in enumerate(halves) if len(half) == size]
+        at_once = max(1, CHUNK // (size * (size if measure.needs == "gram" else before.shape[-1])))
+        for start in range(0, len(members), at_once):
+            part = members[start : start + at_once]
+            index = torch.stack([halves[i] for i in part]).to(after.device)
+            cut = (index[:, :, None], index[:, None, :]) if measure.needs == "gram" else (index,)
+            changes[part] = measure.change(before[cut], after[cut]).cpu()
+    return changes

@@ -1,0 +1,272 @@
+"""The depth-ordered layers of any model, their names and their parameters.
+
+A model's depth is the list its author wrote: an ``nn.ModuleList`` or ``nn.Sequential`` of same-kind blocks. The search
+walks the module tree, input side first, and collects every such list that is not inside a block of another one. Lists
+of one block kind that follow each other (the stages of a ResNet or a Swin) count as one. No table of model names is
+consulted, so an unknown architecture works as soon as it is written the usual way, and where two lists have an equal
+claim the search says so instead of guessing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+#: What torch.compile, FSDP and activation checkpointing put between a module and its name.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+#: A second list is a rival, not an accessory, from this share of the longest list's parameters on [ours].
+RIVAL_SHARE = 0.1
+
+_HOW = "layers='path.to.the.list', a glob such as 'blocks.*', or a list of module names"
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """L layers in depth order, input side first; embeddings, final norm and head are outside [ours].
+
+    Args:
+        names: Name of each layer's module, the same under torch.compile, FSDP and checkpoint wrappers.
+        modules: The layers themselves.
+        root: The model they were found in.
+
+    Raises:
+        ValueError: Fewer than 2 layers, a layer inside another one, or one module standing in two places.
+
+    Example:
+        >>> from torch import nn
+        >>> from depthcb import LayerStack
+        >>> model = nn.Sequential(nn.Embedding(9, 4), *[nn.TransformerEncoderLayer(4, 2, 8) for _ in range(3)])
+        >>> LayerStack.find(model).names
+        ('1', '2', '3')
+        >>> LayerStack.find(model, layers=["1", "3"]).names
+        ('1', '3')
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    root: nn.Module
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            found = f"only {self.names[0]!r}" if self.names else "none"
+            raise ValueError(f"A layer stack needs at least 2 layers, found {found}: name more of them ({_HOW}).")
+        if len({id(m) for m in self.modules}) < len(self.modules):
+            raise ValueError(f"One module stands twice among the layers {list(self.names)}: depth needs distinct ones.")
+        for name, after in zip(sorted(self.names), sorted(self.names)[1:], strict=False):
+            if after.startswith(f"{name}."):
+                raise ValueError(f"Layer {after!r} lies inside layer {name!r}: name layers that don't overlap.")
+
+    @classmethod
+    def find(cls, model: nn.Module, layers: str | Sequence[str] | None = None) -> LayerStack:
+        """Finds the stack of ``model``, or takes the one that ``layers`` names.
+
+        Args:
+            model: Any module.
+            layers: None to search; the path of a list of layers; the path of a part of the model to search in; a glob,
+                in which ``*`` stays within one dot-separated part; or the module names in depth order.
+
+        Raises:
+            ValueError: Nothing found, several lists of equal right, or a name that matches nothing.
+        """
+        if layers is None:
+            return _choose(model, _search("", model))
+        if not isinstance(layers, str):
+            modules = _modules(model)
+            return cls(tuple(layers), tuple(_lookup(modules, name, model) for name in layers), model)
+        if re.search(r"[*?\[]", layers):
+            pairs = [(n, m) for n, m in _modules(model).items() if _matches(n, layers)]
+            if not pairs:
+                raise ValueError(f"layers={layers!r} matches no module of {_title(model)}.")
+        else:
+            module = _unwrap(_lookup(_modules(model), layers, model))
+            if not _is_list(module):
+                return _choose(model, _search(layers, module), where=layers)
+            pairs = [(n, m) for n, m in _children(layers, module) if _size(m)]
+        return cls(tuple(n for n, _ in pairs), tuple(m for _, m in pairs), model)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Parameters of each layer, frozen ones included; a tied tensor belongs to its first layer alone."""
+        seen: set[int] = set()
+        owned = []
+        for layer in self.modules:
+            owned.append([p for p in layer.parameters() if id(p) not in seen])
+            seen.update(map(id, owned[-1]))
+        return owned
+
+    def outside(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of no layer, by the module that owns them; a tied tensor appears once."""
+        seen = {id(p) for layer in self.parameters() for p in layer}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.root.named_parameters():
+            if id(parameter) not in seen:
+                groups.setdefault(clean_name(name).rpartition(".")[0], []).append(parameter)
+        return groups
+
+
+def clean_name(name: str) -> str:
+    """A module or parameter name without the parts that wrappers add.
+
+    >>> clean_name("model._orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'model.layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A list of blocks that may be the stack; ``problem`` says why it cannot be."""
+
+    path: str
+    layers: tuple[tuple[str, nn.Module], ...]
+    problem: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(map(_size, {m for _, m in self.layers}))  # a fused module stands for several layers
+
+    def __str__(self) -> str:
+        kinds = sorted({_kind(m).__name__ for _, m in self.layers})
+        text = f"{self.path or 'the model itself'} ({len(self.layers)} x {'/'.join(kinds)}, {self.size:,} parameters)"
+        return f"{text}: {self.problem}" if self.problem else text
+
+
+def _choose(model: nn.Module, found: list[_Candidate], where: str = "") -> LayerStack:
+    inside = f"{where!r} of {_title(model)}" if where else _title(model)
+    found = sorted(found, key=lambda c: (len(c.layers), c.size), reverse=True)
+    if not found:
+        single = [n for n, m in _modules(model).items() if _is_list(m) and _stage_blocks(n, m)]
+        hint = f" (of one layer only: {', '.join(map(repr, single))}; a depth profile needs 2)" if single else ""
+        raise ValueError(f"No list of same-kind layers found in {inside}{hint}: name them with {_HOW}.")
+    best, *others = found
+    rivals = [best] + [c for c in others if c.size >= RIVAL_SHARE * best.size]
+    if len(rivals) > 1:
+        listed = "; ".join(str(c) for c in rivals)
+        raise ValueError(f"{len(rivals)} stacks of equal right in {inside}: {listed}. Pick one: layers={best.path!r}.")
+    if best.problem:
+        raise ValueError(f"The layers of {inside} can't be told apart: {best}.")
+    names, modules = zip(*best.layers, strict=True)
+    return LayerStack(names, modules, model)
+
+
+def _search(name: str, module: nn.Module) -> list[_Candidate]:
+    """All candidates at or below ``module``, none inside a block of another, input side first."""
+    module = _unwrap(module)
+    if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+        remedy = f"its {module.num_layers} layers are fused in one module; use one nn.{type(module).__name__} a layer"
+        return [_Candidate(name, ((name, module),) * module.num_layers, remedy)]
+    children = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+    blocks = _stages(name, module, children) or (_run(children) if _is_list(module) else [])
+    own = [_Candidate(name, tuple(blocks))] if len(blocks) > 1 else []
+    if _is_list(module) and not own and len(children) > 1 and _alternates(children):
+        return [_Candidate(name, tuple(children), f"kinds alternate; name the layers ({_HOW})")]
+    taken = [n for n, _ in blocks] if own else []
+    rest = [(n, m) for n, m in children if not any(t == n or t.startswith(f"{n}.") for t in taken)]
+    return own + [candidate for n, m in rest for candidate in _search(n, m)]
+
+
+def _run(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The longest run of one kind, if that kind occurs in one run only."""
+    runs: list[list[tuple[str, nn.Module]]] = []
+    for name, module in children:
+        if runs and _kind(runs[-1][-1][1]) is _kind(module):
+            runs[-1].append((name, module))
+        else:
+            runs.append([(name, module)])
+    best = max(runs, key=len, default=[])
+    kinds = [_kind(run[0][1]) for run in runs]
+    return best if best and kinds.count(_kind(best[0][1])) == 1 else []
+
+
+def _alternates(children: list[tuple[str, nn.Module]]) -> bool:
+    """Whether a kind of block occurs in several runs: such a list has depth, but no single kind."""
+    kinds = [_kind(m) for _, m in children if _children("", m)]
+    return len(kinds) > len(set(kinds)) > 1
+
+
+def _stages(name: str, module: nn.Module, children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The blocks of all children that are stages of one block kind, in order; empty where there are fewer than two.
+
+    Children of a list are stages by their place; children of another module only when their names count up
+    (``layer1``, ``layer2``): two towers of a model also hold equal blocks, but side by side.
+    """
+    stages = [(n, blocks) for n, m in children if (blocks := _stage_blocks(n, m))]
+    stems = {re.sub(r"\d+$", "", n) for n, _ in stages}
+    counted = all(re.search(r"\d+$", n) for n, _ in stages) and len(stems) == 1
+    blocks = [block for _, stage in stages for block in stage]
+    if len(stages) < 2 or not (_is_list(module) or counted) or len({_kind(m) for _, m in blocks}) > 1:
+        return []
+    return blocks
+
+
+def _stage_blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of a stage: a list of same-kind blocks, or a module that holds one and at most a down-sampler."""
+    module = _unwrap(module)
+    if not _is_list(module):
+        owners = [(n, m) for n, m in _children(name, module) if _size(m)]
+        lists = [(n, m) for n, m in owners if _is_list(_unwrap(m)) and _stage_blocks(n, m)]
+        return _stage_blocks(*lists[0]) if len(lists) == 1 and len(owners) <= 2 else []
+    blocks = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+    one_kind = len({_kind(m) for _, m in blocks}) == 1
+    # A block has parts of its own: the two Linears of an MLP are no stage.
+    return blocks if one_kind and all(_children("", _unwrap(m)) for _, m in blocks) else []
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by clean name, the outermost wrapper where several share one."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        modules.setdefault(clean_name(name), module)
+    return modules
+
+
+def _lookup(modules: dict[str, nn.Module], name: str, model: nn.Module) -> nn.Module:
+    if name not in modules:
+        close = difflib.get_close_matches(name, modules, n=3) or list(modules)[1:4]
+        raise ValueError(f"layers={name!r} matches no module of {_title(model)}; did you mean one of {close}?")
+    return modules[name]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    prefix = f"{name}." if name else ""
+    return [(prefix + clean_name(n), child) for n, child in _unwrap(module).named_children()]
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while inner := next((module._modules[w] for w in WRAPPERS if module._modules.get(w) is not None), None):
+        module = inner
+    return module
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return type(_unwrap(module))
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether a module holds a weight matrix: activations and norms between two layers don't part them."""
+    return any(p.dim() >= 2 for p in module.parameters())
+
+
+def _title(model: nn.Module) -> str:
+    return type(model).__name__

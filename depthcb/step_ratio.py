@@ -1,0 +1,201 @@
+"""Measure and impose the step ratio ||dW|| / ||W|| of each layer, on tensors alone.
+
+All arithmetic is batched over parameters and stays on their device: nothing here reads a number back to the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+#: How the imposed ratio follows from the measured ones; see `imposed_ratios`.
+Target = str | float | Sequence[float] | Callable[[Tensor, int], Tensor]
+NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
+
+
+class LayerSteps:
+    """Copies of L layers' parameters from before the step, so that what the step did can be measured after it.
+
+    A layer that several optimizers share is complete only when the last of them has stepped: `begin` and `finish`
+    keep these rounds. The copies (one more of every trainable parameter) are kept and reused.
+
+    Args:
+        layers: The parameters of each layer; those that don't require a gradient when a round begins are left out.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._layers = layers
+        self._copies: dict[Tensor, Tensor] = {}
+        self._waiting: list[set[int]] = [set() for _ in layers]
+        self._open: list[list[nn.Parameter]] = [[] for _ in layers]
+
+    @torch.no_grad()
+    def begin(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Copies the layers whose round begins with this optimizer's step."""
+        owners = [_owned(o) for o in optimizers]
+        opened: list[Tensor] = []
+        for index, layer in enumerate(self._layers):
+            if self._waiting[index]:  # another optimizer began this layer's round
+                continue
+            trainable = [p for p in layer if p.requires_grad]
+            waiting = {id(o) for o, owned in zip(optimizers, owners, strict=True) if not owned.isdisjoint(trainable)}
+            if id(optimizer) in waiting:
+                self._waiting[index], self._open[index] = waiting, trainable
+                opened += trainable
+        for parameter in opened:
+            if parameter not in self._copies:
+                self._copies[parameter] = torch.empty_like(parameter)
+        if opened:
+            torch._foreach_copy_([self._copies[p] for p in opened], opened)
+
+    def finish(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """The layers whose round this optimizer's step completed, in depth order."""
+        done = []
+        for index, waiting in enumerate(self._waiting):
+            if id(optimizer) in waiting:
+                waiting.discard(id(optimizer))
+                if not waiting:
+                    done.append(index)
+        return done
+
+    def now(self, layers: Sequence[int]) -> list[list[Tensor]]:
+        """The live parameters of these layers."""
+        return [[p.detach() for p in self._open[i]] for i in layers]
+
+    def before(self, layers: Sequence[int]) -> list[list[Tensor]]:
+        """Their copies from before the step: free to be overwritten until the next round."""
+        return [[self._copies[p] for p in self._open[i]] for i in layers]
+
+
+@torch.no_grad()
+def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """L2 norm of each layer's tensors seen as one vector: (L,), on the first tensor's device.
+
+    >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
+    [5.0, 1.0]
+    """
+    flat = [t for layer in layers for t in layer]
+    device = flat[0].device
+    # The CPU kernel sums a whole tensor in one running fp32 number: 1e-5 off at 1M elements, growing with size.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    norms = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)])
+    index = _layer_index(tuple(map(len, layers)), device)
+    return torch.zeros(len(layers), dtype=dtype, device=device).index_add_(0, index, norms**2).sqrt()
+
+
+@torch.no_grad()
+def step_ratios(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> Tensor:
+    """||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before`` with before - now."""
+    sizes = layer_norms(before)
+    torch._foreach_sub_(_flat(before), _flat(now))
+    moved = layer_norms(before)
+    return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that stays so has moved by 0, not by NaN
+
+
+@torch.no_grad()
+def revert_non_finite(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Puts each layer with a NaN or infinite parameter back to ``before``; returns which were, as (L,) booleans."""
+    norms = torch._foreach_norm(_flat(now), 2)
+    device = norms[0].device
+    index = _layer_index(tuple(map(len, now)), device)
+    bad = torch.stack([~n.isfinite().to(device) for n in norms])
+    broken = torch.zeros(len(now), dtype=torch.int64, device=device).index_add_(0, index, bad.long()) > 0
+    for layer, copies, flag in zip(now, before, broken.unbind(), strict=True):
+        for parameter, copy in zip(layer, copies, strict=True):
+            torch.where(flag.to(parameter.device), copy, parameter, out=parameter)
+    return broken
+
+
+@torch.no_grad()
+def rescale(now: Sequence[Sequence[Tensor]], minus_delta: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
+    """Rescales each layer's step: now <- before + scale * (now - before), given before - now, which is overwritten.
+
+    Written as now + (1 - scale) * (before - now), so that a scale of 1 changes no bit and an interrupt finds either
+    the old or the new weights.
+    """
+    shares = (1 - scale).unbind()
+    factors = [s.to(t.device, t.dtype) for s, layer in zip(shares, minus_delta, strict=True) for t in layer]
+    torch._foreach_mul_(_flat(minus_delta), factors)
+    torch._foreach_add_(_flat(now), _flat(minus_delta))
+
+
+def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:
+    """The step ratio that each of L layers is to have: (L,).
+
+    Args:
+        target: ``"mean"`` of the layers with an update [paper: "equalizes"; the mean is ours], ``"median"``,
+            ``"min"``, ``"geometric_mean"``; a float, imposed as it is; L weights w, giving w_l / mean(w) times the
+            mean ratio of the layers with an update; or a callable ``(ratios, step) -> ratios`` [all ours].
+        ratios: Measured ratios (L,); 0 for a layer without an update.
+        step: Number of steps made before this one.
+
+    Raises:
+        ValueError: A callable returned another shape.
+
+    Example:
+        >>> imposed_ratios("mean", torch.tensor([0.1, 0.3, 0.0]), 0).tolist()
+        [0.20000000298023224, 0.20000000298023224, 0.20000000298023224]
+    """
+    if callable(target):
+        wanted = torch.as_tensor(target(ratios, step), dtype=ratios.dtype, device=ratios.device)
+        if wanted.shape != ratios.shape:
+            raise ValueError(f"target(ratios, step) returned shape {tuple(wanted.shape)}, not {tuple(ratios.shape)}.")
+        return wanted
+    if isinstance(target, (int, float)):
+        return torch.full_like(ratios, float(target))
+    updated = ratios > 0
+    count = updated.sum()
+    mean = ratios.sum() / count
+    if target == "median":
+        ordered = torch.where(updated, ratios, torch.inf).sort().values
+        middle = torch.stack([(count - 1) // 2, count // 2]).clamp(0, len(ratios) - 1)
+        return ordered.index_select(0, middle).mean().expand_as(ratios)
+    if target == "min":
+        return torch.where(updated, ratios, torch.inf).min().expand_as(ratios)
+    if target == "geometric_mean":
+        return (torch.where(updated, ratios, 1.0).log().sum() / count).exp().expand_as(ratios)
+    if target == "mean":
+        return mean.expand_as(ratios)
+    weights = torch.tensor(target, dtype=ratios.dtype, device=ratios.device)
+    return weights / weights.mean() * mean
+
+
+def check_target(target: Target, layers: int | None = None) -> None:
+    """Refuses a target that cannot be imposed.
+
+    Args:
+        target: As `imposed_ratios` takes it.
+        layers: Number of controlled layers, once it is known.
+
+    Raises:
+        ValueError: An unknown name, a number that is not finite and above 0, or a sequence of the wrong length.
+    """
+    if callable(target):
+        return
+    if isinstance(target, str):
+        if target not in NAMED_TARGETS:
+            raise ValueError(f"target={target!r} is unknown: use one of {NAMED_TARGETS}, a number or one per layer.")
+        return
+    numbers = [float(target)] if isinstance(target, (int, float)) else [float(t) for t in target]
+    for number in numbers:
+        if not 0 < number < float("inf"):
+            raise ValueError(f"target contains {number}: a step ratio must be finite and above 0.")
+    if not isinstance(target, (int, float)) and layers is not None and len(numbers) != layers:
+        raise ValueError(f"target has {len(numbers)} numbers for {layers} controlled layers: give one per layer.")
+
+
+def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [t for layer in layers for t in layer]
+
+
+@functools.lru_cache(maxsize=16)
+def _layer_index(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """The layer that each tensor of a flat list belongs to; cached, so that a GPU sees one small copy in all."""
+    return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+
+
+def _owned(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    return {p for group in optimizer.param_groups for p in group["params"]}

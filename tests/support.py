@@ -1,0 +1,78 @@
+"""Small real parts that many tests share: a decoder that trains in milliseconds, its data and a bare Trainer."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+VOCABULARY, LENGTH = 61, 12
+
+
+class TinyLM(pl.LightningModule):
+    """A 4-layer GPT-2 with dropout."""
+
+    def __init__(self, optimizer: Callable[[list[nn.Parameter]], Any] | None = None, layers: int = 4) -> None:
+        super().__init__()
+        config = GPT2Config(
+            n_embd=16, n_layer=layers, n_head=2, vocab_size=VOCABULARY, n_positions=32, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.1,
+        )  # fmt: skip
+        self.model = GPT2LMHeadModel(config)
+        self.make_optimizer = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3))
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(list(self.parameters()))
+
+
+def texts(count: int = 32, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)} for _ in range(count)]
+
+
+def loaders(batch_size: int = 8, count: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training data, shuffled by the global random stream, and other data to validate on."""
+    return DataLoader(texts(count), batch_size=batch_size, shuffle=True), DataLoader(texts(16, seed=1), batch_size=8)
+
+
+def fit(module: pl.LightningModule, callbacks: list[pl.Callback], data: Any = None, **options: Any) -> pl.Trainer:
+    """Fits for 4 steps in fp32 unless told otherwise, from seed 7 whatever ran before."""
+    pl.seed_everything(7, verbose=False)
+    defaults: dict[str, Any] = {
+        "max_steps": 4, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu", "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    trainer = pl.Trainer(**{**defaults, **options}, callbacks=callbacks)
+    trainer.fit(module, *(data or loaders()))
+    return trainer
+
+
+def logged(logger: CSVLogger) -> list[dict[str, float]]:
+    """The rows of a CSV log, without empty cells."""
+    logger.save()
+    with open(logger.experiment.metrics_file_path, encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def seeded(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
+    pl.seed_everything(3, verbose=False)
+    return make()
