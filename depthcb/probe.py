@@ -431,11 +431,11 @@ def _compiled(module: nn.Module) -> bool:
 
 
 def _fp32_backends() -> Sequence[Any]:
-    backends = torch.backends
+    backends: Any = torch.backends
     return (
         backends.cuda.matmul,
-        backends.cudnn.conv,  # type: ignore[attr-defined]
-        backends.cudnn.rnn,  # type: ignore[attr-defined]
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
         backends.mkldnn.matmul,
         backends.mkldnn.conv,
     )

@@ -64,8 +64,11 @@ class Reference:
         """The profile of each measure for activations of the same probe now.
 
         Raises:
-            ValueError: Activations that are not finite or all alike, naming the layer.
+            ValueError: Activations that are not finite or all alike, naming the layer; a model that attends otherwise.
         """
+        if recording.causal != self.causal:
+            kinds = ["causal" if causal else "not causal" for causal in (self.causal, recording.causal)]
+            raise ValueError(f"The reference model is {kinds[0]}, the current one {kinds[1]}: use the same attention.")
         halves = _halves(self.examples)
         for name, rows in zip(self.layer_names, recording.rows, strict=True):
             _check_finite(name, rows)

@@ -35,10 +35,10 @@ def compare_backbones(
     Raises:
         ValueError: A model that cannot be found, models of different depth, or a text of fewer than 4 lines.
     """
-    before, tokenizer = load_backbone(reference)
-    after, _ = load_backbone(model)
+    before, tokenizer = load_backbone(reference, causal_lm=False)
+    after, _ = load_backbone(model, causal_lm=False)
     batches = _read(text, tokenizer) if text else PythonText(tokenizer).probe_batches(ROWS, LENGTH, BATCH)
-    profiles = depth_profile(before.base_model, after.base_model, batches, rows=rows)
+    profiles = depth_profile(before, after, batches, rows=rows)
     if json_path is not None:
         content = {name: profile.to_dict() for name, profile in profiles.items()}
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

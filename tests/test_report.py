@@ -19,6 +19,8 @@ from rich.console import Console
 
 from depthcb import report
 from depthcb.profile import Profile
+from depthcb.report.charts import profile_chart
+from depthcb.report.summary import MISSING, read_pairs
 from depthcb.verdict import judge
 
 MEASURES = ("cka", "cka_normalized")
@@ -146,7 +148,7 @@ class Page(HTMLParser):
 
 
 def printed(summary: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
     report.print_summary(summary, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -221,8 +223,8 @@ def test_the_page_tells_the_numbers(layers: int, tmp_path: Path) -> None:
 def test_the_slider_holds_every_validation() -> None:
     summary = make_summary(12, (8, 5, 0, 0))
     standard, equal = summary["arms"][:2]
-    (pair, _) = report._pairs(summary)
-    chart = report._profile_chart(pair, summary["layers"])
+    (pair, _) = read_pairs(summary)
+    chart = profile_chart(pair, summary["layers"])
     steps = chart.layout.sliders[0].steps
     assert [s.label for s in steps] == [str(20 * (i + 1)) for i in range(8)]
     for i, step in enumerate(steps):
@@ -311,14 +313,14 @@ def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
     report.write_png(summary, tmp_path / "a.png")
     report.write_html(summary, tmp_path / "a.html")
     assert report.read_summary(tmp_path / "a.html") == summary
-    assert report.MISSING in printed(summary)
+    assert MISSING in printed(summary)
 
 
 @pytest.mark.parametrize("layers", [6, 12, 30, 48])
 def test_the_terminal_shows_numbers_and_verdict(layers: int) -> None:
     summary = make_summary(layers)
     text = printed(summary)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     flat = " ".join(text.split())
     for arm in summary["arms"]:
         last = arm["profiles"]["cka"][-1]
@@ -331,7 +333,7 @@ def test_the_terminal_shows_numbers_and_verdict(layers: int) -> None:
         assert f"relative slope of the null: standard {verdict['null_relative_slope']['standard']:+.3g}" in flat
     assert flat.count("agree on the sign of the slope") == 2
     assert flat.count("2.5 !") == 2
-    assert f" {summary['effective_rank'][-1]:.3g} " in flat
+    assert f" {summary['effective_rank'][-1]:.1f} " in flat
     assert f"layers.{layers - 1} " in text
 
 
@@ -341,13 +343,13 @@ def test_the_terminal_marks_what_is_missing(summary: dict[str, Any]) -> None:
     assert "nan" not in text
     for arm in summary["arms"]:
         if not arm["profiles"]["cka"]:
-            assert f"{arm['control'].replace('_', '-')}: {report.MISSING} not measured" in text
+            assert f"{arm['control'].replace('_', '-')}: {MISSING} not measured" in text
 
 
 def test_long_names_keep_their_end() -> None:
     text = printed(make_summary(30, name="base_model.model.transformer.decoder.blocks.{}"))
-    assert ".blocks.29 " in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert "…blocks.29 " in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_disagreeing_measures_stand_out() -> None:

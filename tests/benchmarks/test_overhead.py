@@ -1,0 +1,80 @@
+"""Time that the callbacks add, as ratios within one run: A and B in turn, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from depthcb import LayerStack
+from depthcb.probe import Probe
+from depthcb.reference import Reference
+from depthcb.similarity import find_measures
+from depthcb.step_ratio import LayerSteps, imposed_ratios, rescale, revert_non_finite, step_ratios
+from recipes.backbones import load_backbone
+from recipes.data import PythonText
+
+pytestmark = pytest.mark.slow
+
+
+def ratio(a: Callable[[], None], b: Callable[[], None], runs: int = 5) -> float:
+    """Median of time(a) / time(b) over alternating runs, after one warm-up each."""
+    a(), b()
+    ratios = []
+    for _ in range(runs):
+        times = []
+        for run in (a, b):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios)
+
+
+def test_the_control_costs_little_beside_a_training_step() -> None:
+    """On SmolLM2, 8 x 128 tokens, bf16 autocast: the work of EqualStep against forward, backward and AdamW."""
+    model, tokenizer = load_backbone("smollm2-135m")
+    batch = next(iter(PythonText(tokenizer, train_blocks=8).train_dataloader()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    steps = LayerSteps(LayerStack.find(model).parameters())
+
+    def train() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def control() -> None:
+        steps.begin(optimizer, [optimizer])
+        done = steps.finish(optimizer)
+        now, before = steps.now(done), steps.before(done)
+        revert_non_finite(now, before)
+        ratios = step_ratios(now, before)
+        rescale(now, before, imposed_ratios("mean", ratios, 0) / ratios.clamp(min=1e-12))
+
+    share = ratio(control, train, runs=3)
+    print(f"EqualStep adds {share:.1%} to a training step")
+    assert share < 0.25
+
+
+def test_the_interval_costs_little_beside_the_probe() -> None:
+    """On MiniLM, 64 x 64 tokens: CKA of 6 layers with 200 halves each, against the forward that it is made from."""
+    model, tokenizer = load_backbone("minilm", causal_lm=False)
+    probe = Probe.collect(PythonText(tokenizer).probe_batches(), 64)
+    stack, measures = LayerStack.find(model), find_measures(["cka", "cka_normalized"])
+    reference = Reference.record(probe, model, stack, measures)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.01 * p.std() * torch.randn(p.shape) if p.numel() > 1 else 0)
+    recording = probe.record(moved, LayerStack.find(moved))
+    share = ratio(
+        lambda: reference.profiles(recording, measures, 0, 0) and None, lambda: probe.record(model, stack) and None
+    )
+    print(f"CKA and its intervals add {share:.1%} to the probe's forward")
+    assert share < 0.5
