@@ -119,15 +119,20 @@ class Probe:
                     digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def record(self, model: nn.Module, stack: LayerStack) -> Recording:
+    def record(self, model: nn.Module, stack: LayerStack, causal: bool | None = None) -> Recording:
         """Feeds every batch to ``model`` and takes the rows of each layer of ``stack``.
+
+        Args:
+            model: What is fed.
+            stack: Its layers.
+            causal: Whether the model is causal, where that is known; None finds out.
 
         Raises:
             ValueError: A layer that is never reached, reached several times, or gives an output that cannot be read;
                 fewer than 4 rows; ``rows="first"`` of a causal model, which sees one token there.
         """
         with undisturbed(model):
-            causal = self._is_causal(model, stack)
+            causal = self._is_causal(model, stack) if causal is None else causal
             if causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
             parts, examples, start = [], [], 0

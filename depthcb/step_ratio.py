@@ -6,7 +6,8 @@ All arithmetic is batched over parameters and stays on their device: nothing her
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,36 @@ class LayerSteps:
     def before(self, layers: Sequence[int]) -> list[list[Tensor]]:
         """Their copies from before the step: free to be overwritten until the next round."""
         return [[self._copies[p] for p in self._open[i]] for i in layers]
+
+
+class MeanRatios:
+    """Mean step ratio of each of L layers over the steps that were noted; memory does not grow with their number.
+
+    >>> mean = MeanRatios(2)
+    >>> mean.note({0: 0.1})
+    >>> mean.note({0: 0.3, 1: 0.5})
+    >>> mean.values()
+    [0.2, 0.5]
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.sums, self.counts = [0.0] * layers, [0] * layers
+
+    def note(self, ratios: Mapping[int, float]) -> None:
+        """Adds one step: the ratio of each layer that had an update, by its number."""
+        for layer, ratio in ratios.items():
+            self.sums[layer] += ratio
+            self.counts[layer] += 1
+
+    def values(self) -> list[float]:
+        """The means; 0 for a layer that never had an update."""
+        return [total / count if count else 0.0 for total, count in zip(self.sums, self.counts, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = list(state["sums"]), list(state["counts"])
 
 
 @torch.no_grad()

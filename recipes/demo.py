@@ -191,6 +191,7 @@ class Arm:
             name=self.name,
             dir=folder,
             mode="offline",
+            config={"control": self.record["control"], "backbone": s.backbone},
             settings=wandb.Settings(silent=True, console="off"),
         )
         control = [self.equal_step] if self.equal_step else []
@@ -238,12 +239,12 @@ class Arm:
         if reference is not None:
             summary["layers"] = list(reference.layer_names)
             summary["effective_rank"] = list(reference.effective_rank)
-        realised = _mean_ratios([row["realised"] for row in self.monitor.history])
-        wanted = _mean_ratios([row["wanted"] for row in self.equal_step.history]) if self.equal_step else realised
+        realised = self.monitor.mean.values()
+        wanted = self.equal_step.mean_wanted.values() if self.equal_step else realised
         self.record |= {
             "profiles": {m: [p.to_dict() for p in ps] for m, ps in self.watch.profiles_by_measure.items()},
-            "step_ratio": realised,
-            "wanted_ratio": wanted,
+            "step_ratio": realised or None,
+            "wanted_ratio": wanted or None,
             "val_loss": self.progress.val_loss,
             "probe_seconds": self.watch.seconds,
         }
@@ -295,10 +296,6 @@ def _verdicts(summary: Summary) -> list[Summary]:
 def _mean_relative_slope(profiles: Sequence[Summary]) -> float | None:
     slopes = [p["relative_slope"] for p in profiles if p["relative_slope"] is not None]
     return float(np.mean(slopes)) if slopes else None
-
-
-def _mean_ratios(rows: Sequence[Sequence[float]]) -> list[float] | None:
-    return [float(r) for r in np.mean(rows, axis=0)] if rows else None
 
 
 def _provenance(settings: Settings, probe: Probe) -> Summary:

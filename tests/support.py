@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -71,6 +72,22 @@ def logged(logger: CSVLogger) -> list[dict[str, float]]:
     logger.save()
     with open(logger.experiment.metrics_file_path, encoding="utf-8") as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+class Rows(DummyLogger):
+    """A logger that keeps the rows it is handed, with their steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    def column(self, prefix: str) -> list[list[float]]:
+        """For each row that has such keys their values, in the order of their names."""
+        found = [[row[key] for key in sorted(row) if key.startswith(prefix)] for row in self.rows]
+        return [values for values in found if values]
 
 
 def seeded(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:

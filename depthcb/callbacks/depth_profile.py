@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.callbacks.step_events import logged_step
+from depthcb.callbacks.step_events import logged_step, refuse_sharding
 from depthcb.probe import Forward, Probe, Recording, Rows
 from depthcb.profile import DERIVED, Profile
 from depthcb.reference import Reference
@@ -109,6 +109,9 @@ class DepthProfile(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_sharding(self, trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         self._stack = LayerStack.find(pl_module, self.layers)
@@ -134,7 +137,7 @@ class DepthProfile(Callback):
         if self._validations % self.every_n_validations:
             return
         start = time.perf_counter()
-        recording: Recording = self._probe.record(self._entry, self._stack)
+        recording: Recording = self._probe.record(self._entry, self._stack, self.reference.causal)
         step, epoch = logged_step(trainer), trainer.current_epoch
         for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
             self.profiles_by_measure[measure].append(profile)

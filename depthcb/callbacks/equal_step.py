@@ -10,10 +10,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row, logged_step
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import (
     LayerSteps,
+    MeanRatios,
     Target,
     check_target,
     imposed_ratios,
@@ -72,10 +73,10 @@ class EqualStep(OptimizerStepCallback):
         self.layers = layers
         self.target = target
         self.outside = outside
-        #: One ``{"step", "wanted", "realised"}`` per log step, with L ratios each.
-        self.history: list[dict[str, Any]] = []
         #: Names of the controlled layers, known from fit start on.
         self.names: tuple[str, ...] = ()
+        #: Mean ratio of each layer over the logged steps: what the optimizer wanted, and what came of it.
+        self.mean_wanted, self.mean_realised = MeanRatios(0), MeanRatios(0)
         self._steps_made = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,6 +90,8 @@ class EqualStep(OptimizerStepCallback):
         self.names = tuple(groups)
         check_target(self.target, len(groups))
         _check_weights(groups)
+        if len(self.mean_wanted.sums) != len(groups):
+            self.mean_wanted, self.mean_realised = MeanRatios(len(groups)), MeanRatios(len(groups))
         self._steps = LayerSteps(list(groups.values()))
         self._broken: Tensor | None = None
         super().on_train_start(trainer, pl_module)
@@ -122,11 +125,13 @@ class EqualStep(OptimizerStepCallback):
         self._raise_if_broken()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps_made": self._steps_made, "history": self.history}
+        means = {"mean_wanted": self.mean_wanted.state_dict(), "mean_realised": self.mean_realised.state_dict()}
+        return {"steps_made": self._steps_made, **means}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps_made = state_dict["steps_made"]
-        self.history = state_dict["history"]
+        self.mean_wanted.load_state_dict(state_dict["mean_wanted"])
+        self.mean_realised.load_state_dict(state_dict["mean_realised"])
 
     def _wanted(self, ratios: Tensor, done: list[int]) -> Tensor:
         """The ratios to impose on the layers that are done; the target itself speaks of all layers."""
@@ -161,10 +166,8 @@ class EqualStep(OptimizerStepCallback):
             label = self._labels[i]
             values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
         log_row(trainer, {f"equal_step/{key}": value for key, value in values.items()})
-        by_layer = {i: (r, actual) for i, r, _, actual in rows}
-        wanted_all, realised_all = zip(*(by_layer.get(i, (0.0, 0.0)) for i in range(len(self.names))), strict=True)
-        step = logged_step(trainer)
-        self.history.append({"step": step, "wanted": list(wanted_all), "realised": list(realised_all)})
+        self.mean_wanted.note({i: r for i, r, _, _ in rows})
+        self.mean_realised.note({i: actual for i, _, _, actual in rows})
 
 
 def _check_weights(groups: dict[str, list[torch.nn.Parameter]]) -> None:

@@ -39,16 +39,7 @@ class OptimizerStepCallback(Callback):
         """Called when ``optimizer.step`` has changed the weights: momentum, decay and clipping are all in them."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"{type(self).__name__} does not support DeepSpeed, which steps its own optimizer out of sight: "
-                "use strategy='ddp' or 'auto'."
-            )
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError(
-                f"{type(self).__name__} does not support sharded parameters ({type(trainer.strategy).__name__}), whose "
-                "local norms are not the layer's: use strategy='ddp' or 'auto'."
-            )
+        refuse_sharding(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
@@ -81,6 +72,19 @@ class OptimizerStepCallback(Callback):
     def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
+    """Refuses strategies under which a rank holds only a part of a layer, or an engine steps out of sight.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP or a model-parallel strategy.
+    """
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise ValueError(
+            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}: layers whose parameters "
+            "are sharded, or stepped by an engine of their own, would give wrong numbers; use strategy='ddp' or 'auto'."
+        )
 
 
 def logged_step(trainer: pl.Trainer) -> int:

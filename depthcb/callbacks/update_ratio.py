@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row, logged_step
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
-from depthcb.step_ratio import LayerSteps, step_ratios
+from depthcb.step_ratio import LayerSteps, MeanRatios, step_ratios
 
 
 class UpdateRatioMonitor(OptimizerStepCallback):
@@ -40,10 +40,10 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio") -> None:
         self.layers = layers
         self.name = name
-        #: One ``{"step", "realised"}`` per log step, with L ratios each.
-        self.history: list[dict[str, Any]] = []
         #: Names of the watched layers, known from fit start on.
         self.names: tuple[str, ...] = ()
+        #: Mean ratio of each layer over the logged steps.
+        self.mean = MeanRatios(0)
 
     @property
     def state_key(self) -> str:
@@ -53,6 +53,8 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         stack = LayerStack.find(pl_module, self.layers)
         self.names = stack.names
         self._steps = LayerSteps(stack.parameters())
+        if len(self.mean.sums) != len(stack):
+            self.mean = MeanRatios(len(stack))
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
@@ -75,11 +77,10 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         row = {f"{self.name}/L{i:02d}": ratio for i, ratio in updated.items()}
         row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
         log_row(trainer, row)
-        values = [updated.get(i, 0.0) for i in range(len(self.names))]
-        self.history.append({"step": logged_step(trainer), "realised": values})
+        self.mean.note(updated)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"mean": self.mean.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
+        self.mean.load_state_dict(state_dict["mean"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from support import TinyLM, fit, logged, seeded
+from support import Rows, TinyLM, fit, loaders, logged, seeded
 from torch import Tensor, nn
 
 from depthcb import EqualStep, LayerStack, UpdateRatioMonitor
@@ -131,12 +131,17 @@ def test_frozen_layers_are_untouched_and_out_of_the_mean() -> None:
     start = weights(module)
     wanted, realised = Judge(), Judge()
     control = EqualStep()
-    fit(module, [wanted, control, realised])
+    rows = Rows()
+    fit(module, [wanted, control, realised], logger=rows)
     assert np.array_equal(weights(module)[1], start[1])
     moving = [0, 2, 3]
     target = wanted.ratios()[:, moving].mean(axis=1, keepdims=True)
     assert np.abs(realised.ratios()[:, moving] / target - 1).max() < 1e-4
-    assert all(row["wanted"][1] == row["realised"][1] == 0 for row in control.history)
+    assert not rows.column("equal_step/ratio/L01")
+    assert control.mean_wanted.values()[1] == control.mean_realised.values()[1] == 0
+    assert control.mean_wanted.values() == pytest.approx(
+        np.where(np.arange(4) == 1, 0, wanted.ratios().mean(axis=0)), rel=1e-5
+    )
 
 
 def test_parameters_outside_are_left_alone_or_layers_on_request() -> None:
@@ -152,7 +157,7 @@ def test_parameters_outside_are_left_alone_or_layers_on_request() -> None:
     counted = seeded(lambda: TinyLM(OPTIMIZERS["sgd"]))
     fit(counted, [control], **one_step)
     assert control.names[4:] == ("model.transformer.wte", "model.transformer.wpe", "model.transformer.ln_f")
-    assert control.history[0]["realised"] == pytest.approx([np.mean(control.history[0]["wanted"])] * 7, rel=1e-4)
+    assert control.mean_realised.values() == pytest.approx([np.mean(control.mean_wanted.values())] * 7, rel=1e-4)
 
 
 class OneBadGradient(pl.Callback):
@@ -191,15 +196,20 @@ def test_logs_what_it_did(tmp_path: Any) -> None:
         assert row["equal_step/target"] == pytest.approx(want.mean(), rel=1e-5)
         assert row["equal_step/spread"] == pytest.approx(want.max() / want.min(), rel=1e-5)
     ratios = [row for row in logged(logger) if "update_ratio/L00" in row]
-    assert [row["update_ratio/L03"] for row in ratios] == pytest.approx([r["realised"][3] for r in control.history])
+    assert [row["update_ratio/L03"] for row in ratios] == pytest.approx(
+        [r["equal_step/realised/L03"] for r in rows], rel=1e-6
+    )
+    assert monitor.mean.values() == pytest.approx(control.mean_realised.values(), rel=1e-6)
 
 
 def test_monitor_before_and_after_the_control() -> None:
     before, control, after = UpdateRatioMonitor(name="raw_ratio"), EqualStep(), UpdateRatioMonitor()
-    fit(seeded(lambda: TinyLM(OPTIMIZERS["sgd"])), [before, control, after])
-    for a, c, b in zip(before.history, control.history, after.history, strict=True):
-        assert a["realised"] == pytest.approx(c["wanted"], rel=1e-6)
-        assert b["realised"] == pytest.approx(c["realised"], rel=1e-6)
+    rows = Rows()
+    fit(seeded(lambda: TinyLM(OPTIMIZERS["sgd"])), [before, control, after], logger=rows)
+    pairs = (("raw_ratio/L", "equal_step/ratio/L"), ("update_ratio/L", "equal_step/realised/L"))
+    for seen, said in pairs:
+        assert len(rows.column(said)) == 4
+        assert np.array(rows.column(seen)) == pytest.approx(np.array(rows.column(said)), rel=1e-6)
 
 
 class TwoOptimizers(TinyLM):
@@ -230,25 +240,47 @@ def test_a_layer_of_two_optimizers_is_rescaled_after_the_last() -> None:
 
     module = TwoOptimizers()
     control = EqualStep()
-    fit(module, [Start(), control], max_steps=6)  # two optimizers: 3 batches
+    rows = Rows()
+    fit(module, [Start(), control], max_steps=6, logger=rows)  # two optimizers: 3 batches
     starts.append(weights(module))
     moved = [
         [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(x, y, strict=True)]
         for x, y in itertools.pairwise(starts)
     ]
-    assert len(control.history) == len(moved) == 3
-    for row, ratios in zip(control.history, moved, strict=True):
-        assert ratios == pytest.approx([np.mean(row["wanted"])] * 4, rel=1e-4)
+    wanted = rows.column("equal_step/ratio/L")
+    assert len(wanted) == len(moved) == 3
+    for row, ratios in zip(wanted, moved, strict=True):
+        assert ratios == pytest.approx([np.mean(row)] * 4, rel=1e-4)
+
+
+def test_a_resumed_control_goes_on_counting(tmp_path: Any) -> None:
+    """The step that a callable target sees, and the means, continue over a checkpoint that loads without pickle."""
+    steps: list[int] = []
+
+    def target(ratios: Tensor, step: int) -> Tensor:
+        steps.append(step)
+        return ratios
+
+    first, second = EqualStep(target=target), EqualStep(target=target)
+    monitors = UpdateRatioMonitor(), UpdateRatioMonitor()
+    fit(seeded(TinyLM), [first, monitors[0]], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[second, monitors[1]], logger=False, enable_checkpointing=False, log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(seeded(TinyLM), *loaders(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert steps == list(range(8))
+    assert second.mean_wanted.counts == monitors[1].mean.counts == [8] * 4
 
 
 def test_a_skipped_step_changes_nothing() -> None:
     """A learning rate of 0 stands for every update of size 0: no division, no row."""
     module = seeded(lambda: TinyLM(lambda p: torch.optim.SGD(p, lr=0.0)))
     start = weights(module)
-    control = EqualStep()
-    fit(module, [control])
+    rows = Rows()
+    fit(module, [EqualStep(), UpdateRatioMonitor()], logger=rows)
     assert all(np.array_equal(a, b) for a, b in zip(weights(module), start, strict=True))
-    assert control.history == []
+    assert not rows.column("equal_step/") + rows.column("update_ratio/")
 
 
 @pytest.mark.parametrize(
@@ -280,5 +312,5 @@ def test_half_precision_weights_are_warned_about_and_measured() -> None:
     control = EqualStep()
     with pytest.warns(UserWarning, match="torch.bfloat16 weights a small step is rounded away"):
         fit(seeded(TinyLM), [control], precision="bf16-true")
-    realised, wanted = np.array(control.history[-1]["realised"]), np.mean(control.history[-1]["wanted"])
+    realised, wanted = np.array(control.mean_realised.values()), np.mean(control.mean_wanted.values())
     assert not np.allclose(realised, wanted, rtol=1e-3), "bf16 rounding was expected to show in the realised ratio"

@@ -26,6 +26,15 @@ from recipes.demo import QUICK, Settings, run_demo
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
 
+def wandb_run(folder: Path) -> dict[str, Any]:
+    """Config and summary of the offline run in a folder, read by W&B's own tool."""
+    (path,) = folder.glob("wandb/offline-run-*")
+    wandb = Path(sys.executable).with_name("wandb")
+    command = [str(wandb), "leet", "inspect", "--json", "--summary", str(path)]
+    run: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return run
+
+
 def check_outcome(out: Path, settings: Settings) -> dict[str, Any]:
     """Everything that a finished demo must have left."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -52,7 +61,9 @@ def check_outcome(out: Path, settings: Settings) -> dict[str, Any]:
         assert [float(row["depth/cka/slope"]) for row in rows] == pytest.approx(
             [p["slope"] for p in arm["profiles"]["cka"]], rel=1e-5
         )
-        assert list((out / arm["run_dir"]).glob("wandb/offline-run-*/run-*.wandb"))
+        run = wandb_run(out / arm["run_dir"])
+        assert run["summary"]["depth/cka/slope"] == pytest.approx(arm["profiles"]["cka"][-1]["slope"], rel=1e-5)
+        assert run["config"]["control"] == arm["control"]
     assert [v["optimizer"] for v in summary["verdicts"]] == ["adamw", "sgd"]
     for verdict in summary["verdicts"]:
         assert verdict["verdict"] in ("none", "collapses", "reverses", "weakens", "persists")
