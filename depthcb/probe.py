@@ -10,25 +10,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from depthcb.batches import attention_mask, batch_size, collect_batches, feed, first_example, perturbed, positions_input
 from depthcb.similarity.cka import MIN_ROWS
-from depthcb.stack import WRAPPERS, LayerStack
+from depthcb.stack import LayerStack
+from depthcb.undisturbed import isolated_rng, undisturbed
 
 Rows = Literal["mean", "tokens", "last", "first"]
 Forward = Callable[[nn.Module, Any], Any]
-LABELS = ("labels", "label")
 #: Relative size below which a perturbed position counts as not having moved another one.
 UNMOVED = 1e-5
 
@@ -105,8 +102,7 @@ class Probe:
         if isinstance(source, cls):
             return source
         with isolated_rng(options.get("seed", 0)):
-            batches = [tree_map_only(Tensor, _keep, _plain(b)) for b in _batches(source, limit)]
-        return cls(tuple(batches), **options)
+            return cls(tuple(collect_batches(source, limit)), **options)
 
     @cached_property
     def hash(self) -> str:
@@ -175,8 +171,8 @@ class Probe:
 
     def _is_causal(self, model: nn.Module, stack: LayerStack) -> bool:
         """Whether a change of the last position moves no earlier one, while a change of the first moves later ones."""
-        batch = _first_example(self.batches[0])
-        mask, inputs = _mask(batch), _inputs(batch)
+        batch = first_example(self.batches[0])
+        mask, inputs = attention_mask(batch), positions_input(batch)
         if inputs is None or inputs.dim() < 2:
             return False
         fits = mask is not None and mask.shape == inputs.shape[:2]
@@ -186,7 +182,7 @@ class Probe:
         first, last = int(real[0]), int(real[-1])
 
         def activations(position: int | None) -> list[Tensor]:
-            changed = batch if position is None else _perturbed(batch, inputs, position)
+            changed = batch if position is None else perturbed(batch, inputs, position)
             return self._run(model, stack, changed, lambda _, __, output: output)
 
         before = activations(None)
@@ -226,7 +222,7 @@ class _Taker:
 
     def _real(self, name: str, output: Tensor) -> Tensor:
         """(B, T) booleans: the positions that count."""
-        mask = _mask(self.batch)
+        mask = attention_mask(self.batch)
         if mask is None:
             mask = torch.ones(output.shape[:2], dtype=torch.bool)
         elif mask.shape != output.shape[:2]:
@@ -266,116 +262,6 @@ class _Taker:
         return [real[i] for i in order.tolist()]
 
 
-def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls a model the way its signature asks for: a dict by keyword, the first of a tuple, a tensor as it is.
-
-    Raises:
-        ValueError: The model refuses the call, with the remedy.
-    """
-    if isinstance(batch, (tuple, list)):
-        return feed(model, batch[0])
-    keywords: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(_unwrapped(model).forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        keywords = {k: v for k, v in batch.items() if (open_ended or k in parameters) and k not in LABELS}
-    try:
-        return model(**keywords) if keywords else model(batch)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be fed a probe batch of type {type(batch).__name__} ({error}): pass "
-            "forward=(model, batch) -> output."
-        ) from error
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """An fp32 eval-mode, gradient-free scope that leaves flags, random streams and precision as they were."""
-    flags = [(m, m.training) for m in model.modules()]
-    precision = [(b, b.fp32_precision) for b in _fp32_backends()]
-    devices = {p.device.type for p in model.parameters()} or {"cpu"}
-    with contextlib.ExitStack() as scope:
-        scope.enter_context(isolated_rng())
-        scope.enter_context(torch.no_grad())
-        for device in devices:
-            scope.enter_context(torch.autocast(device, enabled=False))
-        if any(_compiled(m) for m, _ in flags):  # compiled code would skip the forward hooks in silence
-            scope.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for module, _ in flags:
-                module.training = False  # not .eval(), which modules override with side effects
-            for backend, _ in precision:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            for backend, value in precision:
-                backend.fp32_precision = value
-
-
-@contextlib.contextmanager
-def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Puts every random stream (Python, NumPy, torch on all devices) back afterwards; seeds them inside on request."""
-    states = random.getstate(), np.random.get_state()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def batch_size(batch: Any) -> int:
-    """Number of examples: dimension 0 of the first tensor."""
-    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
-
-
-def _batches(source: Any, limit: int) -> list[Any]:
-    if isinstance(source, DataLoader):
-        if isinstance(source.dataset, IterableDataset):
-            return _first_batches(source, limit)
-        return _batched(source.dataset, limit, source.batch_size or 32, source.collate_fn)
-    if isinstance(source, (Tensor, Mapping, tuple)):
-        return [source]
-    if isinstance(source, list):
-        # What default_collate makes of (x, y) pairs is the list [x, y]: tensors that differ in kind are one batch.
-        one = all(isinstance(b, Tensor) for b in source) and len({(b.dtype, b.shape[1:]) for b in source}) > 1
-        return [source] if one else source
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return _batched(source, limit, 32, default_collate)
-    raise ValueError(
-        f"probe={type(source).__name__}: give a batch, a list of batches, a Dataset with a length, or a DataLoader."
-    )
-
-
-def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
-    items = [dataset[i] for i in range(min(len(dataset), limit))]
-    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
-
-
-def _first_batches(loader: Any, limit: int) -> list[Any]:
-    batches: list[Any] = []
-    for batch in loader:
-        batches.append(batch)
-        if sum(batch_size(_plain(b)) for b in batches) >= limit:
-            break
-    return batches
-
-
-def _plain(batch: Any) -> Any:
-    return dict(batch) if isinstance(batch, Mapping) else batch
-
-
-def _keep(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
-
-
 def _activation(name: str, output: Any) -> Tensor:
     """The tensor that a layer hands on: its output, or the first tensor in a tuple, dict or dataclass."""
     if isinstance(output, Mapping):
@@ -388,59 +274,6 @@ def _activation(name: str, output: Any) -> Tensor:
     raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
 
 
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    return mask.cpu() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _inputs(batch: Any) -> Tensor | None:
-    """The tensor that carries the positions: ``input_ids``, else the first one that is not a mask or a label."""
-    if isinstance(batch, (tuple, list)):
-        return _inputs(batch[0])
-    if isinstance(batch, dict):
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and "mask" not in k and k not in LABELS}
-        return tensors.get("input_ids", next(iter(tensors.values()), None))
-    return batch if isinstance(batch, Tensor) else None
-
-
-def _first_example(batch: Any) -> Any:
-    size = batch_size(batch)
-    return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and len(t) == size else t, batch)
-
-
-def _perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
-    """The batch with another input at one position: another token of the text, or the negative of a number."""
-    changed = inputs.clone()
-    if inputs.is_floating_point():
-        changed[:, position] = 1 - inputs[:, position]
-    else:
-        old = inputs[:, position]
-        others = inputs[inputs != old.flatten()[0]]
-        changed[:, position] = others[0] if len(others) else torch.where(old > 0, old - 1, old + 1)
-    return tree_map_only(Tensor, lambda t: changed if t is inputs else t, batch)
-
-
 def _moved(before: Tensor, after: Tensor) -> float:
     """Largest difference relative to the largest value; 0 for nothing to compare."""
     return float((after - before).abs().max() / before.abs().max().clamp(min=1e-30)) if before.numel() else 0.0
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    for wrapper in WRAPPERS:
-        model = getattr(model, wrapper, model)
-    return model
-
-
-def _compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _fp32_backends() -> Sequence[Any]:
-    backends: Any = torch.backends
-    return (
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-    )

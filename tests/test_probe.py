@@ -325,6 +325,23 @@ def test_a_mask_of_another_length_is_refused() -> None:
         record(model, batch, forward=lambda m, b: m(b["x"]))
 
 
+def test_a_mask_that_says_nothing_of_padding_is_refused() -> None:
+    batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 1, 7, 7)}
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 7, 7\): padding is read from a \(batch, positions\) mask"):
+        record(Reader(), batch)
+
+
+def test_a_tokenizers_own_mapping_in_a_tuple_is_read() -> None:
+    mask = torch.ones(4, 7, dtype=torch.int64)
+    mask[:, 5:] = 0
+    plain = {"input_ids": ids(4), "attention_mask": mask}
+    wrapped = Probe.collect((hf.BatchEncoding(plain), torch.zeros(4)), limit=4)
+    model = Reader()
+    found = wrapped.record(model, LayerStack.find(model)).rows
+    torch.testing.assert_close(found, record(model, plain).rows)
+    assert not torch.equal(found[0], record(model, {"input_ids": ids(4)}).rows[0])
+
+
 def test_an_example_of_padding_only_is_refused() -> None:
     batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 7)}
     batch["attention_mask"][2, 1:] = 0

@@ -46,7 +46,7 @@ class DepthProfile(Callback):
 
     Args:
         probe: What is measured on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
-            of the (first) validation dataset through its loader's ``collate_fn``.
+            of the (first) validation dataset through its loader's ``collate_fn``. A `Probe` is used as it is.
         layers: The layers, as `LayerStack.find` takes them; None finds them.
         measures: Names out of `depthcb.similarity.MEASURES`; the first one is in `profiles`.
         rows: What a row is, as `Probe` takes it: ``"mean"``, ``"tokens"``, ``"last"`` or ``"first"``.

@@ -1,0 +1,144 @@
+"""Probe inputs: where batches come from, what is in them, and how they go into a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from depthcb.stack import WRAPPERS
+
+LABELS = ("labels", "label")
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Calls a model the way its signature asks for: a dict by keyword, the first of a tuple, a tensor as it is.
+
+    Raises:
+        ValueError: The model refuses the call, with the remedy.
+    """
+    if isinstance(batch, (tuple, list)):
+        return feed(model, batch[0])
+    keywords: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(_unwrapped(model).forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        keywords = {k: v for k, v in batch.items() if (open_ended or k in parameters) and k not in LABELS}
+    try:
+        return model(**keywords) if keywords else model(batch)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be fed a probe batch of type {type(batch).__name__} ({error}): pass "
+            "forward=(model, batch) -> output."
+        ) from error
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples: dimension 0 of the first tensor."""
+    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def collect_batches(source: Any, limit: int) -> list[Any]:
+    """Copies on the CPU of a batch, a list of batches, or items 0 to ``limit`` - 1 of a Dataset or DataLoader.
+
+    Raises:
+        ValueError: A source of none of these kinds.
+    """
+    return [tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), _plain(b)) for b in _split(source, limit)]
+
+
+def _split(source: Any, limit: int) -> list[Any]:
+    if isinstance(source, DataLoader):
+        if isinstance(source.dataset, IterableDataset):
+            return _first_batches(source, limit)
+        return _batched(source.dataset, limit, source.batch_size or 32, source.collate_fn)
+    if isinstance(source, (Tensor, Mapping, tuple)):
+        return [source]
+    if isinstance(source, list):
+        # What default_collate makes of (x, y) pairs is the list [x, y]: tensors that differ in kind are one batch.
+        one = all(isinstance(b, Tensor) for b in source) and len({(b.dtype, b.shape[1:]) for b in source}) > 1
+        return [source] if one else source
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return _batched(source, limit, 32, default_collate)
+    raise ValueError(
+        f"probe={type(source).__name__}: give a batch, a list of batches, a Dataset with a length, or a DataLoader."
+    )
+
+
+def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
+    items = [dataset[i] for i in range(min(len(dataset), limit))]
+    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _first_batches(loader: Any, limit: int) -> list[Any]:
+    batches: list[Any] = []
+    for batch in loader:
+        batches.append(batch)
+        if sum(batch_size(_plain(b)) for b in batches) >= limit:
+            break
+    return batches
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings of a tokenizer's own type as dicts, wherever they stand: tensors in them would be overlooked."""
+    if isinstance(batch, Mapping):
+        return {key: _plain(value) for key, value in batch.items()}
+    return type(batch)(map(_plain, batch)) if type(batch) in (tuple, list) else batch
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """(B, T) booleans on the CPU: the real positions of a dict batch that says so.
+
+    Raises:
+        ValueError: A mask of another form, from which padding can't be read.
+    """
+    if isinstance(batch, (tuple, list)):
+        return attention_mask(batch[0])
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask of the probe has shape {shape}: padding is read from a (batch, positions) mask."
+        )
+    return mask.cpu() != 0
+
+
+def positions_input(batch: Any) -> Tensor | None:
+    """The tensor that carries the positions: ``input_ids``, else the first one that is not a mask or a label."""
+    if isinstance(batch, (tuple, list)):
+        return positions_input(batch[0])
+    if isinstance(batch, dict):
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and "mask" not in k and k not in LABELS}
+        return tensors.get("input_ids", next(iter(tensors.values()), None))
+    return batch if isinstance(batch, Tensor) else None
+
+
+def first_example(batch: Any) -> Any:
+    """The batch cut to one example."""
+    size = batch_size(batch)
+    return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and len(t) == size else t, batch)
+
+
+def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
+    """The batch with another input at one position: another token of the text, or the negative of a number."""
+    changed = inputs.clone()
+    if inputs.is_floating_point():
+        changed[:, position] = 1 - inputs[:, position]
+    else:
+        old = inputs[:, position]
+        others = inputs[inputs != old.flatten()[0]]
+        changed[:, position] = others[0] if len(others) else torch.where(old > 0, old - 1, old + 1)
+    return tree_map_only(Tensor, lambda t: changed if t is inputs else t, batch)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    for wrapper in WRAPPERS:
+        model = getattr(model, wrapper, model)
+    return model

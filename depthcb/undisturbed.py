@@ -1,0 +1,70 @@
+"""Scopes that leave no trace: random streams, train/eval flags and precision settings are put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """An fp32 eval-mode, gradient-free scope that leaves flags, random streams and precision as they were."""
+    flags = [(m, m.training) for m in model.modules()]
+    precision = [(b, b.fp32_precision) for b in _fp32_backends()]
+    devices = {p.device.type for p in model.parameters()} or {"cpu"}
+    with contextlib.ExitStack() as scope:
+        scope.enter_context(isolated_rng())
+        scope.enter_context(torch.no_grad())
+        for device in devices:
+            scope.enter_context(torch.autocast(device, enabled=False))
+        if any(_compiled(m) for m, _ in flags):  # compiled code would skip the forward hooks in silence
+            scope.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module, _ in flags:
+                module.training = False  # not .eval(), which modules override with side effects
+            for backend, _ in precision:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for backend, value in precision:
+                backend.fp32_precision = value
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Puts every random stream (Python, NumPy, torch on all devices) back afterwards; seeds them inside on request."""
+    states = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _fp32_backends() -> Sequence[Any]:
+    backends: Any = torch.backends
+    return (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
