@@ -98,5 +98,6 @@ def null_profiles(
                 noise = torch.randn(p.shape, generator=generator).to(p)
                 size = torch.linalg.vector_norm((after.to(before) - before).double())
                 p.copy_(before + noise * (size / torch.linalg.vector_norm(noise.double())).to(p))
-        draws.append(reference.profiles(probe.record(noisy, stack), measures, step=0, epoch=0))
+        recording = probe.record(noisy, stack, reference.causal)
+        draws.append(reference.profiles(recording, measures, step=0, epoch=0))
     return draws
