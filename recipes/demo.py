@@ -102,8 +102,7 @@ def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
         ValueError: Settings that cannot be run, or a folder that holds something else.
         SystemExit: With code 130, after an interrupt.
     """
-    _check(settings)
-    _prepare(out)
+    _check(settings, out)
     summary: Summary = {}
     try:
         with _quiet_libraries(), _progress(console) as progress:
@@ -132,6 +131,7 @@ def _run_arms(settings: Settings, out: Path, summary: Summary, progress: Progres
     probe = Probe.collect(
         data.probe_batches(rows=settings.probe_rows, block_size=settings.probe_length), settings.probe_rows
     )
+    _clear(out)
     summary.update(_provenance(settings, probe))
     model = copy.deepcopy(pretrained)
     reference: Reference | None = None
@@ -321,18 +321,18 @@ def _provenance(settings: Settings, probe: Probe) -> Summary:
     }
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: Settings, out: Path) -> None:
     if settings.steps < 1 or not 1 <= settings.validate_every <= settings.steps:
         raise ValueError(
             f"steps={settings.steps} with validate_every={settings.validate_every}: a fit needs at least one step and "
             "one validation."
         )
-
-
-def _prepare(out: Path) -> None:
-    """An empty place for this run's files; only an earlier demo's are removed."""
     if out.exists() and not (out / "summary.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and holds no earlier demo: choose another folder.")
+
+
+def _clear(out: Path) -> None:
+    """An empty place for this run's files; only an earlier demo's are removed, and not before this one can start."""
     out.mkdir(parents=True, exist_ok=True)
     for optimizer in OPTIMIZERS:
         for control in CONTROLS:
@@ -379,12 +379,12 @@ def _progress(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keeps Lightning's banners and advice out of the demo's output; its own warnings still show."""
+    """Keeps banners, advice and what the report says anyway out of the demo's output."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        for about in (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*", ".*directory .* exists.*"):
+        for about in (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*", ".*fewer than 5 directions.*"):
             warnings.filterwarnings("ignore", about)
         try:
             yield

@@ -88,7 +88,10 @@ def test_a_short_quick_demo(tmp_path: Path) -> None:
         assert f"{verdict['spread']:.3g}x" in text
     for file in ("profiles.png", "report.html", "summary.json", "wandb sync"):
         assert file in text
-    # The same folder again replaces the earlier demo; a folder with something else is left alone.
+    # A demo that cannot start leaves the earlier one as it is, and a folder with something else is left alone.
+    with pytest.raises(ValueError, match="no-such-model"):
+        run_demo(dataclasses.replace(settings, backbone="./no-such-model"), tmp_path / "out", Console(quiet=True))
+    assert check_outcome(tmp_path / "out", settings) == summary
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("keep me")
     with pytest.raises(ValueError, match="holds no earlier demo: choose another"):
