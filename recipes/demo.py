@@ -76,7 +76,7 @@ class Settings:
     validate_every: int = 8
     val_blocks: int = 16
     probe_rows: int = 64
-    probe_length: int = 64
+    probe_length: int = 48
     null_seeds: int = 2
     lr_adamw: float = 1e-4
     lr_sgd: float = 0.02
@@ -384,7 +384,9 @@ def _quiet_libraries() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        for about in (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*", ".*fewer than 5 directions.*"):
+        about_loops = (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*")
+        about_files = (".*logs directory .* exists.*",)  # W&B's files are there before the CSV's
+        for about in (*about_loops, *about_files, ".*fewer than 5 directions.*"):
             warnings.filterwarnings("ignore", about)
         try:
             yield
