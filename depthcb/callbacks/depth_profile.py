@@ -141,7 +141,8 @@ class DepthProfile(Callback):
         step, epoch = logged_step(trainer), trainer.current_epoch
         for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
             self.profiles_by_measure[measure].append(profile)
-            pl_module.log_dict(_row(f"{self.name}/{measure}", profile))
+            # Every rank computes the same figures; saying so keeps Lightning from warning about each key.
+            pl_module.log_dict(_row(f"{self.name}/{measure}", profile), sync_dist=True)
         self.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Two real processes give what one gives on the same batches, and one row instead of two."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run(folder: Path, world: int) -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
+    """What each rank saw, the logged rows, and all output."""
+    folder.mkdir()
+    command = [sys.executable, str(Path(__file__).with_name("ddp_fit.py")), str(folder), str(world)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        return ranks, list(csv.DictReader(file)), done.stdout + done.stderr
+
+
+def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
+    (alone,), rows_alone, _ = run(tmp_path / "one", 1)
+    (first, second), rows, output = run(tmp_path / "two", 2)
+    assert first == second
+    assert first["weights"] == pytest.approx(alone["weights"], abs=1e-6)
+    assert first["change"] == pytest.approx(alone["change"], rel=1e-3)
+    assert first["realised"] == pytest.approx(alone["realised"], rel=1e-5)
+    for key in ("depth/cka/slope", "equal_step/target", "update_ratio/spread"):
+        steps = [row["step"] for row in rows if row[key]]
+        assert steps == [row["step"] for row in rows_alone if row[key]]
+        assert len(steps) == len(set(steps)) > 0
+    assert "self.log('depth" not in output, "Lightning warned about the profile's own metrics"
