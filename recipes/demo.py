@@ -70,10 +70,10 @@ class Settings:
     """
 
     backbone: str = "smollm2-135m"
-    steps: int = 24
+    steps: int = 30
     batch_size: int = 8
     block_size: int = 128
-    validate_every: int = 8
+    validate_every: int = 10
     val_blocks: int = 16
     probe_rows: int = 64
     probe_length: int = 48
@@ -84,7 +84,7 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings(backbone="minilm", steps=16, block_size=64, lr_adamw=5e-4, lr_sgd=0.2)
+QUICK = Settings(backbone="minilm", steps=16, validate_every=4, block_size=64, lr_adamw=5e-4, lr_sgd=0.2)
 
 
 def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
