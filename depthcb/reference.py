@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
-from depthcb.similarity import Measure, effective_rank, gram
+from depthcb.similarity import Measure, check_defined, effective_rank, gram
 from depthcb.stack import LayerStack
 
 HALVES = 200
+#: With fewer halves on which every layer's change is defined there is no interval [ours].
+ENOUGH_HALVES = 180
 #: Fewer examples have too few distinct halves, or too few rows in one, for an interval [ours].
 EXAMPLES_FOR_INTERVAL = 8
 #: Most float64 numbers that a batch of halves may take at once (256 MB).
@@ -80,7 +82,7 @@ class Reference:
         for name, before, after in zip(self.layer_names, self.sketches[measure.needs], now, strict=True):
             before = before.to(after.device)
             try:
-                change.append(measure.change(before, after).item())
+                change.append(check_defined(measure.change(before, after)).item())
                 over_halves.append(_over_halves(measure, before, after, halves))
             except ValueError as error:
                 raise ValueError(f"Layer {name!r}, measure {measure.name!r}: {error}.") from error
@@ -91,9 +93,11 @@ class Reference:
             "epoch": epoch,
             "rows": len(self.examples),
         }
-        if not halves:
+        samples = torch.stack(over_halves, dim=1)
+        samples = samples[~samples.isnan().any(dim=1)]  # a half may hold rows that are all alike
+        if len(samples) < ENOUGH_HALVES:
             return Profile(tuple(change), **fields)
-        return Profile.from_halves(change, torch.stack(over_halves, dim=1).numpy(), **fields)
+        return Profile.from_halves(change, samples.numpy(), **fields)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists and scalars only, so that a checkpoint with it loads without pickle."""

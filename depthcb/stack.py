@@ -80,7 +80,7 @@ class LayerStack:
             modules = _modules(model)
             return cls(tuple(layers), tuple(_lookup(modules, name, model) for name in layers), model)
         if re.search(r"[*?\[]", layers):
-            pairs = [(n, m) for n, m in _modules(model).items() if _matches(n, layers)]
+            pairs = [(n, m) for n, m in _modules(model).items() if _matches(n, layers) and _size(m)]
             if not pairs:
                 raise ValueError(f"layers={layers!r} matches no module of {_title(model)}.")
         else:
@@ -133,21 +133,29 @@ class _Candidate:
     def size(self) -> int:
         return sum(map(_size, {m for _, m in self.layers}))  # a fused module stands for several layers
 
+    @property
+    def trains(self) -> bool:
+        """A frozen teacher must not hide the smaller student."""
+        return any(p.requires_grad for _, m in self.layers for p in m.parameters())
+
     def __str__(self) -> str:
         kinds = sorted({_kind(m).__name__ for _, m in self.layers})
-        text = f"{self.path or 'the model itself'} ({len(self.layers)} x {'/'.join(kinds)}, {self.size:,} parameters)"
+        frozen = "" if self.trains else " frozen"
+        count = f"{self.size:,}{frozen} parameters"
+        text = f"{self.path or 'the model itself'} ({len(self.layers)} x {'/'.join(kinds)}, {count})"
         return f"{text}: {self.problem}" if self.problem else text
 
 
 def _choose(model: nn.Module, found: list[_Candidate], where: str = "") -> LayerStack:
     inside = f"{where!r} of {_title(model)}" if where else _title(model)
-    found = sorted(found, key=lambda c: (len(c.layers), c.size), reverse=True)
+    distinct = {tuple(id(m) for _, m in c.layers): c for c in reversed(found)}  # a stack may have two names
+    found = sorted(distinct.values(), key=lambda c: (len(c.layers), c.size), reverse=True)
     if not found:
         single = [n for n, m in _modules(model).items() if _is_list(m) and _stage_blocks(n, m)]
         hint = f" (of one layer only: {', '.join(map(repr, single))}; a depth profile needs 2)" if single else ""
         raise ValueError(f"No list of same-kind layers found in {inside}{hint}: name them with {_HOW}.")
     best, *others = found
-    rivals = [best] + [c for c in others if c.size >= RIVAL_SHARE * best.size]
+    rivals = [best] + [c for c in others if c.size >= RIVAL_SHARE * best.size or (c.trains and not best.trains)]
     if len(rivals) > 1:
         listed = "; ".join(str(c) for c in rivals)
         raise ValueError(f"{len(rivals)} stacks of equal right in {inside}: {listed}. Pick one: layers={best.path!r}.")
@@ -264,7 +272,12 @@ def _size(module: nn.Module) -> int:
 
 
 def _weighs(module: nn.Module) -> bool:
-    """Whether a module holds a weight matrix: activations and norms between two layers don't part them."""
+    """Whether a module holds a weight matrix: activations and norms between two layers don't part them.
+
+    Embedding tables are outside every stack [ours], however many of them stand side by side.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False
     return any(p.dim() >= 2 for p in module.parameters())
 
 

@@ -20,47 +20,50 @@ NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
 class LayerSteps:
     """Copies of L layers' parameters from before the step, so that what the step did can be measured after it.
 
-    A layer that several optimizers share is complete only when the last of them has stepped: `begin` and `finish`
-    keep these rounds. The copies (one more of every trainable parameter) are kept and reused.
+    Where several optimizers own parts of the layers, a round lasts until each of them has stepped, so that the layers
+    can be compared with each other; a parameter is copied when its own optimizer is about to step. The copies (one
+    more of every trainable parameter) are kept and reused.
 
     Args:
-        layers: The parameters of each layer; those that don't require a gradient when a round begins are left out.
+        layers: The parameters of each layer; those that don't require a gradient when their optimizer steps are left
+            out.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
         self._layers = layers
         self._copies: dict[Tensor, Tensor] = {}
-        self._waiting: list[set[int]] = [set() for _ in layers]
+        #: Numbers of the optimizers that have yet to step in this round; empty between rounds.
+        self.waiting: set[int] = set()
         self._open: list[list[nn.Parameter]] = [[] for _ in layers]
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Copies the layers whose round begins with this optimizer's step."""
-        owners = [_owned(o) for o in optimizers]
-        opened: list[Tensor] = []
+        """Copies what this optimizer is about to change, opening a round if none is open."""
+        ours = {p for layer in self._layers for p in layer}
+        owners = [_owned(o) & ours for o in optimizers]
+        if not self.waiting:
+            self.waiting = {i for i, owned in enumerate(owners) if owned}
+            self._open = [[] for _ in self._layers]
+        owned = owners[_index(optimizer, optimizers)]
+        opened = {p for layer in self._open for p in layer}
+        fresh: list[Tensor] = []
         for index, layer in enumerate(self._layers):
-            if self._waiting[index]:  # another optimizer began this layer's round
-                continue
-            trainable = [p for p in layer if p.requires_grad]
-            waiting = {id(o) for o, owned in zip(optimizers, owners, strict=True) if not owned.isdisjoint(trainable)}
-            if id(optimizer) in waiting:
-                self._waiting[index], self._open[index] = waiting, trainable
-                opened += trainable
-        for parameter in opened:
+            new = [p for p in layer if p in owned and p.requires_grad and p not in opened]
+            self._open[index] += new
+            fresh += new
+        for parameter in fresh:
             if parameter not in self._copies:
                 self._copies[parameter] = torch.empty_like(parameter)
-        if opened:
-            torch._foreach_copy_([self._copies[p] for p in opened], opened)
+        if fresh:
+            torch._foreach_copy_([self._copies[p] for p in fresh], fresh)
 
-    def finish(self, optimizer: torch.optim.Optimizer) -> list[int]:
-        """The layers whose round this optimizer's step completed, in depth order."""
-        done = []
-        for index, waiting in enumerate(self._waiting):
-            if id(optimizer) in waiting:
-                waiting.discard(id(optimizer))
-                if not waiting:
-                    done.append(index)
-        return done
+    def finish(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
+        """The layers of the round, in depth order, if this optimizer's step was its last; else none."""
+        number = _index(optimizer, optimizers)
+        if number not in self.waiting:
+            return []
+        self.waiting.discard(number)
+        return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
 
     def now(self, layers: Sequence[int]) -> list[list[Tensor]]:
         """The live parameters of these layers."""
@@ -226,6 +229,10 @@ def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def _layer_index(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """The layer that each tensor of a flat list belongs to; cached, so that a GPU sees one small copy in all."""
     return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+
+
+def _index(optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    return next(i for i, other in enumerate(optimizers) if other is optimizer)
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -58,7 +58,9 @@ def judge(standard: Mapping[str, Profile], equal_step: Mapping[str, Profile], sp
     elif not agree:
         shown = ", ".join(f"{name} {p.slope:+.3g}" for name, p in standard.items())
         verdict, reason = "none", f"the measures disagree on the sign of the standard slope ({shown})"
-    elif after is None or after_interval is None or _contains_zero(after_interval):
+    elif after is None or after_interval is None:
+        verdict, reason = "none", "nothing changed under equal step"
+    elif _contains_zero(after_interval):
         verdict, reason = "collapses", f"the equal-step slope is not told from 0 ({_show(after, after_interval)})"
     elif (after > 0) != (before > 0):
         verdict, reason = "reverses", f"relative slope {before:+.3g} became {after:+.3g}"

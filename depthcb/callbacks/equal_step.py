@@ -50,6 +50,7 @@ class EqualStep(OptimizerStepCallback):
             callable ``(ratios, step) -> ratios`` on (L,) tensors.
         outside: ``"leave"`` parameters outside the stack alone, or treat each module that owns some as a further
             ``"layer"`` [ours].
+        name: First part of the logged keys; two controls in one Trainer (an encoder's and a decoder's) need two names.
 
     Raises:
         ValueError: A target that cannot be imposed, layers that cannot be found, a layer without trainable or
@@ -66,6 +67,7 @@ class EqualStep(OptimizerStepCallback):
         layers: str | list[str] | None = None,
         target: Target = "mean",
         outside: Literal["leave", "layer"] = "leave",
+        name: str = "equal_step",
     ) -> None:
         check_target(target)
         if outside not in ("leave", "layer"):
@@ -73,11 +75,16 @@ class EqualStep(OptimizerStepCallback):
         self.layers = layers
         self.target = target
         self.outside = outside
+        self.name = name
         #: Names of the controlled layers, known from fit start on.
         self.names: tuple[str, ...] = ()
         #: Mean ratio of each layer over the logged steps: what the optimizer wanted, and what came of it.
         self.mean_wanted, self.mean_realised = MeanRatios(0), MeanRatios(0)
         self._steps_made = 0
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stack = LayerStack.find(pl_module, self.layers)
@@ -89,9 +96,10 @@ class EqualStep(OptimizerStepCallback):
             self._labels += list(outside)
         self.names = tuple(groups)
         check_target(self.target, len(groups))
-        _check_weights(groups)
-        if len(self.mean_wanted.sums) != len(groups):
+        _check_weights(groups, trainer.optimizers)
+        if trainer.ckpt_path is None or len(self.mean_wanted.sums) != len(groups):
             self.mean_wanted, self.mean_realised = MeanRatios(len(groups)), MeanRatios(len(groups))
+            self._steps_made = 0
         self._steps = LayerSteps(list(groups.values()))
         self._broken: Tensor | None = None
         super().on_train_start(trainer, pl_module)
@@ -102,7 +110,7 @@ class EqualStep(OptimizerStepCallback):
         self._steps.begin(optimizer, trainer.optimizers)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        done = self._steps.finish(optimizer)
+        done = self._steps.finish(optimizer, trainer.optimizers)
         if not done:
             return
         now, before = self._steps.now(done), self._steps.before(done)
@@ -114,7 +122,8 @@ class EqualStep(OptimizerStepCallback):
         ratios = torch.where(broken, 0.0, ratios)
         wanted = self._wanted(ratios, done)
         broken |= ~(wanted.isfinite() & (wanted >= 0)) & (ratios > 0)
-        scale = torch.where((ratios > 0) & ~broken, wanted / ratios, 1.0)
+        scale = torch.where(ratios > 0, wanted / ratios, 1.0)
+        scale = torch.where(broken, 0.0, scale)  # not applied: back to where the layer was
         rescale(now, before, scale)
         self._remember(broken, done)
         self._steps_made += 1
@@ -123,6 +132,12 @@ class EqualStep(OptimizerStepCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._raise_if_broken()
+        if self._steps.waiting:
+            names = [type(trainer.optimizers[i]).__name__ for i in sorted(self._steps.waiting)]
+            rank_zero_warn(
+                f"EqualStep: the last round of steps was never controlled, because optimizer {', '.join(names)} owns "
+                "parameters of the layers and did not step in it."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         means = {"mean_wanted": self.mean_wanted.state_dict(), "mean_realised": self.mean_realised.state_dict()}
@@ -165,20 +180,26 @@ class EqualStep(OptimizerStepCallback):
         for i, r, s, actual in rows:
             label = self._labels[i]
             values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
-        log_row(trainer, {f"equal_step/{key}": value for key, value in values.items()})
+        log_row(trainer, {f"{self.name}/{key}": value for key, value in values.items()})
         self.mean_wanted.note({i: r for i, r, _, _ in rows})
         self.mean_realised.note({i: actual for i, _, _, actual in rows})
 
 
-def _check_weights(groups: dict[str, list[torch.nn.Parameter]]) -> None:
+def _check_weights(groups: dict[str, list[torch.nn.Parameter]], optimizers: list[Optimizer]) -> None:
     """Refuses layers whose step ratio cannot be defined, once, before the first step."""
     parameters = [p for group in groups.values() for p in group]
-    empty = [name for name, group in groups.items() if not group]
-    norms = layer_norms([group for group in groups.values() if group]).tolist()
-    zero = [name for name, norm in zip((n for n, g in groups.items() if g), norms, strict=True) if norm == 0]
-    if empty or zero:
+    trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+    trained = {name: group for name, group in trained.items() if group}
+    if {p for o in optimizers for g in o.param_groups for p in g["params"]}.isdisjoint(parameters):
         raise ValueError(
-            f"EqualStep: layer {', '.join(empty + zero)} has no parameters or only zeros, so ||dW|| / ||W|| is not "
+            f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name those "
+            "that are trained."
+        )
+    norms = layer_norms(list(trained.values())).tolist() if trained else []
+    zero = [name for name, norm in zip(trained, norms, strict=True) if norm == 0]
+    if zero:
+        raise ValueError(
+            f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is not "
             "defined: leave it out with layers=[...]."
         )
     half = {str(p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}

@@ -18,7 +18,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     """Logs each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or a callback before this one, left it.
 
     Placed after `EqualStep` in the Trainer's list it sees the controlled step, placed before it the optimizer's own.
-    Between log steps it does nothing at all; at a log step it holds one more copy of the layers' parameters.
+    Between log steps it does nothing at all; from the first one on it keeps one more copy of the layers' parameters.
 
     ==========================  ===================================================================================
     logged key                  meaning (every ``log_every_n_steps``; layers without an update are left out)
@@ -53,7 +53,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         stack = LayerStack.find(pl_module, self.layers)
         self.names = stack.names
         self._steps = LayerSteps(stack.parameters())
-        if len(self.mean.sums) != len(stack):
+        if trainer.ckpt_path is None or len(self.mean.sums) != len(stack):
             self.mean = MeanRatios(len(stack))
         super().on_train_start(trainer, pl_module)
 
@@ -64,7 +64,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
             self._steps.begin(optimizer, trainer.optimizers)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        done = self._steps.finish(optimizer)
+        done = self._steps.finish(optimizer, trainer.optimizers)
         if not done:
             return
         ratios = dict(zip(done, step_ratios(self._steps.now(done), self._steps.before(done)).tolist(), strict=True))

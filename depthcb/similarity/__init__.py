@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depthcb.similarity.cka import (
     CKAChange,
+    check_defined,
     cka_change,
     cka_change_of_grams,
     cka_normalized_change,
@@ -22,6 +23,7 @@ __all__ = [
     "MEASURES",
     "CKAChange",
     "Measure",
+    "check_defined",
     "cka_change",
     "cka_normalized_change",
     "cosine_change",
@@ -40,7 +42,8 @@ class Measure:
     Args:
         name: The key it is asked for and logged by.
         needs: What must be kept of the reference: its ``"gram"`` (n, n), or its ``"rows"`` (n, d).
-        change: Reference and current, both (..., n, n) or (..., n, d), to their change (...) in float64.
+        change: Reference and current, both (..., n, n) or (..., n, d), to their change (...) in float64, NaN
+            where it is not defined.
     """
 
     name: str

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from depthcb.similarity.gram import doubly_centred, gram, half_squared_distance, u_centred, unit_rows
+from depthcb.similarity.gram import doubly_centred, gram, half_squared_distance, u_centred, unit_norm, unit_rows
 
 MIN_ROWS = 4  # the U-centred estimator divides by n - 3
 
@@ -38,7 +38,7 @@ def cka_change(reference: Tensor, current: Tensor, *, debiased: bool = True) -> 
         (0.0, 0.0)
     """
     check_rows(reference, current)
-    return cka_change_of_grams(gram(reference), gram(current), debiased=debiased)
+    return check_defined(cka_change_of_grams(gram(reference), gram(current), debiased=debiased))
 
 
 def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
@@ -48,19 +48,30 @@ def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool 
     row counts alike. Invariant to rotating, shifting and scaling either side. Arguments as `cka_change`.
     """
     check_rows(reference, current)
-    return cka_normalized_change_of_grams(gram(reference), gram(current), debiased=debiased)
+    return check_defined(cka_normalized_change_of_grams(gram(reference), gram(current), debiased=debiased))
 
 
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """`cka_change` from Gram matrices (..., n, n), centred or not: (...)."""
+    """`cka_change` from Gram matrices (..., n, n), centred or not: (...), NaN where all rows of a side are alike."""
     centre = u_centred if debiased else doubly_centred
-    return half_squared_distance(centre(reference), centre(current))
+    return half_squared_distance(*(unit_norm(centre(k), k) for k in (reference, current)))
 
 
 def cka_normalized_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """`cka_normalized_change` from Gram matrices (..., n, n), centred or not: (...)."""
+    """`cka_normalized_change` from Gram matrices (..., n, n), centred or not: (...), NaN as above."""
     normalised = [unit_rows(doubly_centred(k)) for k in (reference, current)]
     return cka_change_of_grams(*normalised, debiased=debiased)
+
+
+def check_defined(change: Tensor) -> Tensor:
+    """Refuses a change that is not defined.
+
+    Raises:
+        ValueError: NaN, which the measures give for rows without variance or direction.
+    """
+    if bool(change.isnan().any()):
+        raise ValueError("the rows are all identical, or one has no direction: use rows that differ")
+    return change
 
 
 def check_rows(reference: Tensor, current: Tensor) -> None:
@@ -113,8 +124,8 @@ class CKAChange(Metric):
 
     def update(self, reference: Tensor, current: Tensor) -> None:
         """Adds (n, d) and (n, d') activations of the same rows."""
-        self.reference.append(reference)
-        self.current.append(current)
+        self.reference.append(reference.detach())
+        self.current.append(current.detach())
 
     def compute(self) -> Tensor:
         """1 - CKA over everything added."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: What is smaller than this share of what it was made from is rounding, not signal.
+DEGENERATE = 1e-12
+
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in float64, on the CPU where its device has none (MPS)."""
@@ -45,31 +48,26 @@ def u_centred(k: Tensor) -> Tensor:
 
 
 def unit_rows(k: Tensor) -> Tensor:
-    """K_ij / sqrt(K_ii K_jj): the Gram matrix after each row has been scaled to unit norm.
-
-    Raises:
-        ValueError: A row has norm 0.
-    """
-    norms = k.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # a rounded -1e-20 is a norm of 0, refused below
-    if bool((norms == 0).any()):
-        raise ValueError("a row equals the mean of all rows, so it has no direction: use rows that differ")
+    """K_ij / sqrt(K_ii K_jj): the Gram matrix after each row has been scaled to unit norm; NaN for a row of norm 0."""
+    squares = k.diagonal(dim1=-2, dim2=-1)
+    directed = squares > DEGENERATE * squares.amax(dim=-1, keepdim=True)
+    norms = torch.where(directed, squares, torch.nan).sqrt()
     return k / (norms[..., :, None] * norms[..., None, :])
 
 
+def unit_norm(centred: Tensor, k: Tensor) -> Tensor:
+    """``centred`` scaled to Frobenius norm 1; NaN where centring left only rounding of ``k``: all rows were alike."""
+    norm = torch.linalg.matrix_norm(centred, keepdim=True)
+    spread = norm > DEGENERATE * torch.linalg.matrix_norm(k, keepdim=True)
+    return centred / torch.where(spread, norm, torch.nan)
+
+
 def half_squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos(A, B) over the last two dimensions, as half the squared distance of A/||A|| and B/||B||.
+    """1 - cos(A, B) of two matrices of norm 1 over the last two dimensions, as half their squared distance.
 
     The identity is exact, and unlike ``1 - cos`` it keeps its relative precision for changes far below 1e-8.
-
-    Raises:
-        ValueError: A or B is 0.
     """
-    norm_a = torch.linalg.matrix_norm(a, keepdim=True)
-    norm_b = torch.linalg.matrix_norm(b, keepdim=True)
-    if bool((norm_a == 0).any() or (norm_b == 0).any()):
-        raise ValueError("all rows are identical, so they have no variance to compare: use rows that differ")
-    difference: Tensor = a / norm_a - b / norm_b
-    return difference.square().sum(dim=(-2, -1)) / 2
+    return (a - b).square().sum(dim=(-2, -1)) / 2
 
 
 def effective_rank(k: Tensor) -> Tensor:

@@ -8,35 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthcb.similarity.gram import half_squared_distance, wide
+from depthcb.similarity.gram import half_squared_distance, unit_norm, wide
 
 
 def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
     """Mean over rows of 1 - cos(reference row, current row), in [0, 2].
 
-    Invariant to scaling any row; not to rotating or shifting, so both sides must share their coordinates.
-
-    Raises:
-        ValueError: A row of zeros.
+    Invariant to scaling any row; not to rotating or shifting, so both sides must share their coordinates. NaN for a row
+    of zeros.
 
     Example:
         >>> cosine_change(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
         1.0
     """
-    a, b = wide(reference)[..., None, :], wide(current)[..., None, :]
-    try:
-        return half_squared_distance(a, b).mean(dim=-1)
-    except ValueError as error:
-        raise ValueError("a row is all zeros, so it has no direction: use another measure") from error
+    a, b = wide(reference), wide(current)
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
+    units = [x / torch.where(norm > 0, norm, torch.nan) for x, norm in zip((a, b), norms, strict=True)]
+    return half_squared_distance(units[0][..., None, :], units[1][..., None, :]).mean(dim=-1)
 
 
 def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     """||current - reference||_F / ||reference||_F: the size of the move in units of the reference's size.
 
-    Invariant to rotating or scaling both sides alike; not to changing one side alone.
-
-    Raises:
-        ValueError: A reference of zeros.
+    Invariant to rotating or scaling both sides alike; not to changing one side alone. NaN for a reference of zeros.
 
     Example:
         >>> relative_l2_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])).item()
@@ -44,9 +38,7 @@ def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     """
     a, b = wide(reference), wide(current)
     norm = torch.linalg.matrix_norm(a)
-    if bool((norm == 0).any()):
-        raise ValueError("the reference rows are all zeros: nothing to measure a change against")
-    ratio: Tensor = torch.linalg.matrix_norm(b - a) / norm
+    ratio: Tensor = torch.linalg.matrix_norm(b - a) / torch.where(norm > 0, norm, torch.nan)
     return ratio
 
 
@@ -55,10 +47,7 @@ def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
 
     A and B are the two sides, columns centred and scaled to Frobenius norm 1. Source: the Procrustes distance in Ding
     et al., "Grounding representation similarity through statistical testing" (2021), halved to the scale of 1 - CKA
-    [ours]. Invariant to rotating, shifting and scaling either side.
-
-    Raises:
-        ValueError: All rows of a side are identical.
+    [ours]. Invariant to rotating, shifting and scaling either side. NaN where all rows of a side are alike.
 
     Example:
         >>> x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
@@ -66,18 +55,16 @@ def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
         0.0
     """
     # Rows live in at most n dimensions, so the rotation is sought between n-dimensional coordinates (thin QR).
-    a, b = (torch.linalg.qr(_standard(x).mT, mode="r").R for x in (reference, current))
+    a, b = _standard(reference), _standard(current)
+    defined = ~(a.isnan().any(dim=(-2, -1)) | b.isnan().any(dim=(-2, -1)))
+    a, b = (torch.linalg.qr(x.nan_to_num().mT, mode="r").R for x in (a, b))  # LAPACK refuses NaN
     width = max(a.shape[-2], b.shape[-2])
     a, b = (torch.nn.functional.pad(r, (0, 0, 0, width - r.shape[-2])) for r in (a, b))
     u, _, v = torch.linalg.svd(b @ a.mT)
     unexplained: Tensor = a.mT - b.mT @ u @ v
-    return unexplained.square().sum(dim=(-2, -1)) / 2
+    return torch.where(defined, unexplained.square().sum(dim=(-2, -1)) / 2, torch.nan)
 
 
 def _standard(rows: Tensor) -> Tensor:
     rows = wide(rows)
-    rows = rows - rows.mean(dim=-2, keepdim=True)
-    norm: Tensor = torch.linalg.matrix_norm(rows, keepdim=True)
-    if bool((norm == 0).any()):
-        raise ValueError("all rows are identical, so they have no variance to compare: use rows that differ")
-    return rows / norm
+    return unit_norm(rows - rows.mean(dim=-2, keepdim=True), rows)
