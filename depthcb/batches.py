@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,8 +55,11 @@ def collect_batches(source: Any, limit: int) -> list[Any]:
 def _split(source: Any, limit: int) -> list[Any]:
     if isinstance(source, DataLoader):
         if isinstance(source.dataset, IterableDataset):
-            return _first_batches(source, limit)
-        return _batched(source.dataset, limit, source.batch_size or 32, source.collate_fn)
+            return _whole_batches(source, limit)
+        dataset: Any = source.dataset
+        if source.batch_sampler is None:
+            return _whole_batches((source.collate_fn(dataset[i]) for i in range(len(dataset))), limit)
+        return _batched(dataset, limit, source.batch_size or 32, source.collate_fn)
     if isinstance(source, (Tensor, Mapping, tuple)):
         return [source]
     if isinstance(source, list):
@@ -75,9 +78,10 @@ def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]],
     return [collate(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def _first_batches(loader: Any, limit: int) -> list[Any]:
+def _whole_batches(source: Iterable[Any], limit: int) -> list[Any]:
+    """The first batches of a source that makes them itself, until they hold ``limit`` examples."""
     batches: list[Any] = []
-    for batch in loader:
+    for batch in source:
         batches.append(batch)
         if sum(batch_size(_plain(b)) for b in batches) >= limit:
             break
@@ -92,14 +96,12 @@ def _plain(batch: Any) -> Any:
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """(B, T) booleans on the CPU: the real positions of a dict batch that says so.
+    """(B, T) booleans on the CPU: the real positions, where the batch has an ``attention_mask`` that says so.
 
     Raises:
         ValueError: A mask of another form, from which padding can't be read.
     """
-    if isinstance(batch, (tuple, list)):
-        return attention_mask(batch[0])
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    mask = dict(_named_inputs(batch)).get("attention_mask")
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -111,19 +113,37 @@ def attention_mask(batch: Any) -> Tensor | None:
 
 
 def positions_input(batch: Any) -> Tensor | None:
-    """The tensor that carries the positions: ``input_ids``, else the first one that is not a mask or a label."""
-    if isinstance(batch, (tuple, list)):
-        return positions_input(batch[0])
-    if isinstance(batch, dict):
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and "mask" not in k and k not in LABELS}
-        return tensors.get("input_ids", next(iter(tensors.values()), None))
-    return batch if isinstance(batch, Tensor) else None
+    """The tensor that carries the positions: ``input_ids``, else the first (B, T, ...) that is no mask and no label."""
+    tensors = [
+        (name, value)
+        for name, value in _named_inputs(batch)
+        if isinstance(value, Tensor) and value.dim() > 1 and "mask" not in name and name not in LABELS
+    ]
+    return dict(reversed(tensors)).get("input_ids", tensors[0][1] if tensors else None)
 
 
-def first_example(batch: Any) -> Any:
-    """The batch cut to one example."""
-    size = batch_size(batch)
-    return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and len(t) == size else t, batch)
+def check_batch(batch: Any) -> None:
+    """Refuses what cannot be a batch of examples.
+
+    Raises:
+        ValueError: No tensor in it, or ``input_ids`` that are not (batch, positions).
+    """
+    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
+        raise ValueError(f"A probe batch of type {type(batch).__name__} holds no tensor with examples in it.")
+    ids = dict(_named_inputs(batch)).get("input_ids")
+    if ids is not None and (not isinstance(ids, Tensor) or ids.dim() < 2):
+        found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(
+            f"input_ids of a probe batch is {found}, not a (batch, positions) tensor: give collated batches, or a "
+            "dataset that gives tensors of one length (of Hugging Face datasets: .with_format('torch'))."
+        )
+
+
+def longest_example(batch: Any) -> Any:
+    """The batch cut to one example: the first of those with the most real positions."""
+    size, mask = batch_size(batch), attention_mask(batch)
+    best = int(mask.sum(dim=1).argmax()) if mask is not None and len(mask) == size else 0
+    return tree_map_only(Tensor, lambda t: t[best : best + 1] if t.dim() and len(t) == size else t, batch)
 
 
 def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
@@ -136,6 +156,17 @@ def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
         others = inputs[inputs != old.flatten()[0]]
         changed[:, position] = others[0] if len(others) else torch.where(old > 0, old - 1, old + 1)
     return tree_map_only(Tensor, lambda t: changed if t is inputs else t, batch)
+
+
+def _named_inputs(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of what is in a batch's dicts, nested ones too; of a tuple only the inputs, its first element."""
+    if isinstance(batch, (tuple, list)) and not name:
+        yield from _named_inputs(batch[0]) if batch else ()
+        return
+    yield name, batch
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _named_inputs(value, str(key))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

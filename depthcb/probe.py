@@ -19,13 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from depthcb.batches import attention_mask, batch_size, collect_batches, feed, first_example, perturbed, positions_input
+from depthcb.batches import (
+    attention_mask,
+    batch_size,
+    check_batch,
+    collect_batches,
+    feed,
+    longest_example,
+    perturbed,
+    positions_input,
+)
 from depthcb.similarity.cka import MIN_ROWS
 from depthcb.stack import LayerStack
 from depthcb.undisturbed import isolated_rng, undisturbed
 
 Rows = Literal["mean", "tokens", "last", "first"]
 Forward = Callable[[nn.Module, Any], Any]
+#: What ``forward`` is called where its author wrote none: nn.Module's, or Lightning's that hands on to it.
+NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
 #: Relative size below which a perturbed position counts as not having moved another one.
 UNMOVED = 1e-5
 
@@ -54,11 +65,13 @@ class Probe:
         rows: One row per example: ``"mean"`` over its real positions, its ``"last"`` or ``"first"`` real position;
             or ``"tokens"``: a seeded sample of positions, the same number from each example [ours]. Of a causal
             model position 0 never counts: massive activations there would rule every measure. Positions are
-            dimension 1 of (B, T, d) outputs; (B, C, H, W) maps are averaged or sampled over H x W (blocks without a
-            convolution are read as (B, H, W, C)).
+            dimension 1 of (B, T, d) outputs, and padding is read from a (B, T) ``attention_mask`` in the batch; maps
+            (B, C, H, W) are averaged or sampled over H x W (blocks without a convolution are read as (B, H, W, C)),
+            and so are the (B, C, T) outputs of blocks that end in an ``nn.Conv1d``.
         max_tokens: The most rows that ``"tokens"`` samples.
         forward: ``(model, batch) -> anything``, how a batch is fed; by default a dict goes in by keyword (without
-            labels), the first element of a tuple or a tensor by position.
+            labels), the first element of a tuple or a tensor by position. Floating inputs are cast to the dtype of
+            the model's weights.
         seed: Seed of the token sample.
 
     Raises:
@@ -85,8 +98,7 @@ class Probe:
         if not self.batches:
             raise ValueError("The probe has no batch: give inputs, or a dataset that is not empty.")
         for batch in self.batches:
-            if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
-                raise ValueError(f"A probe batch of type {type(batch).__name__} holds no tensor with examples in it.")
+            check_batch(batch)
 
     @classmethod
     def collect(cls, source: Any, limit: int, **options: Any) -> Probe:
@@ -119,15 +131,16 @@ class Probe:
         """Feeds every batch to ``model`` and takes the rows of each layer of ``stack``.
 
         Args:
-            model: What is fed.
+            model: What is fed, or, where it has no forward of its own, what holds the module that has.
             stack: Its layers.
             causal: Whether the model is causal, where that is known; None finds out.
 
         Raises:
             ValueError: A layer that is never reached, reached several times, or gives an output that cannot be read;
-                fewer than 4 rows; ``rows="first"`` of a causal model, which sees one token there.
+                layers side by side; fewer than 4 rows; ``rows="first"`` of a causal model, which sees one token there.
         """
         with undisturbed(model):
+            model = model if self.forward else _with_forward(model, stack)
             causal = self._is_causal(model, stack) if causal is None else causal
             if causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
@@ -147,20 +160,34 @@ class Probe:
     ) -> list[Tensor]:
         """One forward; what ``take`` made of each layer's output."""
         found: dict[str, Tensor] = {}
+        last: tuple[str, Any, Tensor | None] = ("", None, None)
 
-        def hook(name: str, layer: nn.Module, output: Any) -> None:
+        def hook(name: str, layer: nn.Module, args: Any, output: Any) -> None:
+            nonlocal last
+            activation = _activation(name, output)
             if name in found:
                 raise ValueError(
                     f"Layer {name!r} ran several times in one forward: its depth is not one number, name others."
                 )
-            found[name] = take(name, layer, _activation(name, output))
+            given = args[0] if args and isinstance(args[0], Tensor) else None
+            if given is not None and given is last[1] and last[2] is not given:
+                raise ValueError(
+                    f"Layers {last[0]!r} and {name!r} read the same input: they stand side by side, not in depth. Name "
+                    "layers that follow each other with layers=."
+                )
+            last = name, given, _first_tensor(output)
+            found[name] = take(name, layer, activation)
 
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+        def placed(t: Tensor) -> Tensor:
+            return t.to(weight.device, weight.dtype if t.is_floating_point() else None)
+
         with contextlib.ExitStack() as hooks:
             for name, layer in zip(stack.names, stack.modules, strict=True):
-                handle = layer.register_forward_hook(lambda m, _, out, name=name: hook(name, m, out))
+                handle = layer.register_forward_hook(lambda m, args, out, name=name: hook(name, m, args, out))
                 hooks.callback(handle.remove)
-            (self.forward or feed)(model, tree_map_only(Tensor, lambda t: t.to(device), batch))
+            (self.forward or feed)(model, tree_map_only(Tensor, placed, batch))
         silent = [name for name in stack.names if name not in found]
         if silent:
             raise ValueError(
@@ -171,7 +198,7 @@ class Probe:
 
     def _is_causal(self, model: nn.Module, stack: LayerStack) -> bool:
         """Whether a change of the last position moves no earlier one, while a change of the first moves later ones."""
-        batch = first_example(self.batches[0])
+        batch = longest_example(self.batches[0])
         mask, inputs = attention_mask(batch), positions_input(batch)
         if inputs is None or inputs.dim() < 2:
             return False
@@ -215,6 +242,8 @@ class _Taker:
         if output.dim() == 4:
             conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in layer.modules())
             output = output.flatten(2).mT if conv else output.flatten(1, 2)
+        elif output.dim() == 3 and _ends_in_conv1d(layer, output.shape[1]):
+            output = output.mT
         if output.dim() == 2:
             self.examples = self.start + torch.arange(size)
             return output
@@ -264,14 +293,40 @@ class _Taker:
 
 def _activation(name: str, output: Any) -> Tensor:
     """The tensor that a layer hands on: its output, or the first tensor in a tuple, dict or dataclass."""
+    item = _first_tensor(output)
+    if item is None:
+        raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
+    # A copy: the next module may work in place, as nn.ReLU(inplace=True) does.
+    return item.detach().to(torch.float64 if item.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         output = list(output.values())
     elif dataclasses.is_dataclass(output):
         output = [getattr(output, f.name) for f in dataclasses.fields(output)]
-    for item in output if isinstance(output, (tuple, list)) else [output]:
-        if isinstance(item, Tensor):
-            return item.detach() if item.dtype == torch.float64 else item.detach().float()
-    raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
+    items = output if isinstance(output, (tuple, list)) else [output]
+    return next((item for item in items if isinstance(item, Tensor)), None)
+
+
+def _with_forward(model: nn.Module, stack: LayerStack) -> nn.Module:
+    """``model``, or where nobody wrote it a forward the only child that holds all layers.
+
+    Raises:
+        ValueError: Several children hold layers.
+    """
+    if model.forward.__qualname__ not in NO_FORWARD:
+        return model
+    children = {name.partition(".")[0] for name in stack.names}
+    if len(children) > 1:
+        raise ValueError(f"{type(model).__name__} has no forward: pass forward=(model, batch) -> output.")
+    return _with_forward(model.get_submodule(children.pop()), stack)
+
+
+def _ends_in_conv1d(layer: nn.Module, channels: int) -> bool:
+    """Whether the last weight matrix of a layer is a Conv1d that gives ``channels``: its output is (B, C, T)."""
+    weighted = [m for m in layer.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    return bool(weighted) and isinstance(weighted[-1], nn.Conv1d) and weighted[-1].out_channels == channels
 
 
 def _moved(before: Tensor, after: Tensor) -> float:

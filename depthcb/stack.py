@@ -80,7 +80,7 @@ class LayerStack:
             modules = _modules(model)
             return cls(tuple(layers), tuple(_lookup(modules, name, model) for name in layers), model)
         if re.search(r"[*?\[]", layers):
-            pairs = [(n, m) for n, m in _modules(model).items() if _matches(n, layers) and _size(m)]
+            pairs = [(n, m) for n, m in _modules(model).items() if n and _matches(n, layers) and _size(m)]
             if not pairs:
                 raise ValueError(f"layers={layers!r} matches no module of {_title(model)}.")
         else:

@@ -1,4 +1,4 @@
-"""Scopes that leave no trace: random streams, train/eval flags and precision settings are put back."""
+"""Scopes that leave no trace: random streams, flags, buffers and precision settings are put back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """An fp32 eval-mode, gradient-free scope that leaves flags, random streams and precision as they were."""
+    """An fp32 eval-mode, gradient-free scope that leaves flags, buffers, random streams and precision as they were."""
     flags = [(m, m.training) for m in model.modules()]
+    buffers = [(m, n, b, b.clone()) for m, _ in flags for n, b in m._buffers.items() if b is not None]
+    # nn.TransformerEncoder's fused kernels skip the layers' hooks, and refuse padded inputs when a hook is set.
+    fused = torch.backends.mha.get_fastpath_enabled()
     precision = [(b, b.fp32_precision) for b in _fp32_backends()]
     devices = {p.device.type for p in model.parameters()} or {"cpu"}
     with contextlib.ExitStack() as scope:
@@ -30,8 +33,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False  # not .eval(), which modules override with side effects
             for backend, _ in precision:
                 backend.fp32_precision = "ieee"
+            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
             for module, flag in flags:
                 module.training = flag
             for backend, value in precision:
@@ -48,7 +57,9 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed a GPU not yet in use
+                for device in cuda:
+                    torch.cuda.default_generators[device].manual_seed(seed)
             yield
         finally:
             random.setstate(states[0])

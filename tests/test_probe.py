@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from depthcb import LayerStack
 from depthcb.probe import Probe, Recording
+from depthcb.undisturbed import isolated_rng
 
 WIDTH = 6
 
@@ -327,7 +328,7 @@ def test_a_mask_of_another_length_is_refused() -> None:
 
 def test_a_mask_that_says_nothing_of_padding_is_refused() -> None:
     batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 1, 7, 7)}
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 7, 7\): padding is read from a \(batch, positions\) mask"):
+    with pytest.raises(ValueError, match=r"shape \(4, 1, 7, 7\): padding is read from a \(batch, positions\) mask"):
         record(Reader(), batch)
 
 
@@ -354,3 +355,132 @@ def test_an_unfit_source_is_refused() -> None:
         Probe.collect(3, limit=4)
     with pytest.raises(ValueError, match="The probe has no batch"):
         Probe.collect(TensorDataset(torch.ones(0, 2)), limit=4)
+
+
+def test_torchs_own_encoder_with_padding_is_read() -> None:
+    """Its fused kernels run no hook, and fail on padding when there is one."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 3)
+    x, padding = torch.randn(5, 6, 8), torch.zeros(5, 6, dtype=torch.bool)
+    padding[:, 4:] = True
+    recording = record(encoder, x, forward=lambda m, b: m(b, src_key_padding_mask=padding[: len(b)]))
+    assert [r.shape for r in recording.rows] == [(5, 8)] * 3
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_take_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    assert torch.isfinite(record(TakesXY().to(dtype), torch.ones(4, 3)).rows[0]).all()
+
+
+def test_a_loader_whose_dataset_gives_whole_batches() -> None:
+    loader = DataLoader([torch.full((4, 3), float(i)) for i in range(5)], batch_size=None)
+    assert [b[0, 0].item() for b in Probe.collect(loader, 8).batches] == [0, 1]
+
+
+def test_ids_and_mask_are_found_in_nested_dicts() -> None:
+    tokens, mask = ids(), torch.ones(5, 7, dtype=torch.int64)
+    mask[1:, 5:] = 0  # the first row is the longest
+    model = Reader(causal=True)
+    flat = record(model, {"input_ids": tokens, "attention_mask": mask})
+    batch = {"index": torch.arange(5), "text": {"input_ids": tokens, "attention_mask": mask}}
+    nested = record(model, batch, forward=lambda m, b: m(**b["text"]))
+    assert nested.causal
+    torch.testing.assert_close(nested.rows, flat.rows)
+
+
+def test_causality_is_decided_on_the_longest_example() -> None:
+    """One of a single real token cannot tell; it is then refused, because its only position does not count."""
+    mask = torch.ones(5, 7, dtype=torch.int64)
+    mask[0, 1:] = 0
+    with pytest.raises(ValueError, match="Example 0 of the probe has no position that counts"):
+        record(Reader(causal=True), {"input_ids": ids(), "attention_mask": mask})
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
+
+
+class InPlace(nn.Module):
+    """Blocks that hand on the very tensor they got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adds() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.linear(x)
+        return x
+
+
+def test_layers_side_by_side_are_no_depth() -> None:
+    with pytest.raises(ValueError, match=r"'branches\.0' and 'branches\.1' read the same input"):
+        record(Branches(), torch.ones(4, 3))
+    first, second, _ = record(InPlace(), torch.randn(4, 3)).rows
+    assert not torch.equal(first, second), "the hook kept the tensor that the next block wrote to"
+
+
+def test_conv1d_maps_are_channels_first() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Conv1d(5, 5, 3))
+    x = torch.randn(4, 3, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(record(model, x).rows[1], model(x).mean(dim=2))
+
+
+def test_buffers_that_a_forward_moves_are_put_back() -> None:
+    model = TakesXY()
+    model.register_buffer("calls", torch.zeros(1))
+    buffer = model.calls
+
+    def counts(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        m.calls = m.calls + 1
+        return m(x)
+
+    record(model, torch.ones(4, 3), forward=counts)
+    assert model.calls is buffer
+    assert model.calls.item() == 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        [{"input_ids": torch.ones(7, dtype=torch.int64)}] * 5,
+        DataLoader([{"input_ids": [1, 2, 3]}] * 5, batch_size=5),
+    ],
+)
+def test_ids_that_are_no_batch_are_refused(source: Any) -> None:
+    with pytest.raises(ValueError, match=r"input_ids of a probe batch is a .*with_format\('torch'\)"):
+        Probe.collect(source, 8)
+
+
+def test_a_list_of_modules_needs_a_forward() -> None:
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    with pytest.raises(ValueError, match="ModuleList has no forward: pass forward="):
+        record(model, torch.ones(4, 3))
+
+
+def test_a_gpu_not_yet_in_use_keeps_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def queued(*_: Any) -> None:
+        raise AssertionError("torch.manual_seed would queue a seed for every GPU")
+
+    monkeypatch.setattr(torch, "manual_seed", queued)
+    with isolated_rng(3):
+        inside = torch.rand(1)
+    assert inside == torch.rand(1, generator=torch.Generator().manual_seed(3))

@@ -122,6 +122,25 @@ class SeparateLSTMs(nn.Module):
         self.embedding, self.lstms = nn.Embedding(9, 8), nn.ModuleList(nn.LSTM(8, 8) for _ in range(3))
 
 
+class Distilled(nn.Module):
+    """A student beside a larger teacher that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = nn.ModuleList(blocks(12)), nn.ModuleList(blocks(1) + blocks(1))
+        self.teacher.requires_grad_(False)
+
+
+class Aliased(nn.Module):
+    """One list under two names, and a list of embedding tables longer than it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(9, 8) for _ in range(5))
+        self.layers = nn.ModuleList(blocks(3))
+        self.body = nn.ModuleDict({"layers": self.layers})
+
+
 def swin_like() -> nn.Module:
     """Stages and down-samplers in one Sequential, as torchvision lays a Swin out."""
     stem = nn.Sequential(nn.Conv2d(3, 8, 4), nn.LayerNorm(8))
@@ -138,6 +157,7 @@ def swin_like() -> nn.Module:
         (NumberedStages, ["layer1.0", "layer1.1", "layer2.0"]),
         (swin_like, ["1.0", "1.1", "3.0", "3.1"]),
         (SeparateLSTMs, ["lstms.0", "lstms.1", "lstms.2"]),
+        (Aliased, ["layers.0", "layers.1", "layers.2"]),
     ],
 )  # fmt: skip
 def test_plain_torch_models(make: Callable[[], nn.Module], names: list[str]) -> None:
@@ -158,6 +178,7 @@ def jamba() -> nn.Module:
     [
         (t5, r"2 stacks of equal right in T5Model: .*encoder\.block.*layers='"),
         (TwoTowers, r"image \(3 x Block.*text \(2 x Block.*layers='image'"),
+        (Distilled, r"teacher \(12 x Block, [\d,]+ frozen parameters\); student \(2 x Block"),
         (FusedLSTM, r"lstm \(3 x LSTM.*use one nn\.LSTM a layer"),
         (jamba, r"model\.layers .*alternate; name the layers"),
         (lambda: nn.Linear(2, 2), "No list of same-kind layers found in Linear: name them with layers="),
@@ -193,6 +214,11 @@ def test_the_user_can_name_layers() -> None:
 def test_bad_names_are_refused(layers: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerStack.find(t5(), layers)
+
+
+def test_a_glob_leaves_out_what_has_no_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert LayerStack.find(model, "*").names == ("0", "2")
 
 
 def test_names_are_stable_under_wrappers() -> None:

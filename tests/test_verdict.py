@@ -53,3 +53,8 @@ def test_no_interval_is_refused() -> None:
     bare = {"cka": Profile((0.1, 0.2, 0.3), NAMES, "cka")}
     with pytest.raises(ValueError, match="no slope interval"):
         judge(bare, bare, 1.0)
+
+
+def test_a_control_under_which_nothing_changed_decides_nothing() -> None:
+    still = {m: Profile((0.0, 0.0, 0.0), NAMES, m) for m in ("cka", "cka_normalized")}
+    assert judge(run(0.5), still, 1.5).verdict == "none"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from depthcb.callbacks.step_events import logged_step, refuse_sharding
@@ -23,6 +23,7 @@ from depthcb.stack import LayerStack
 
 #: Layers whose reference has fewer directions than this are named in a warning [ours].
 LOW_EFFECTIVE_RANK = 5
+HALF = (torch.float16, torch.bfloat16)
 
 
 class DepthProfile(Callback):
@@ -115,7 +116,6 @@ class DepthProfile(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         self._stack = LayerStack.find(pl_module, self.layers)
-        self._entry = self._find_entry(pl_module)
         self._probe = self._collect(trainer)
         if self.reference is not None:
             self._check_reference(self.reference)
@@ -126,8 +126,10 @@ class DepthProfile(Callback):
                 "callback, or compare two checkpoints with depthcb.depth_profile."
             )
         else:
-            self.reference = Reference.record(self._probe, self._entry, self._stack, self.measures)
+            with _muted(pl_module):
+                self.reference = Reference.record(self._probe, pl_module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
+        self._warn_half(pl_module)
         self.seconds += time.perf_counter() - start
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,7 +139,8 @@ class DepthProfile(Callback):
         if self._validations % self.every_n_validations:
             return
         start = time.perf_counter()
-        recording: Recording = self._probe.record(self._entry, self._stack, self.reference.causal)
+        with _muted(pl_module):
+            recording: Recording = self._probe.record(pl_module, self._stack, self.reference.causal)
         step, epoch = logged_step(trainer), trainer.current_epoch
         for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
             self.profiles_by_measure[measure].append(profile)
@@ -167,14 +170,6 @@ class DepthProfile(Callback):
             rank_zero_warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
         return Probe.collect(source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward)
 
-    def _find_entry(self, pl_module: pl.LightningModule) -> nn.Module:
-        """The module that is called: the user's, or the child that holds all layers where it has no forward."""
-        children = {name.partition(".")[0] for name in self._stack.names}
-        if self.forward is not None or is_overridden("forward", pl_module) or len(children) > 1:
-            return pl_module
-        child: nn.Module = getattr(pl_module, children.pop())
-        return child
-
     def _check_reference(self, reference: Reference) -> None:
         if reference.layer_names != self._stack.names:
             raise ValueError(
@@ -202,6 +197,29 @@ class DepthProfile(Callback):
                 f"rank) in {', '.join(low)}: read cka_normalized beside it."
             )
 
+    def _warn_half(self, pl_module: pl.LightningModule) -> None:
+        half = {str(p.dtype) for layer in self._stack.parameters() for p in layer if p.dtype in HALF}
+        if half:
+            rank_zero_warn(
+                f"DepthProfile {self.name!r}: the weights are {', '.join(sorted(half))}, and the probe runs in that: "
+                "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
+            )
+
+
+@contextlib.contextmanager
+def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Lets a forward that logs say nothing while the probe goes through it."""
+    attributes: dict[str, Any] = vars(pl_module)
+    before = dict(attributes)
+    attributes |= {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del attributes[name]
+            if name in before:
+                attributes[name] = before[name]
+
 
 def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     """The loader whose dataset gives the probe: iterating it would move the random streams of training."""
@@ -211,7 +229,10 @@ def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     if isinstance(loader, (list, tuple)):
         loader = loader[0] if loader else None
     if loader is None:
-        raise ValueError("DepthProfile: no validation loader and no probe: pass probe=a batch, a dataset or a loader.")
+        raise ValueError(
+            "DepthProfile: no validation loader (or limit_val_batches=0) and no probe: pass probe=a batch, a dataset "
+            "or a loader, and let the Trainer validate."
+        )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             "DepthProfile: the validation data can only be iterated, which would move its random streams: pass probe=a "

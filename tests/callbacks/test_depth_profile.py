@@ -240,6 +240,32 @@ def test_a_module_without_a_forward_of_its_own_is_fed_through_its_child() -> Non
     assert watch.profiles[-1].mean > 0
 
 
+class Talks(Regression):
+    """Logs from its forward, as some do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log("calls", 1.0, reduce_fx="sum")
+        return self.model(x)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch)
+
+
+def test_a_forward_that_logs_is_muted_while_the_probe_goes_through() -> None:
+    trainers = [
+        fit(Talks(OneChild()), callbacks, numbers(), max_epochs=1, max_steps=-1) for callbacks in ([], [DepthProfile()])
+    ]
+    calls = [t.callback_metrics["calls"].item() for t in trainers]
+    assert calls[0] == calls[1] > 0
+    assert not {"log", "log_dict"} & set(vars(trainers[1].lightning_module))
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 5 directions")
+def test_half_precision_weights_are_said_to_be_probed_as_they_are() -> None:
+    with pytest.warns(UserWarning, match=r"weights are torch\.bfloat16, and the probe runs in that"):
+        fit(Regression(OneChild()), [DepthProfile()], numbers(), max_epochs=1, max_steps=-1, precision="bf16-true")
+
+
 def test_low_effective_rank_is_named() -> None:
     with pytest.warns(UserWarning, match=r"fewer than 5 directions .* in model\.blocks\.0 \("):
         fit(Regression(OneChild()), [DepthProfile()], numbers(), max_epochs=1, max_steps=-1)
@@ -266,7 +292,7 @@ def one_layer() -> nn.Module:
 @pytest.mark.parametrize(
     ("watch", "module", "data", "message"),
     [
-        (lambda: DepthProfile(), OneChild, (numbers()[0],), "no validation loader and no probe"),
+        (lambda: DepthProfile(), OneChild, (numbers()[0],), "no validation loader .* and no probe"),
         (lambda: DepthProfile(), OneChild, (numbers()[0], DataLoader(Endless(), batch_size=8)), "can only be iterated"),
         (lambda: DepthProfile(probe=torch.randn(3, 4)), OneChild, None, "gives 3 rows: a comparison needs at least 4"),
         (lambda: DepthProfile(layers="model.layers"), OneChild, None, r"'model\.layers' matches no module of Regression"),

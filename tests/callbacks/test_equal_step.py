@@ -253,6 +253,64 @@ def test_a_layer_of_two_optimizers_is_rescaled_after_the_last() -> None:
         assert ratios == pytest.approx([np.mean(row)] * 4, rel=1e-4)
 
 
+class Halves(TwoOptimizers):
+    """The lower layers belong to one optimizer, the upper ones to another, which may never step."""
+
+    lazy = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers()[: 1 if self.lazy else 2]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        lower, upper = self.model.transformer.h[:2], self.model.transformer.h[2:]
+        return torch.optim.SGD(lower.parameters(), lr=0.1), torch.optim.AdamW(upper.parameters(), lr=1e-3)
+
+
+def test_layers_of_different_optimizers_get_one_ratio() -> None:
+    control = EqualStep()
+    fit(Halves(), [control], max_steps=6)
+    assert max(control.mean_realised.values()) == pytest.approx(min(control.mean_realised.values()), rel=1e-4)
+    assert max(control.mean_wanted.values()) > 1.3 * min(control.mean_wanted.values()), "a weak test"
+
+
+def test_an_optimizer_that_never_steps_is_named() -> None:
+    module = Halves()
+    module.lazy = True
+    with pytest.warns(UserWarning, match="AdamW owns parameters of the layers and did not step"):
+        fit(module, [EqualStep()], max_steps=3)
+
+
+def test_a_target_below_zero_is_not_applied_and_names_its_layer() -> None:
+    module = seeded(TinyLM)
+    start = weights(module)
+    with pytest.raises(ValueError, match=r"not finite.*layer model\.transformer\.h\.2"):
+        fit(module, [EqualStep(target=lambda r, step: r * torch.tensor([1.0, 1, -1, 1]))])
+    moved = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(weights(module), start, strict=True)]
+    assert [ratio < 1e-7 for ratio in moved] == [False, False, True, False]
+
+
+def test_two_controls_side_by_side() -> None:
+    rows = Rows()
+    controls = [
+        EqualStep(layers="model.transformer.h.[01]", name="lower"),
+        EqualStep(layers="model.transformer.h.[23]", name="upper"),
+    ]
+    fit(seeded(TinyLM), controls, logger=rows)
+    for name in ("lower", "upper"):
+        assert len(rows.column(f"{name}/realised/L")[0]) == 2
+
+
+def test_biases_that_start_at_zero_are_refused_when_nothing_else_trains() -> None:
+    module = seeded(TinyLM)
+    for name, p in module.named_parameters():
+        p.requires_grad_(name.endswith("bias") and "ln" not in name)
+    with pytest.raises(ValueError, match=r"trainable parameters of layer .* are all 0"):
+        fit(module, [EqualStep()])
+
+
 def test_a_resumed_control_goes_on_counting(tmp_path: Any) -> None:
     """The step that a callable target sees, and the means, continue over a checkpoint that loads without pickle."""
     steps: list[int] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from depthcb.similarity import (
     MEASURES,
     CKAChange,
+    Measure,
     cka_change,
     cka_normalized_change,
     cosine_change,
@@ -171,6 +172,15 @@ def test_batched_like_one_by_one() -> None:
         a, b = (gram(x), gram(y)) if measure.needs == "gram" else (x, y)
         one_by_one = torch.stack([measure.change(p, q) for p, q in zip(a, b, strict=True)])
         assert torch.allclose(measure.change(a, b), one_by_one)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=list(MEASURES))
+def test_what_is_not_defined_is_nan_and_spares_the_rest(measure: Measure) -> None:
+    """Of three comparisons in a batch only the one without a direction is lost."""
+    x, y = torch.stack([rows(16, 5, s) for s in range(3)]), torch.stack([rows(16, 5, s) for s in range(3, 6)])
+    x[1] = 0
+    a, b = (gram(x), gram(y)) if measure.needs == "gram" else (x, y)
+    assert measure.change(a, b).isnan().tolist() == [False, True, False]
 
 
 def test_metric_computes_once_over_all_rows() -> None:
