@@ -70,10 +70,10 @@ class Settings:
     """
 
     backbone: str = "smollm2-135m"
-    steps: int = 30
+    steps: int = 24
     batch_size: int = 8
     block_size: int = 128
-    validate_every: int = 10
+    validate_every: int = 8
     val_blocks: int = 16
     probe_rows: int = 64
     probe_length: int = 48

@@ -51,7 +51,7 @@ def test_the_control_costs_little_beside_a_training_step() -> None:
 
     def control() -> None:
         steps.begin(optimizer, [optimizer])
-        done = steps.finish(optimizer)
+        done = steps.finish(optimizer, [optimizer])
         now, before = steps.now(done), steps.before(done)
         revert_non_finite(now, before)
         ratios = step_ratios(now, before)
