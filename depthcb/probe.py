@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from depthcb.batches import (
@@ -296,6 +297,8 @@ def _activation(name: str, output: Any) -> Tensor:
     item = _first_tensor(output)
     if item is None:
         raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
+    if isinstance(item, DTensor):
+        item = item.full_tensor()
     # A copy: the next module may work in place, as nn.ReLU(inplace=True) does.
     return item.detach().to(torch.float64 if item.dtype == torch.float64 else torch.float32, copy=True)
 

@@ -1,16 +1,21 @@
 """Measure and impose the step ratio ||dW|| / ||W|| of each layer, on tensors alone.
 
-All arithmetic is batched over parameters and stays on their device: nothing here reads a number back to the host.
+All arithmetic is batched over parameters and stays on their device: nothing here reads a number back to the host. Where
+parameters are sharded over processes (DTensor), each process works on its own shards, and one sum over all processes
+makes the norms whole: every tensor counts with its share, 1 / the number of processes that hold the same values.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio follows from the measured ones; see `imposed_ratios`.
 Target = str | float | Sequence[float] | Callable[[Tensor, int], Tensor]
@@ -53,9 +58,9 @@ class LayerSteps:
             fresh += new
         for parameter in fresh:
             if parameter not in self._copies:
-                self._copies[parameter] = torch.empty_like(parameter)
+                self._copies[parameter] = torch.empty_like(local(parameter))
         if fresh:
-            torch._foreach_copy_([self._copies[p] for p in fresh], fresh)
+            torch._foreach_copy_([self._copies[p] for p in fresh], [local(p) for p in fresh])
 
     def finish(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
         """The layers of the round, in depth order, if this optimizer's step was its last; else none."""
@@ -65,13 +70,21 @@ class LayerSteps:
         self.waiting.discard(number)
         return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
 
+    def opened(self, layers: Sequence[int]) -> list[list[nn.Parameter]]:
+        """The parameters of these layers that take part in this round."""
+        return [self._open[i] for i in layers]
+
     def now(self, layers: Sequence[int]) -> list[list[Tensor]]:
-        """The live parameters of these layers."""
-        return [[p.detach() for p in self._open[i]] for i in layers]
+        """The live parameters of these layers, or this process's shards of them."""
+        return [[local(p) for p in layer] for layer in self.opened(layers)]
 
     def before(self, layers: Sequence[int]) -> list[list[Tensor]]:
         """Their copies from before the step: free to be overwritten until the next round."""
-        return [[self._copies[p] for p in self._open[i]] for i in layers]
+        return [[self._copies[p] for p in layer] for layer in self.opened(layers)]
+
+    def shares(self, layers: Sequence[int]) -> tuple[float, ...] | None:
+        """What each of their tensors counts in a sum over all processes; None where each process holds them whole."""
+        return shares(self.opened(layers))
 
 
 class MeanRatios:
@@ -105,28 +118,84 @@ class MeanRatios:
 
 
 @torch.no_grad()
-def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """L2 norm of each layer's tensors seen as one vector: (L,), on the first tensor's device.
+def local(parameter: Tensor) -> Tensor:
+    """The tensor itself, or this process's shard of it, which may be empty; writing to it writes to the parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
-    >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
-    [5.0, 1.0]
-    """
-    flat = [t for layer in layers for t in layer]
-    device = flat[0].device
-    # The CPU kernel sums a whole tensor in one running fp32 number: 1e-5 off at 1M elements, growing with size.
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    norms = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)])
-    index = _layer_index(tuple(map(len, layers)), device)
-    return torch.zeros(len(layers), dtype=dtype, device=device).index_add_(0, index, norms**2).sqrt()
+
+def shares(layers: Sequence[Sequence[Tensor]]) -> tuple[float, ...] | None:
+    """1 / the number of processes that hold each tensor's values, for all tensors; None where none is sharded."""
+    flat = _flat(layers)
+    if not any(isinstance(t, DTensor) for t in flat):
+        return None
+    return tuple(_shards(t) / dist.get_world_size() for t in flat)
+
+
+def _shards(tensor: Tensor) -> int:
+    """The number of pieces that a tensor lies in."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(dim) for dim, kind in enumerate(tensor.placements) if not kind.is_replicate())
 
 
 @torch.no_grad()
-def step_ratios(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> Tensor:
-    """||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before`` with before - now."""
-    sizes = layer_norms(before)
+def layer_norms(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None = None) -> Tensor:
+    """L2 norm of each layer's tensors seen as one vector: (L,), on the first tensor's device.
+
+    Args:
+        layers: The tensors of each layer, or this process's shards of them.
+        shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
+
+    Example:
+        >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
+        [5.0, 1.0]
+    """
+    return _everywhere(_squares(layers, shares), shares).sqrt()
+
+
+@torch.no_grad()
+def step_ratios(
+    now: Sequence[Sequence[Tensor]],
+    before: Sequence[Sequence[Tensor]],
+    shares: tuple[float, ...] | None = None,
+    broken: Tensor | None = None,
+) -> Tensor:
+    """||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before`` with before - now.
+
+    Args:
+        now: The parameters of each layer, or this process's shards of them.
+        before: The same from before the step.
+        shares: As in `layer_norms`.
+        broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
+    """
+    sizes = _squares(before, shares)
     torch._foreach_sub_(_flat(before), _flat(now))
-    moved = layer_norms(before)
+    moved = _squares(before, shares)
+    if broken is not None:
+        moved = torch.where(broken, torch.nan, moved)
+    sizes, moved = _everywhere(torch.stack([sizes, moved]), shares).sqrt()
     return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that stays so has moved by 0, not by NaN
+
+
+def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
+    """Sum of squares of each layer's tensors, weighed by their shares: (L,)."""
+    flat = _flat(layers)
+    device = flat[0].device
+    # The CPU kernel sums a whole tensor in one running fp32 number: 1e-5 off at 1M elements, growing with size.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    squares = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)]).square()
+    if shares is not None:
+        squares = squares * _on_device(shares, device, dtype)
+    index = _layer_index(tuple(map(len, layers)), device)
+    return torch.zeros(len(layers), dtype=dtype, device=device).index_add_(0, index, squares)
+
+
+def _everywhere(sums: Tensor, shares: tuple[float, ...] | None) -> Tensor:
+    """The sums over all processes, where shares say that each holds only a part."""
+    if shares is not None:
+        dist.all_reduce(sums)
+    return sums
 
 
 @torch.no_grad()
@@ -225,10 +294,15 @@ def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [t for layer in layers for t in layer]
 
 
-@functools.lru_cache(maxsize=16)
 def _layer_index(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """The layer that each tensor of a flat list belongs to; cached, so that a GPU sees one small copy in all."""
-    return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+    """The layer that each tensor of a flat list belongs to."""
+    return _on_device(tuple(i for i, count in enumerate(counts) for _ in range(count)), device, torch.int64)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The numbers as a tensor; cached, so that a GPU sees one small copy in all."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _index(optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> int:

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from depthcb import LayerStack
+from depthcb.callbacks.step_events import OptimizerStepCallback
 
 VOCABULARY, LENGTH = 61, 12
 
@@ -93,3 +97,33 @@ class Rows(DummyLogger):
 def seeded(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
     pl.seed_everything(3, verbose=False)
     return make()
+
+
+def weights(module: pl.LightningModule, layers: Any = None) -> list[np.ndarray]:
+    """One float64 vector a layer."""
+    stack = LayerStack.find(module, layers)
+    return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in stack.parameters()]
+
+
+class Judge(OptimizerStepCallback):
+    """Keeps each layer's weights before and after every step; sits before and after EqualStep."""
+
+    def __init__(self) -> None:
+        self.before: list[list[np.ndarray]] = []
+        self.after: list[list[np.ndarray]] = []
+
+    def on_before_optimizer_closure(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.before.append(weights(pl_module))
+
+    def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.after.append(weights(pl_module))
+
+    def steps(self) -> list[list[np.ndarray]]:
+        return [
+            [a - b for a, b in zip(now, start, strict=True)] for now, start in zip(self.after, self.before, strict=True)
+        ]
+
+    def ratios(self) -> np.ndarray:
+        """(steps, L)."""
+        sizes = [[np.linalg.norm(b) for b in start] for start in self.before]
+        return np.array([[np.linalg.norm(d) for d in step] for step in self.steps()]) / np.array(sizes)

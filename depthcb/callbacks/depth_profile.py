@@ -119,7 +119,7 @@ class DepthProfile(Callback):
         self._probe = self._collect(trainer)
         if self.reference is not None:
             self._check_reference(self.reference)
-        elif trainer.ckpt_path is not None:
+        elif trainer.ckpt_path is not None and trainer.global_step > 0:  # finders restore their own, from step 0
             raise ValueError(
                 f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
                 "and the resumed weights would be a wrong one: resume from a full checkpoint of a run that had this "

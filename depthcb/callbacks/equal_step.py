@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from depthcb.adapters import adapted_modules
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import (
@@ -19,8 +20,10 @@ from depthcb.step_ratio import (
     check_target,
     imposed_ratios,
     layer_norms,
+    local,
     rescale,
     revert_non_finite,
+    shares,
     step_ratios,
 )
 
@@ -86,7 +89,8 @@ class EqualStep(OptimizerStepCallback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not later: after a forward, FSDP shows gathered parameters in place of the shards that the optimizer owns.
         stack = LayerStack.find(pl_module, self.layers)
         groups = dict(zip(stack.names, stack.parameters(), strict=True))
         self._labels = [f"L{i:02d}" for i in range(len(stack))]
@@ -95,13 +99,16 @@ class EqualStep(OptimizerStepCallback):
             groups |= outside
             self._labels += list(outside)
         self.names = tuple(groups)
+        _check_adapters(stack)
         check_target(self.target, len(groups))
         _check_weights(groups, trainer.optimizers)
-        if trainer.ckpt_path is None or len(self.mean_wanted.sums) != len(groups):
-            self.mean_wanted, self.mean_realised = MeanRatios(len(groups)), MeanRatios(len(groups))
-            self._steps_made = 0
         self._steps = LayerSteps(list(groups.values()))
         self._broken: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or another model
+            self.mean_wanted, self.mean_realised = MeanRatios(len(self.names)), MeanRatios(len(self.names))
+            self._steps_made = 0
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
@@ -117,8 +124,9 @@ class EqualStep(OptimizerStepCallback):
         logs = is_log_step(trainer)
         start = [[t.clone() for t in layer] for layer in before] if logs else []
         broken = revert_non_finite(now, before)
-        ratios = step_ratios(now, before)
-        broken |= ~ratios.isfinite()  # the layer's norm was 0
+        shares = self._steps.shares(done)
+        ratios = step_ratios(now, before, shares, broken)
+        broken = ~ratios.isfinite()  # in any process; or the layer's norm was 0
         ratios = torch.where(broken, 0.0, ratios)
         wanted = self._wanted(ratios, done)
         broken |= ~(wanted.isfinite() & (wanted >= 0)) & (ratios > 0)
@@ -128,7 +136,7 @@ class EqualStep(OptimizerStepCallback):
         self._remember(broken, done)
         self._steps_made += 1
         if logs:
-            self._log(trainer, done, ratios, scale, step_ratios(now, start))
+            self._log(trainer, done, ratios, scale, step_ratios(now, start, shares))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._raise_if_broken()
@@ -185,6 +193,16 @@ class EqualStep(OptimizerStepCallback):
         self.mean_realised.note({i: actual for i, _, _, actual in rows})
 
 
+def _check_adapters(stack: LayerStack) -> None:
+    """Refuses layers that train low-rank adapters."""
+    for name, layer in zip(stack.names, stack.modules, strict=True):
+        if any(p.requires_grad for m in adapted_modules(layer) for p in m.parameters()):
+            raise ValueError(
+                f"EqualStep: layer {name} trains LoRA adapters. Its weight W0 + BA is bilinear in them, so that no one "
+                "factor on the step sets its ratio: train the weights themselves, or watch with UpdateRatioMonitor."
+            )
+
+
 def _check_weights(groups: dict[str, list[torch.nn.Parameter]], optimizers: list[Optimizer]) -> None:
     """Refuses layers whose step ratio cannot be defined, once, before the first step."""
     parameters = [p for group in groups.values() for p in group]
@@ -195,7 +213,8 @@ def _check_weights(groups: dict[str, list[torch.nn.Parameter]], optimizers: list
             f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name those "
             "that are trained."
         )
-    norms = layer_norms(list(trained.values())).tolist() if trained else []
+    held = [[local(p) for p in group] for group in trained.values()]
+    norms = layer_norms(held, shares(list(trained.values()))).tolist() if trained else []
     zero = [name for name, norm in zip(trained, norms, strict=True) if norm == 0]
     if zero:
         raise ValueError(

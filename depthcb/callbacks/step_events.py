@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
 
@@ -20,7 +20,7 @@ class OptimizerStepCallback(Callback):
     ``on_fit_end``, ``on_exception`` or ``teardown`` calls ``super()``.
 
     Raises:
-        ValueError: At fit start, for a strategy that steps by itself (DeepSpeed) or shards parameters (FSDP).
+        ValueError: At fit start, for a strategy that steps by itself (DeepSpeed) or flattens parameters (FSDP1).
 
     Example:
         >>> from depthcb import OptimizerStepCallback
@@ -75,15 +75,15 @@ class OptimizerStepCallback(Callback):
 
 
 def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
-    """Refuses strategies under which a rank holds only a part of a layer, or an engine steps out of sight.
+    """Refuses strategies whose parameters are not the layers' own: flattened, or stepped by an engine out of sight.
 
     Raises:
-        ValueError: DeepSpeed, FSDP or a model-parallel strategy.
+        ValueError: DeepSpeed or FSDP1.
     """
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
         raise ValueError(
-            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}: layers whose parameters "
-            "are sharded, or stepped by an engine of their own, would give wrong numbers; use strategy='ddp' or 'auto'."
+            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
+            "parameters or steps them by an engine of its own: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
         )
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from depthcb.adapters import adapted_modules, effective_weight
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, step_ratios
@@ -17,6 +19,7 @@ from depthcb.step_ratio import LayerSteps, MeanRatios, step_ratios
 class UpdateRatioMonitor(OptimizerStepCallback):
     """Logs each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or a callback before this one, left it.
 
+    A layer with LoRA adapters is measured by the weights that they make, W0 + BA [ours].
     Placed after `EqualStep` in the Trainer's list it sees the controlled step, placed before it the optimizer's own.
     Between log steps it does nothing at all; from the first one on it keeps one more copy of the layers' parameters.
 
@@ -49,25 +52,32 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not later: after a forward, FSDP shows gathered parameters in place of the shards that the optimizer owns.
         stack = LayerStack.find(pl_module, self.layers)
         self.names = stack.names
         self._steps = LayerSteps(stack.parameters())
-        if trainer.ckpt_path is None or len(self.mean.sums) != len(stack):
-            self.mean = MeanRatios(len(stack))
+        self._adapted = [adapted_modules(layer) for layer in stack.modules]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
+            self.mean = MeanRatios(len(self.names))
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if is_log_step(trainer):
-            self._steps.begin(optimizer, trainer.optimizers)
+        if not is_log_step(trainer):
+            return
+        if not self._steps.waiting:
+            self._weights = [[effective_weight(m) for m in layer] for layer in self._adapted]
+        self._steps.begin(optimizer, trainer.optimizers)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         done = self._steps.finish(optimizer, trainer.optimizers)
         if not done:
             return
-        ratios = dict(zip(done, step_ratios(self._steps.now(done), self._steps.before(done)).tolist(), strict=True))
+        ratios = dict(zip(done, self._measure(done).tolist(), strict=True))
         broken = [self.names[i] for i, ratio in ratios.items() if not math.isfinite(ratio)]
         if broken:
             rank_zero_warn(f"UpdateRatioMonitor: the step ratio of layer {', '.join(broken)} is not finite.")
@@ -78,6 +88,19 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
         log_row(trainer, row)
         self.mean.note(updated)
+
+    def _measure(self, done: list[int]) -> Tensor:
+        """Step ratios of the layers in ``done``; adapters count by the weights that they make, not by their own."""
+        if not any(self._adapted):
+            return step_ratios(self._steps.now(done), self._steps.before(done), self._steps.shares(done))
+        own = {p for layer in self._adapted for m in layer for p in m.parameters()}
+        opened, now, before = self._steps.opened(done), self._steps.now(done), self._steps.before(done)
+        for i, parameters, *sides in zip(done, opened, now, before, strict=True):
+            for side, weights in zip(
+                sides, ([effective_weight(m) for m in self._adapted[i]], self._weights[i]), strict=True
+            ):
+                side[:] = [t for p, t in zip(parameters, side, strict=True) if p not in own] + weights
+        return step_ratios(now, before)
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean.state_dict()}

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,23 +19,37 @@ from support import TinyLM, seeded, texts
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 
-def main(folder: Path, world: int) -> None:
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+class Fed(TinyLM):
+    """Reads its share of each batch, in whatever process it finds itself."""
+
+    def train_dataloader(self) -> Any:
+        data, ranks = texts(32), self.trainer.world_size
+        sampler = DistributedSampler(data, num_replicas=ranks, rank=self.trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(data, 8 // ranks, sampler=sampler)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(texts(16, seed=1), batch_size=8)
+
+
+def main(folder: Path, world: int, strategy: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    module = seeded(lambda: TinyLM(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))).eval()  # no dropout
+    module = seeded(lambda: Fed(sgd)).eval()  # no dropout
     control, watch = EqualStep(), DepthProfile()
-    data = texts(32)
-    sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
     trainer = pl.Trainer(
-        max_epochs=1, devices=world, accelerator="cpu", strategy="ddp" if world > 1 else "auto",
+        max_epochs=1, devices=world, accelerator="cpu", strategy=strategy,
         callbacks=[control, UpdateRatioMonitor(), watch], logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, 8 // world, sampler=sampler), DataLoader(texts(16, seed=1), batch_size=8))
+    trainer.fit(module)
     seen = {
         "weights": torch.cat([p.detach().flatten() for p in module.parameters()]).tolist(),
-        "change": watch.profiles[-1].change,
+        "change": watch.profiles[-1].change if watch.profiles else None,  # spawned processes keep theirs
         "realised": control.mean_realised.values(),
         "monitored": float(trainer.callback_metrics["depth/cka/slope"]),
     }
@@ -42,4 +57,4 @@ def main(folder: Path, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

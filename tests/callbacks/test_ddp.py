@@ -13,22 +13,24 @@ from typing import Any
 import pytest
 
 
-def run(folder: Path, world: int) -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
+def run(folder: Path, world: int, strategy: str = "auto") -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
     """What each rank saw, the logged rows, and all output."""
     folder.mkdir()
-    command = [sys.executable, str(Path(__file__).with_name("ddp_fit.py")), str(folder), str(world)]
+    command = [sys.executable, str(Path(__file__).with_name("ddp_fit.py")), str(folder), str(world), strategy]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    ranks = [
+        json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(1 if strategy == "ddp_spawn" else world)
+    ]
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         return ranks, list(csv.DictReader(file)), done.stdout + done.stderr
 
 
 def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
     (alone,), rows_alone, _ = run(tmp_path / "one", 1)
-    (first, second), rows, output = run(tmp_path / "two", 2)
+    (first, second), rows, output = run(tmp_path / "two", 2, "ddp")
     assert first == second
     assert first["weights"] == pytest.approx(alone["weights"], abs=1e-6)
     assert first["change"] == pytest.approx(alone["change"], rel=1e-3)
@@ -38,3 +40,14 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> Non
         assert steps == [row["step"] for row in rows_alone if row[key]]
         assert len(steps) == len(set(steps)) > 0
     assert "self.log('depth" not in output, "Lightning warned about the profile's own metrics"
+
+
+def test_spawned_processes_agree_with_one(tmp_path: Path) -> None:
+    """The callbacks of the parent stay as they were; weights come back, and what was measured is in the log."""
+    (alone,), rows_alone, _ = run(tmp_path / "one", 1)
+    (parent,), rows, _ = run(tmp_path / "two", 2, "ddp_spawn")
+    assert parent["weights"] == pytest.approx(alone["weights"], abs=1e-6)
+    for key in ("depth/cka/L00", "depth/cka/slope", "equal_step/realised/L00", "update_ratio/L03"):
+        values = [[float(row[key]) for row in side if row[key]] for side in (rows, rows_alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+        assert values[0]

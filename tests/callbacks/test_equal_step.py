@@ -12,47 +12,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from support import Rows, TinyLM, fit, loaders, logged, seeded
+from support import Judge, Rows, TinyLM, fit, loaders, logged, seeded, weights
 from torch import Tensor, nn
 
 from depthcb import EqualStep, LayerStack, UpdateRatioMonitor
-from depthcb.callbacks.step_events import OptimizerStepCallback
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1.0, max_iter=3),
 }
-
-
-def weights(module: pl.LightningModule, layers: Any = None) -> list[np.ndarray]:
-    """One float64 vector a layer."""
-    stack = LayerStack.find(module, layers)
-    return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in stack.parameters()]
-
-
-class Judge(OptimizerStepCallback):
-    """Keeps each layer's weights before and after every step; sits before and after EqualStep."""
-
-    def __init__(self) -> None:
-        self.before: list[list[np.ndarray]] = []
-        self.after: list[list[np.ndarray]] = []
-
-    def on_before_optimizer_closure(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.before.append(weights(pl_module))
-
-    def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.after.append(weights(pl_module))
-
-    def steps(self) -> list[list[np.ndarray]]:
-        return [
-            [a - b for a, b in zip(now, start, strict=True)] for now, start in zip(self.after, self.before, strict=True)
-        ]
-
-    def ratios(self) -> np.ndarray:
-        """(steps, L)."""
-        sizes = [[np.linalg.norm(b) for b in start] for start in self.before]
-        return np.array([[np.linalg.norm(d) for d in step] for step in self.steps()]) / np.array(sizes)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -1,0 +1,65 @@
+"""LoRA through peft: the monitor sees the weights that adapters make, the control refuses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support import Rows, TinyLM, fit, seeded
+
+from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # peft on transformers 5.23
+
+
+class Adapted(TinyLM):
+    """TinyLM with adapters on its fused attention weights; B starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-2))
+        config = LoraConfig(r=2, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True)
+        self.model = get_peft_model(self.model, config)
+
+
+def effective(module: pl.LightningModule) -> list[np.ndarray]:
+    """W0 + alpha / r (B A)^T of each layer in float64, written out."""
+    found = []
+    for layer in LayerStack.find(module).modules:
+        adapted: Any = layer.attn.c_attn  # type: ignore[union-attr]
+        a, b, w = (
+            t.detach().double().numpy()
+            for t in (adapted.lora_A.default.weight, adapted.lora_B.default.weight, adapted.base_layer.weight)
+        )
+        found.append(w + 8 / 2 * (b @ a).T)
+    return found
+
+
+class Edges(pl.Callback):
+    """Weights at the edges of every batch."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[np.ndarray]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.weights.append(effective(pl_module))
+
+
+def test_the_monitor_reports_the_effective_weight() -> None:
+    module, rows, edges, watch = seeded(Adapted), Rows(), Edges(), DepthProfile()
+    fit(module, [edges, UpdateRatioMonitor(), watch], logger=rows)
+    edges.weights.append(effective(module))
+    expected = [
+        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(start, end, strict=True)]
+        for start, end in zip(edges.weights, edges.weights[1:], strict=False)
+    ]
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(np.array(expected), rel=1e-4)
+    assert watch.profiles[-1].mean > 0
+
+
+def test_the_control_refuses_adapters() -> None:
+    with pytest.raises(ValueError, match=r"layer .*h\.0 trains LoRA adapters.*UpdateRatioMonitor"):
+        fit(seeded(Adapted), [EqualStep()])

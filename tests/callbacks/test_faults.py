@@ -1,0 +1,78 @@
+"""Real processes that are stopped and killed: nothing measured is lost, and a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support import TinyLM, fit, loaders, seeded
+
+from depthcb import DepthProfile, EqualStep
+
+
+def run(folder: Path, stop: str = "", resume: str = "", shuffled: str = "") -> tuple[int, dict[str, Any]]:
+    """The exit status, and what the process saw if it could still write it."""
+    folder.mkdir()
+    script = Path(__file__).with_name("killed_fit.py")
+    command = [sys.executable, str(script), str(folder), stop, resume, shuffled]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    if not stop:
+        assert done.returncode == 0, done.stderr[-4000:]
+    seen = folder / "seen.json"
+    return done.returncode, json.loads(seen.read_text()) if seen.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An uninterrupted run."""
+    return run(tmp_path_factory.mktemp("through") / "run")[1]
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(through: dict[str, Any], tmp_path: Path) -> None:
+    status, seen = run(tmp_path / "killed", stop="SIGKILL")
+    assert (status, seen) == (-signal.SIGKILL, {})
+    _, resumed = run(tmp_path / "resumed", resume=str(tmp_path / "killed" / "last.ckpt"))
+    assert resumed["weights"] == through["weights"]
+    assert resumed["profiles"] == through["profiles"]
+    assert len(resumed["profiles"]) == 3
+    assert resumed["steps"] == through["steps"] == [12] * 4
+
+
+def test_with_shuffling_and_dropout_it_still_compares_with_the_pretrained_model(tmp_path: Path) -> None:
+    run(tmp_path / "killed", stop="SIGKILL", shuffled="yes")
+    _, resumed = run(tmp_path / "resumed", resume=str(tmp_path / "killed" / "last.ckpt"), shuffled="yes")
+    means = [sum(p["change"]) for p in resumed["profiles"]]
+    assert len(means) == 3
+    assert means[2] > means[1] > means[0] > 0, "a reference taken at the resume would have made the last one small"
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT"])
+def test_a_signal_leaves_no_hook_and_every_profile(stop: str, through: dict[str, Any], tmp_path: Path) -> None:
+    _, seen = run(tmp_path / "run", stop=stop)
+    assert seen["hooks"] == 0
+    assert seen["profiles"] == through["profiles"][:2]
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    saved = [float(row["depth/cka/mean"]) for row in rows if row["depth/cka/mean"]]
+    assert saved == pytest.approx([sum(p["change"]) / 4 for p in through["profiles"][:2]])
+
+
+def test_a_resume_into_another_model_is_refused(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "last")
+    fit(seeded(TinyLM), [EqualStep(), DepthProfile(), keep], enable_checkpointing=True)
+    trainer = pl.Trainer(
+        max_steps=8, callbacks=[DepthProfile()], logger=False, accelerator="cpu", enable_progress_bar=False
+    )
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # PyTorch's own words
+        trainer.fit(seeded(lambda: TinyLM(layers=3)), *loaders(), ckpt_path=tmp_path / "last.ckpt")

@@ -1,0 +1,49 @@
+"""Parameters in pieces on 2 and 4 real processes: the numbers are those of one process, and a resume goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run(folder: Path, name: str, world: int, resume: str = "", checkpoints: str = "plain") -> list[dict[str, Any]]:
+    """What each process saw."""
+    folder.mkdir()
+    script = Path(__file__).with_name("sharded_fit.py")
+    command = [sys.executable, str(script), str(folder), name, resume, checkpoints]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize(("name", "world"), [("dp2", 2), ("dp2_root", 2), ("tp2", 2), ("dp2_tp2", 4)])
+def test_pieces_give_what_the_whole_gives(name: str, world: int, tmp_path: Path) -> None:
+    (alone,) = run(tmp_path / "one", "one_even" if "tp" in name else "one", 1)
+    ranks = run(tmp_path / name, name, world)
+    for seen in ranks:
+        assert seen["weights"] == pytest.approx(alone["weights"], abs=1e-5)
+        assert seen["realised"] == pytest.approx(alone["realised"], rel=1e-5)
+        assert seen["change"] == pytest.approx(alone["change"], rel=1e-3)
+        assert (seen["weights"], seen["realised"]) == (ranks[0]["weights"], ranks[0]["realised"])
+    if name == "dp2":
+        pieces = [shape for seen in ranks for shape in seen["pieces"]]
+        assert {(7, 8), (6, 8), (1,), (0,)} <= set(map(tuple, pieces)), "no uneven or empty shard: a weak test"
+    # 8 steps, all logged: EqualStep 1 + 1 for what came of it, the monitor 1; and 1 before training.
+    assert ranks[0]["collectives"] <= 8 * 3 + 1
+
+
+@pytest.mark.parametrize("checkpoints", ["plain", "distributed"])
+def test_a_resume_from_a_checkpoint_in_pieces_goes_on_exactly(checkpoints: str, tmp_path: Path) -> None:
+    through = run(tmp_path / "through", "dp2", 2, checkpoints=checkpoints)
+    resumed = run(tmp_path / "resumed", "dp2", 2, str(tmp_path / "through" / "first.ckpt"), checkpoints)
+    for a, b in zip(through, resumed, strict=True):
+        assert a["weights"] == b["weights"]
+        assert a["change"] == b["change"]
+        assert a["profiles"] == b["profiles"] == 2

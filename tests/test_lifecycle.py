@@ -1,0 +1,412 @@
+"""Every callback of the package through the ways people really train: loops, optimizers, precisions, company."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from support import Judge, Rows, TinyLM, fit, loaders, seeded, texts
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Adafactor
+
+from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
+
+Optimizer = Callable[[Any], Any]
+
+
+@dataclass
+class Suite:
+    """All callbacks, with a judge before and after the control, and what they logged."""
+
+    wanted: Judge
+    control: EqualStep
+    realised: Judge
+    watch: DepthProfile
+    rows: Rows
+
+    @classmethod
+    def make(cls) -> Suite:
+        return cls(Judge(), EqualStep(), Judge(), DepthProfile(), Rows())
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        raw, seen = UpdateRatioMonitor(name="raw"), UpdateRatioMonitor()
+        return [self.wanted, raw, self.control, seen, self.realised, self.watch]
+
+    def fit(self, module: pl.LightningModule, data: Any = None, **options: Any) -> pl.Trainer:
+        extra = options.pop("also", [])
+        hooks = count_hooks(module)
+        trainer = fit(module, [*self.callbacks, *extra], data, logger=self.rows, **options)
+        assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
+        assert count_hooks(module) == hooks
+        return trainer
+
+    def check(self, steps: int, validations: int) -> None:
+        """So many real steps, each equal over the layers and logged; so many profiles in the rows of val/loss."""
+        assert len(self.realised.after) == steps
+        ratios, target = self.realised.ratios(), self.wanted.ratios().mean(axis=1, keepdims=True)
+        resolved = target[:, 0] > 1e-4
+        assert resolved.any()
+        assert np.abs(ratios[resolved] / target[resolved] - 1).max() < 1e-4
+        logged = {key: self.rows.column(f"{key}/L") for key in ("raw", "update_ratio", "equal_step/realised")}
+        moved = (ratios > 0).all(axis=1)
+        for key, judge in (
+            ("raw", self.wanted),
+            ("update_ratio", self.realised),
+            ("equal_step/realised", self.realised),
+        ):
+            assert np.array(logged[key]) == pytest.approx(judge.ratios()[moved], rel=1e-5)
+        assert len(self.watch.profiles) == validations
+        stamped = [row["step"] for row in self.rows.rows if any(k.startswith("val/loss") for k in row)]
+        assert [p.step for p in self.watch.profiles] == stamped
+        assert all(0 < p.mean < 2 for p in self.watch.profiles)
+
+
+def count_hooks(module: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+LOOPS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "partial accumulation window": ({"accumulate_grad_batches": 3, "max_steps": -1, "max_epochs": 2}, 4, 2),
+    "half an epoch between validations": ({"val_check_interval": 0.5, "max_steps": -1, "max_epochs": 2}, 8, 4),
+    "steps between validations": (
+        {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_steps": -1, "max_epochs": 3}, 12, 4,
+    ),
+    "max_steps in mid-epoch": ({"max_steps": 6, "val_check_interval": 2}, 6, 3),
+    "limited batches": (
+        {"limit_train_batches": 3, "limit_val_batches": 1, "max_steps": -1, "max_epochs": 2}, 6, 2,
+    ),
+    "sanity check": ({"num_sanity_val_steps": 2, "max_steps": -1, "max_epochs": 1}, 4, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops(name: str) -> None:
+    options, steps, validations = LOOPS[name]
+    suite = Suite.make()
+    suite.fit(seeded(TinyLM), **options)
+    suite.check(steps, validations)
+
+
+def test_fast_dev_run() -> None:
+    suite = Suite.make()
+    suite.fit(seeded(TinyLM), fast_dev_run=True)
+    assert len(suite.realised.after) == len(suite.watch.profiles) == 1
+
+
+class TwoSets(TinyLM):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val/loss", self.loss(batch))
+
+
+def test_several_validation_loaders() -> None:
+    train, val = loaders()
+    suite = Suite.make()
+    suite.fit(seeded(TwoSets), (train, [val, DataLoader(texts(8, seed=2), batch_size=4)]))
+    suite.check(4, 1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_no_validation_at_all() -> None:
+    wanted, realised = Judge(), Judge()
+    fit(seeded(TinyLM), [wanted, EqualStep(), realised], (loaders()[0],))
+    target = wanted.ratios().mean(axis=1, keepdims=True)
+    assert np.abs(realised.ratios() / target - 1).max() < 1e-4
+
+
+def test_validating_alone_does_nothing() -> None:
+    suite, module = Suite.make(), seeded(TinyLM)
+    trainer = pl.Trainer(callbacks=suite.callbacks, logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.validate(module, loaders()[1], verbose=False)
+    assert not suite.watch.profiles
+    assert suite.watch.reference is None
+
+
+def test_a_refit_with_the_same_objects() -> None:
+    suite, module = Suite.make(), seeded(TinyLM)
+    suite.fit(module)
+    first = suite.watch.profiles[0].mean
+    suite.fit(module)
+    assert len(suite.realised.after) == 8
+    assert len(suite.watch.profiles) == 2
+    assert suite.watch.profiles[1].mean > first, "the second fit measures from where the first began"
+
+
+def groups(parameters: list[Any]) -> Any:
+    half = len(parameters) // 2
+    return torch.optim.AdamW([{"params": parameters[:half], "lr": 1e-3}, {"params": parameters[half:], "lr": 4e-3}])
+
+
+def warmed(parameters: list[Any]) -> Any:
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def one_cycle(parameters: list[Any]) -> Any:
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "AdamW plain": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adafactor": lambda p: Adafactor(p, lr=1e-3, scale_parameter=False, relative_step=False),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, max_iter=3),
+    "groups of different lr": groups,
+    "one cycle": one_cycle,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str) -> None:
+    suite = Suite.make()
+    suite.fit(seeded(lambda: TinyLM(OPTIMIZERS[name])))
+    suite.check(4, 1)
+
+
+def test_a_first_step_of_lr_0_moves_nothing_and_is_not_logged() -> None:
+    suite = Suite.make()
+    suite.fit(seeded(lambda: TinyLM(warmed)))
+    suite.check(4, 1)
+    assert (suite.realised.ratios()[0] == 0).all()
+    assert len(suite.rows.column("equal_step/ratio/L")) == 3
+
+
+class MuonAndAdamW(TinyLM):
+    """Matrices to Muon, the rest to AdamW: each layer belongs to both."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers:  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in optimizers:  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        inside = {p for layer in LayerStack.find(self).parameters() for p in layer}
+        matrices = [p for p in inside if p.ndim == 2]
+        rest = [p for p in self.parameters() if p not in set(matrices)]
+        return torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3)
+
+
+def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
+    """Judged between batches, where both optimizers have stepped."""
+    edges: list[list[np.ndarray]] = []
+
+    class Edges(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            edges.append(weights_now(pl_module))
+
+    module = seeded(MuonAndAdamW)
+    fit(module, [Edges(), EqualStep(), DepthProfile()], max_steps=8)
+    edges.append(weights_now(module))
+    for start, end in itertools.pairwise(edges):
+        ratios = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(start, end, strict=True)]
+        assert ratios == pytest.approx([np.mean(ratios)] * 4, rel=1e-4)
+        assert min(ratios) > 1e-4
+
+
+def weights_now(module: pl.LightningModule) -> list[np.ndarray]:
+    layers = LayerStack.find(module).parameters()
+    return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in layers]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_precisions(precision: Any) -> None:
+    suite = Suite.make()
+    suite.fit(seeded(TinyLM), precision=precision)
+    suite.check(4, 1)
+
+
+def test_bf16_weights_log_what_was_realised() -> None:
+    suite = Suite.make()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        suite.fit(seeded(TinyLM), precision="bf16-true")
+    said = " ".join(str(w.message) for w in warned)
+    assert "a small step is rounded away" in said
+    assert "the probe runs in that" in said
+    realised = np.array(suite.rows.column("equal_step/realised/L"))
+    assert realised == pytest.approx(suite.realised.ratios(), rel=1e-2)
+    assert suite.watch.profiles[-1].mean > 0
+
+
+class Unfreezes(BaseFinetuning):
+    """Trains the upper layers, from the second epoch on all."""
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.model.transformer.h[:2], train_bn=False)  # type: ignore[union-attr,index]
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model.transformer.h[:2], optimizer, lr=1e-3)  # type: ignore[union-attr,index]
+
+
+class OnlyTrainable(TinyLM):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*initial_denom_lr.*")
+def test_layers_unfrozen_later_join_the_control() -> None:
+    wanted, realised, watch = Judge(), Judge(), DepthProfile()
+    fit(seeded(OnlyTrainable), [Unfreezes(), wanted, EqualStep(), realised, watch], max_steps=-1, max_epochs=2)
+    ratios = realised.ratios()
+    assert (ratios[:4, :2] == 0).all()
+    assert ratios[:4, 2:] == pytest.approx(wanted.ratios()[:4, 2:].mean(axis=1, keepdims=True).repeat(2, 1), rel=1e-4)
+    assert ratios[4:] == pytest.approx(wanted.ratios()[4:].mean(axis=1, keepdims=True).repeat(4, 1), rel=1e-4)
+    assert len(watch.profiles) == 2
+
+
+def test_checkpoints_and_early_stopping_monitor_the_slope(tmp_path: Any) -> None:
+    suite = Suite.make()
+    keep = ModelCheckpoint(tmp_path, "{epoch}", monitor="depth/cka/slope", mode="max", save_top_k=1)
+    stop = EarlyStopping("depth/cka/slope", patience=0, min_delta=1e9, mode="max")
+    suite.fit(seeded(TinyLM), also=[keep, stop], max_steps=-1, max_epochs=5, enable_checkpointing=True)
+    slopes = [p.slope for p in suite.watch.profiles]
+    assert len(slopes) == 2, "no slope grows by 1e9: stopped after the second validation"
+    assert keep.best_model_score == pytest.approx(max(slopes))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_which_weights_are_measured_beside_an_average(first: bool) -> None:
+    """In front of the averaging the averaged weights, behind it the raw ones."""
+    change = []
+    for average in ([], [EMAWeightAveraging(decay=0.99)]):
+        watch = DepthProfile()
+        fit(seeded(TinyLM), [watch, *average] if first else [*average, watch])
+        change.append(watch.profiles[-1].mean)
+    raw, beside = change
+    assert beside < raw / 2 if first else beside == raw
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_stochastic_weight_averaging() -> None:
+    wanted, realised, watch = Judge(), Judge(), DepthProfile()
+    average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    fit(seeded(TinyLM), [average, wanted, EqualStep(), realised, watch], max_steps=-1, max_epochs=3)
+    target = wanted.ratios().mean(axis=1, keepdims=True)
+    assert realised.ratios() == pytest.approx(target.repeat(4, 1), rel=1e-4)
+    assert len(watch.profiles) == 3
+
+
+class Tuned(TinyLM):
+    """What the finders turn: a learning rate and a batch size."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))
+        self.lr, self.batch_size = 1e-3, 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(texts(64), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return loaders()[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("finder", ["lr", "batch_size"])
+def test_finders_are_unharmed_and_leave_the_reference_alone(finder: str, tmp_path: Any) -> None:
+    found = {}
+    for with_callbacks in (False, True):
+        module = seeded(Tuned)
+        suite = Suite.make()
+        tuner: pl.Callback = (
+            LearningRateFinder(num_training_steps=20)
+            if finder == "lr"
+            else BatchSizeFinder(mode="power", steps_per_trial=1, max_trials=2)
+        )
+        pl.seed_everything(7, verbose=False)
+        watchers: list[Any] = [suite.watch, UpdateRatioMonitor()] if with_callbacks else []
+        trainer = pl.Trainer(
+            max_steps=4, callbacks=[tuner, *watchers], logger=False, enable_progress_bar=False, accelerator="cpu",
+            enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.fit(module)
+        found[with_callbacks] = module.lr, module.batch_size, *[p.detach().sum().item() for p in module.parameters()]
+        if with_callbacks:
+            again = DepthProfile()
+            fit(seeded(Tuned), [again], (seeded(Tuned).train_dataloader(), loaders()[1]), max_steps=1)  # type: ignore[operator]
+            torch.testing.assert_close(suite.watch.reference.sketches, again.reference.sketches)  # type: ignore[union-attr]
+    assert found[True] == found[False]
+
+
+class Checkpointed(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.gradient_checkpointing_enable()
+
+
+class CompiledBlocks(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.model.transformer.h:
+            block.compile(backend="aot_eager")
+
+
+class CompiledModel(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.compile(self.model, backend="aot_eager")  # type: ignore[assignment]
+
+
+class Lazy(TinyLM):
+    """Builds its model when the Trainer asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built, self.model = self.model, None  # type: ignore[assignment]
+        del self._modules["built"]
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = seeded(TinyLM).model  # type: ignore[assignment]
+
+
+class Shared(TinyLM):
+    """One block run four times, as ALBERT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = self.model.transformer.h[0]
+        self.model.transformer.h = torch.nn.ModuleList([block] * 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [Checkpointed, CompiledBlocks, CompiledModel, Lazy])
+def test_models(make: Callable[[], pl.LightningModule]) -> None:
+    suite = Suite.make()
+    suite.fit(seeded(make))
+    suite.check(4, 1)
+    assert all(".transformer.h." in name and "_orig_mod" not in name for name in suite.control.names)
+
+
+@pytest.mark.parametrize("callback", [EqualStep, UpdateRatioMonitor, DepthProfile])
+def test_shared_layers_are_refused(callback: Callable[[], pl.Callback]) -> None:
+    """The same block at several depths has no depth of its own."""
+    with pytest.raises(ValueError, match=r"No list of same-kind layers|stands twice|of one layer only"):
+        fit(seeded(Shared), [callback()])
