@@ -305,10 +305,13 @@ def test_which_weights_are_measured_beside_an_average(first: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-def test_stochastic_weight_averaging() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging(first: bool) -> None:
+    """It swaps weights at the very end only: all steps are controlled and all profiles are of the raw weights."""
     wanted, realised, watch = Judge(), Judge(), DepthProfile()
     average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
-    fit(seeded(TinyLM), [average, wanted, EqualStep(), realised, watch], max_steps=-1, max_epochs=3)
+    callbacks: list[pl.Callback] = [wanted, EqualStep(), realised, watch]
+    fit(seeded(TinyLM), [average, *callbacks] if first else [*callbacks, average], max_steps=-1, max_epochs=3)
     target = wanted.ratios().mean(axis=1, keepdims=True)
     assert realised.ratios() == pytest.approx(target.repeat(4, 1), rel=1e-4)
     assert len(watch.profiles) == 3
@@ -345,6 +348,7 @@ def test_finders_are_unharmed_and_leave_the_reference_alone(finder: str, tmp_pat
         trainer = pl.Trainer(
             max_steps=4, callbacks=[tuner, *watchers], logger=False, enable_progress_bar=False, accelerator="cpu",
             enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, log_every_n_steps=1,
+            val_check_interval=2,
         )  # fmt: skip
         trainer.fit(module)
         found[with_callbacks] = module.lr, module.batch_size, *[p.detach().sum().item() for p in module.parameters()]
@@ -410,3 +414,19 @@ def test_shared_layers_are_refused(callback: Callable[[], pl.Callback]) -> None:
     """The same block at several depths has no depth of its own."""
     with pytest.raises(ValueError, match=r"No list of same-kind layers|stands twice|of one layer only"):
         fit(seeded(Shared), [callback()])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=20), BatchSizeFinder(max_trials=2)])
+def test_the_control_works_after_a_finder(finder: pl.Callback, tmp_path: Any) -> None:
+    suite, module = Suite.make(), seeded(Tuned)
+    trainer = pl.Trainer(
+        max_steps=4, callbacks=[finder, *suite.callbacks], logger=suite.rows, enable_progress_bar=False, accelerator="cpu",
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, log_every_n_steps=1,
+            val_check_interval=2,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert suite.control.mean_wanted.counts == [4] * 4
+    ratios, target = suite.realised.ratios()[-4:], suite.wanted.ratios()[-4:].mean(axis=1, keepdims=True)
+    assert np.abs(ratios / target - 1).max() < 1e-4
+    assert len(suite.watch.profiles) == 2

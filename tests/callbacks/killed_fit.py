@@ -34,6 +34,7 @@ class Stop(pl.Callback):
 
 def main(folder: Path, stop: str, resume: str, shuffled: str) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     module = seeded(lambda: TinyLM(lambda p: torch.optim.AdamW(p, lr=1e-2)))
     if not shuffled:
         module.eval()  # no dropout: Lightning repeats exactly what draws no random numbers

@@ -107,7 +107,7 @@ def whole(parameter: Tensor) -> list[float]:
     return tensor.detach().double().flatten().tolist()  # type: ignore[no-any-return]
 
 
-def main(folder: Path, name: str, resume: str, distributed: str) -> None:
+def main(folder: Path, name: str, resume: str, distributed: str, log_every: str) -> None:
     torch.set_num_threads(1)
     layout = name.removesuffix("_even")
     dp, tp = LAYOUTS[layout]
@@ -119,7 +119,7 @@ def main(folder: Path, name: str, resume: str, distributed: str) -> None:
     keep = ModelCheckpoint(folder, filename="first", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         max_epochs=2, devices=dp * tp, accelerator="cpu", strategy=strategy, logger=CSVLogger(folder, name="", version=""),
-        callbacks=[control, UpdateRatioMonitor(), watch, *([] if resume else [keep])], log_every_n_steps=1,
+        callbacks=[control, UpdateRatioMonitor(), watch, *([] if resume else [keep])], log_every_n_steps=int(log_every),
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, enable_checkpointing=not resume,
     )  # fmt: skip
     counted = Collectives()
@@ -136,4 +136,4 @@ def main(folder: Path, name: str, resume: str, distributed: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:5])
+    main(Path(sys.argv[1]), *sys.argv[2:6])

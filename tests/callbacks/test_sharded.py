@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 
-def run(folder: Path, name: str, world: int, resume: str = "", checkpoints: str = "plain") -> list[dict[str, Any]]:
+def run(
+    folder: Path, name: str, world: int, resume: str = "", checkpoints: str = "plain", log_every: int = 1
+) -> list[dict[str, Any]]:
     """What each process saw."""
     folder.mkdir()
     script = Path(__file__).with_name("sharded_fit.py")
-    command = [sys.executable, str(script), str(folder), name, resume, checkpoints]
+    command = [sys.executable, str(script), str(folder), name, resume, checkpoints, str(log_every)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -39,10 +41,19 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, tmp_path: Path)
     assert ranks[0]["collectives"] <= 8 * 3 + 1
 
 
-@pytest.mark.parametrize("checkpoints", ["plain", "distributed"])
-def test_a_resume_from_a_checkpoint_in_pieces_goes_on_exactly(checkpoints: str, tmp_path: Path) -> None:
-    through = run(tmp_path / "through", "dp2", 2, checkpoints=checkpoints)
-    resumed = run(tmp_path / "resumed", "dp2", 2, str(tmp_path / "through" / "first.ckpt"), checkpoints)
+def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
+    ranks = run(tmp_path / "dp2", "dp2", 2, log_every=100)
+    assert ranks[0]["collectives"] == 8 + 1  # one before training
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "checkpoints"), [("dp2", 2, "plain"), ("dp2", 2, "distributed"), ("dp2_tp2", 4, "distributed")]
+)
+def test_a_resume_from_a_checkpoint_in_pieces_goes_on_exactly(
+    name: str, world: int, checkpoints: str, tmp_path: Path
+) -> None:
+    through = run(tmp_path / "through", name, world, checkpoints=checkpoints)
+    resumed = run(tmp_path / "resumed", name, world, str(tmp_path / "through" / "first.ckpt"), checkpoints)
     for a, b in zip(through, resumed, strict=True):
         assert a["weights"] == b["weights"]
         assert a["change"] == b["change"]

@@ -102,7 +102,9 @@ def test_a_short_quick_demo(tmp_path: Path) -> None:
 def test_an_interrupted_demo_leaves_what_it_measured(tmp_path: Path) -> None:
     """Ctrl-C in the second arm: the first arm's profiles, picture and page are there."""
     out = tmp_path / "out"
-    script = "from depthcb.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    # A background job of a shell starts with Ctrl-C ignored.
+    handle = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{handle}; from depthcb.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "demo", "--quick", "--steps", "6", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
