@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from depthcb.adapters import adapted_modules, effective_weight
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
-from depthcb.step_ratio import LayerSteps, MeanRatios, step_ratios
+from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 
 
 class UpdateRatioMonitor(OptimizerStepCallback):
@@ -58,6 +58,11 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         self.names = stack.names
         self._steps = LayerSteps(stack.parameters())
         self._adapted = [adapted_modules(layer) for layer in stack.modules]
+        if any(self._adapted) and shares(stack.parameters()) is not None:
+            raise ValueError(
+                "UpdateRatioMonitor: LoRA adapters on parameters in pieces (FSDP2, tensor parallelism) are not "
+                "supported: use strategy='ddp' or 'auto'."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model

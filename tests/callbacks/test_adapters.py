@@ -8,8 +8,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from support import Rows, TinyLM, fit, seeded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
 
@@ -63,3 +66,16 @@ def test_the_monitor_reports_the_effective_weight() -> None:
 def test_the_control_refuses_adapters() -> None:
     with pytest.raises(ValueError, match=r"layer .*h\.0 trains LoRA adapters.*UpdateRatioMonitor"):
         fit(seeded(Adapted), [EqualStep()])
+
+
+def test_adapters_in_pieces_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = seeded(Adapted)
+        layer: Any = LayerStack.find(module).modules[0]
+        whole = layer.ln_1.weight.detach()
+        layer.ln_1.weight = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(ValueError, match="LoRA adapters on parameters in pieces"):
+            UpdateRatioMonitor().on_fit_start(pl.Trainer(logger=False, accelerator="cpu"), module)
+    finally:
+        dist.destroy_process_group()
