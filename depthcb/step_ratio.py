@@ -36,6 +36,7 @@ class LayerSteps:
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
         self._layers = layers
+        self._ours = {p for layer in layers for p in layer}
         self._copies: dict[Tensor, Tensor] = {}
         #: Numbers of the optimizers that have yet to step in this round; empty between rounds.
         self.waiting: set[int] = set()
@@ -44,8 +45,7 @@ class LayerSteps:
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Copies what this optimizer is about to change, opening a round if none is open."""
-        ours = {p for layer in self._layers for p in layer}
-        owners = [_owned(o) & ours for o in optimizers]
+        owners = [_owned(o) & self._ours for o in optimizers]
         if not self.waiting:
             self.waiting = {i for i, owned in enumerate(owners) if owned}
             self._open = [[] for _ in self._layers]
@@ -140,18 +140,16 @@ def _shards(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def layer_norms(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None = None) -> Tensor:
+def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
     """L2 norm of each layer's tensors seen as one vector: (L,), on the first tensor's device.
 
-    Args:
-        layers: The tensors of each layer, or this process's shards of them.
-        shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
+    Where tensors are sharded, one collective call of all processes.
 
-    Example:
-        >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
-        [5.0, 1.0]
+    >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
+    [5.0, 1.0]
     """
-    return _everywhere(_squares(layers, shares), shares).sqrt()
+    parts = shares(layers)
+    return _everywhere(_squares([[local(t) for t in layer] for layer in layers], parts), parts).sqrt()
 
 
 @torch.no_grad()
@@ -166,7 +164,7 @@ def step_ratios(
     Args:
         now: The parameters of each layer, or this process's shards of them.
         before: The same from before the step.
-        shares: As in `layer_norms`.
+        shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
         broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
     """
     sizes = _squares(before, shares)

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from support import Judge, Rows, TinyLM, fit, loaders, seeded, texts
+from support import Judge, Rows, TinyLM, fit, loaders, seeded, texts, weights
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Adafactor
@@ -219,20 +219,15 @@ def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
 
     class Edges(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            edges.append(weights_now(pl_module))
+            edges.append(weights(pl_module))
 
     module = seeded(MuonAndAdamW)
     fit(module, [Edges(), EqualStep(), DepthProfile()], max_steps=8)
-    edges.append(weights_now(module))
+    edges.append(weights(module))
     for start, end in itertools.pairwise(edges):
         ratios = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(start, end, strict=True)]
         assert ratios == pytest.approx([np.mean(ratios)] * 4, rel=1e-4)
         assert min(ratios) > 1e-4
-
-
-def weights_now(module: pl.LightningModule) -> list[np.ndarray]:
-    layers = LayerStack.find(module).parameters()
-    return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in layers]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
@@ -423,7 +418,7 @@ def test_the_control_works_after_a_finder(finder: pl.Callback, tmp_path: Any) ->
     trainer = pl.Trainer(
         max_steps=4, callbacks=[finder, *suite.callbacks], logger=suite.rows, enable_progress_bar=False, accelerator="cpu",
         enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, log_every_n_steps=1,
-            val_check_interval=2,
+        val_check_interval=2,
     )  # fmt: skip
     trainer.fit(module)
     assert suite.control.mean_wanted.counts == [4] * 4

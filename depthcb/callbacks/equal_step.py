@@ -20,10 +20,8 @@ from depthcb.step_ratio import (
     check_target,
     imposed_ratios,
     layer_norms,
-    local,
     rescale,
     revert_non_finite,
-    shares,
     step_ratios,
 )
 
@@ -213,8 +211,7 @@ def _check_weights(groups: dict[str, list[torch.nn.Parameter]], optimizers: list
             f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name those "
             "that are trained."
         )
-    held = [[local(p) for p in group] for group in trained.values()]
-    norms = layer_norms(held, shares(list(trained.values()))).tolist() if trained else []
+    norms = layer_norms(list(trained.values())).tolist() if trained else []
     zero = [name for name, norm in zip(trained, norms, strict=True) if norm == 0]
     if zero:
         raise ValueError(

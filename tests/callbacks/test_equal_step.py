@@ -240,13 +240,13 @@ class Halves(TwoOptimizers):
 
 def test_layers_of_different_optimizers_get_one_ratio() -> None:
     control = EqualStep()
-    fit(Halves(), [control], max_steps=6)
+    fit(seeded(Halves), [control], max_steps=6)
     assert max(control.mean_realised.values()) == pytest.approx(min(control.mean_realised.values()), rel=1e-4)
     assert max(control.mean_wanted.values()) > 1.3 * min(control.mean_wanted.values()), "a weak test"
 
 
 def test_an_optimizer_that_never_steps_is_named() -> None:
-    module = Halves()
+    module: Any = seeded(Halves)
     module.lazy = True
     with pytest.warns(UserWarning, match="AdamW owns parameters of the layers and did not step"):
         fit(module, [EqualStep()], max_steps=3)
