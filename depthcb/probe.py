@@ -318,7 +318,7 @@ def _with_forward(model: nn.Module, stack: LayerStack) -> nn.Module:
     Raises:
         ValueError: Several children hold layers.
     """
-    if model.forward.__qualname__ not in NO_FORWARD:
+    if getattr(model.forward, "__qualname__", "") not in NO_FORWARD:
         return model
     children = {name.partition(".")[0] for name in stack.names}
     if len(children) > 1:

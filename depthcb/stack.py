@@ -12,10 +12,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 #: What torch.compile, FSDP and activation checkpointing put between a module and its name.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -283,3 +284,8 @@ def _weighs(module: nn.Module) -> bool:
 
 def _title(model: nn.Module) -> str:
     return type(model).__name__
+
+
+def half_dtypes(parameters: Iterable[Tensor]) -> str:
+    """The half-precision dtypes among parameters, as text; empty where there is none."""
+    return ", ".join(sorted({str(p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
+import random
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -127,3 +133,19 @@ class Judge(OptimizerStepCallback):
         """(steps, L)."""
         sizes = [[np.linalg.norm(b) for b in start] for start in self.before]
         return np.array([[np.linalg.norm(d) for d in step] for step in self.steps()]) / np.array(sizes)
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script of tests/callbacks, one thread a process; its processes meet at a port of their own."""
+    command = [sys.executable, str(Path(__file__).parent / "callbacks" / name), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_port())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def _port() -> int:
+    """A free port below those that systems hand out: one of these may be taken again before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -19,11 +18,10 @@ from depthcb.probe import Forward, Probe, Recording, Rows
 from depthcb.profile import DERIVED, Profile
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures
-from depthcb.stack import LayerStack
+from depthcb.stack import LayerStack, half_dtypes
 
 #: Layers whose reference has fewer directions than this are named in a warning [ours].
 LOW_EFFECTIVE_RANK = 5
-HALF = (torch.float16, torch.bfloat16)
 
 
 class DepthProfile(Callback):
@@ -198,10 +196,10 @@ class DepthProfile(Callback):
             )
 
     def _warn_half(self, pl_module: pl.LightningModule) -> None:
-        half = {str(p.dtype) for layer in self._stack.parameters() for p in layer if p.dtype in HALF}
+        half = half_dtypes(p for layer in self._stack.parameters() for p in layer)
         if half:
             rank_zero_warn(
-                f"DepthProfile {self.name!r}: the weights are {', '.join(sorted(half))}, and the probe runs in that: "
+                f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that: "
                 "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
             )
 

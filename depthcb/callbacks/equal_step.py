@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
-from depthcb.stack import LayerStack
+from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
     MeanRatios,
@@ -192,11 +192,11 @@ class EqualStep(OptimizerStepCallback):
 
 
 def _check_adapters(stack: LayerStack) -> None:
-    """Refuses layers that train low-rank adapters."""
+    """Refuses layers that train adapters."""
     for name, layer in zip(stack.names, stack.modules, strict=True):
         if any(p.requires_grad for m in adapted_modules(layer) for p in m.parameters()):
             raise ValueError(
-                f"EqualStep: layer {name} trains LoRA adapters. Its weight W0 + BA is bilinear in them, so that no one "
+                f"EqualStep: layer {name} trains adapters. Its weight, W0 + BA with LoRA, is not linear in them, so no "
                 "factor on the step sets its ratio: train the weights themselves, or watch with UpdateRatioMonitor."
             )
 
@@ -218,9 +218,9 @@ def _check_weights(groups: dict[str, list[torch.nn.Parameter]], optimizers: list
             f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is not "
             "defined: leave it out with layers=[...]."
         )
-    half = {str(p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}
+    half = half_dtypes(parameters)
     if half:
         rank_zero_warn(
-            f"EqualStep: with {', '.join(sorted(half))} weights a small step is rounded away, so the realised ratio "
+            f"EqualStep: with {half} weights a small step is rounded away, so the realised ratio "
             "can miss the target by tens of per cent: look at equal_step/realised, or keep fp32 weights ('bf16-mixed')."
         )

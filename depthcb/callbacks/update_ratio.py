@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from depthcb.adapters import adapted_modules, effective_weight
+from depthcb.adapters import adapted_modules, effective_weights
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
@@ -19,7 +19,7 @@ from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 class UpdateRatioMonitor(OptimizerStepCallback):
     """Logs each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or a callback before this one, left it.
 
-    A layer with LoRA adapters is measured by the weights that they make, W0 + BA [ours].
+    A layer with adapters is measured by the weights that they make, W0 + BA with LoRA [ours].
     Placed after `EqualStep` in the Trainer's list it sees the controlled step, placed before it the optimizer's own.
     Between log steps it does nothing at all; from the first one on it keeps one more copy of the layers' parameters.
 
@@ -60,9 +60,10 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         self._adapted = [adapted_modules(layer) for layer in stack.modules]
         if any(self._adapted) and shares(stack.parameters()) is not None:
             raise ValueError(
-                "UpdateRatioMonitor: LoRA adapters on parameters in pieces (FSDP2, tensor parallelism) are not "
+                "UpdateRatioMonitor: adapters on parameters in pieces (FSDP2, tensor parallelism) are not "
                 "supported: use strategy='ddp' or 'auto'."
             )
+        self._effective_weights()  # refuses what can't be measured before any training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
@@ -75,7 +76,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         if not is_log_step(trainer):
             return
         if not self._steps.waiting:
-            self._weights = [[effective_weight(m) for m in layer] for layer in self._adapted]
+            self._weights = self._effective_weights()
         self._steps.begin(optimizer, trainer.optimizers)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -100,12 +101,14 @@ class UpdateRatioMonitor(OptimizerStepCallback):
             return step_ratios(self._steps.now(done), self._steps.before(done), self._steps.shares(done))
         own = {p for layer in self._adapted for m in layer for p in m.parameters()}
         opened, now, before = self._steps.opened(done), self._steps.now(done), self._steps.before(done)
+        made = self._effective_weights()
         for i, parameters, *sides in zip(done, opened, now, before, strict=True):
-            for side, weights in zip(
-                sides, ([effective_weight(m) for m in self._adapted[i]], self._weights[i]), strict=True
-            ):
+            for side, weights in zip(sides, (made[i], self._weights[i]), strict=True):
                 side[:] = [t for p, t in zip(parameters, side, strict=True) if p not in own] + weights
         return step_ratios(now, before)
+
+    def _effective_weights(self) -> list[list[Tensor]]:
+        return [[weight for m in layer for weight in effective_weights(m)] for layer in self._adapted]
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean.state_dict()}

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import run_script
 
 
 def run(folder: Path, world: int, strategy: str = "auto") -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
     """What each rank saw, the logged rows, and all output."""
     folder.mkdir()
-    command = [sys.executable, str(Path(__file__).with_name("ddp_fit.py")), str(folder), str(world), strategy]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run_script("ddp_fit.py", folder, world, strategy)
     assert done.returncode == 0, done.stderr
     ranks = [
         json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(1 if strategy == "ddp_spawn" else world)

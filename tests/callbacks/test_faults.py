@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support import TinyLM, fit, loaders, seeded
+from support import TinyLM, fit, loaders, run_script, seeded
 
 from depthcb import DepthProfile, EqualStep
 
@@ -22,11 +19,7 @@ from depthcb import DepthProfile, EqualStep
 def run(folder: Path, stop: str = "", resume: str = "", shuffled: str = "") -> tuple[int, dict[str, Any]]:
     """The exit status, and what the process saw if it could still write it."""
     folder.mkdir()
-    script = Path(__file__).with_name("killed_fit.py")
-    command = [sys.executable, str(script), str(folder), stop, resume, shuffled]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run_script("killed_fit.py", folder, stop, resume, shuffled)
     if not stop:
         assert done.returncode == 0, done.stderr[-4000:]
     seen = folder / "seen.json"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import run_script
 
 
 def run(
@@ -17,10 +15,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """What each process saw."""
     folder.mkdir()
-    script = Path(__file__).with_name("sharded_fit.py")
-    command = [sys.executable, str(script), str(folder), name, resume, checkpoints, str(log_every)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = run_script("sharded_fit.py", folder, name, resume, checkpoints, log_every)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
