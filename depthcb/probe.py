@@ -182,7 +182,8 @@ class Probe:
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
         def placed(t: Tensor) -> Tensor:
-            return t.to(weight.device, weight.dtype if t.is_floating_point() else None)
+            # A copy: the first module may work in place, and the probe is to stay as it is.
+            return t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype, copy=True)
 
         with contextlib.ExitStack() as hooks:
             for name, layer in zip(stack.names, stack.modules, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import random
 import socket
@@ -133,6 +134,29 @@ class Judge(OptimizerStepCallback):
         """(steps, L)."""
         sizes = [[np.linalg.norm(b) for b in start] for start in self.before]
         return np.array([[np.linalg.norm(d) for d in step] for step in self.steps()]) / np.array(sizes)
+
+
+class Edges(pl.Callback):
+    """Keeps each layer's weights at the edges of all batches, where every optimizer has stepped."""
+
+    def __init__(self, read: Callable[[pl.LightningModule], list[np.ndarray]] = weights) -> None:
+        self.read = read
+        self.seen: list[list[np.ndarray]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.seen.append(self.read(pl_module))
+
+    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        self.seen.append(self.read(pl_module))
+
+    def ratios(self) -> np.ndarray:
+        """(batches, L)."""
+        return np.array(
+            [
+                [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(start, end, strict=True)]
+                for start, end in itertools.pairwise(self.seen)
+            ]
+        )
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

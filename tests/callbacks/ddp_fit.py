@@ -26,6 +26,8 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 class Fed(TinyLM):
     """Reads its share of each batch, in whatever process it finds itself."""
 
+    metrics: dict[str, float]
+
     def train_dataloader(self) -> Any:
         data, ranks = texts(32), self.trainer.world_size
         sampler = DistributedSampler(data, num_replicas=ranks, rank=self.trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
@@ -35,23 +37,34 @@ class Fed(TinyLM):
         return DataLoader(texts(16, seed=1), batch_size=8)
 
 
-def main(folder: Path, world: int, strategy: str) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+def fit(world: int, strategy: str, callbacks: list[pl.Callback], logger: Any) -> Fed:
     module = seeded(lambda: Fed(sgd)).eval()  # no dropout
-    control, watch = EqualStep(), DepthProfile()
     trainer = pl.Trainer(
-        max_epochs=1, devices=world, accelerator="cpu", strategy=strategy,
-        callbacks=[control, UpdateRatioMonitor(), watch], logger=CSVLogger(folder, name="", version=""),
+        max_epochs=1, devices=world, accelerator="cpu", strategy=strategy, callbacks=callbacks, logger=logger,
         log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module)
+    module.metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return module  # type: ignore[return-value]
+
+
+def flat(module: pl.LightningModule) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()  # type: ignore[no-any-return]
+
+
+def main(folder: Path, world: int, strategy: str) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    control, watch = EqualStep(), DepthProfile()
+    logger = CSVLogger(folder, name="", version="")
+    module = fit(world, strategy, [control, UpdateRatioMonitor(), watch], logger)
     seen = {
-        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]).tolist(),
+        "weights": flat(module),
+        "unwatched": flat(fit(world, strategy, [EqualStep()], False)),
         "change": watch.profiles[-1].change if watch.profiles else None,  # spawned processes keep theirs
         "realised": control.mean_realised.values(),
-        "monitored": float(trainer.callback_metrics["depth/cka/slope"]),
+        "monitored": module.metrics["depth/cka/slope"],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 

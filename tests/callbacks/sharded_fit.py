@@ -107,6 +107,10 @@ def whole(parameter: Tensor) -> list[float]:
     return tensor.detach().double().flatten().tolist()  # type: ignore[no-any-return]
 
 
+def flat(module: nn.Module) -> list[float]:
+    return [value for p in module.parameters() for value in whole(p)]
+
+
 def main(folder: Path, name: str, resume: str, distributed: str, log_every: str) -> None:
     torch.set_num_threads(1)
     layout = name.removesuffix("_even")
@@ -124,12 +128,23 @@ def main(folder: Path, name: str, resume: str, distributed: str, log_every: str)
     )  # fmt: skip
     counted = Collectives()
     trainer.fit(module, *loaders(dp, rank // tp), ckpt_path=resume or None)
+    collectives, unwatched = counted.count, Regression(name)
+    if not resume:
+        if dp * tp > 1:
+            strategy = ModelParallelStrategy(dp, tp)
+        trainer = pl.Trainer(
+            max_epochs=2, devices=dp * tp, accelerator="cpu", strategy=strategy, callbacks=[EqualStep()], logger=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(unwatched, *loaders(dp, rank // tp))
     seen = {
-        "weights": [value for p in module.parameters() for value in whole(p)],
+        "weights": flat(module),
+        "unwatched": flat(unwatched),
         "change": watch.profiles[-1].change,
         "profiles": len(watch.profiles),
         "realised": control.mean_realised.values(),
-        "collectives": counted.count,
+        "collectives": collectives,
         "pieces": sorted({tuple(p.to_local().shape) for p in module.parameters() if isinstance(p, DTensor)}),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))

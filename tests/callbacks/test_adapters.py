@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
-from support import Rows, TinyLM, fit, seeded
-from torch import Tensor, nn
+from peft import LoraConfig, get_peft_model
+from support import Edges, Rows, TinyLM, fit, seeded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
-from depthcb.adapters import adapted_modules, effective_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # peft on transformers 5.23
 
@@ -43,25 +41,10 @@ def effective(module: pl.LightningModule) -> list[np.ndarray]:
     return found
 
 
-class Edges(pl.Callback):
-    """Weights at the edges of every batch."""
-
-    def __init__(self) -> None:
-        self.weights: list[list[np.ndarray]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.weights.append(effective(pl_module))
-
-
 def test_the_monitor_reports_the_effective_weight() -> None:
-    module, rows, edges, watch = seeded(Adapted), Rows(), Edges(), DepthProfile()
-    fit(module, [edges, UpdateRatioMonitor(), watch], logger=rows)
-    edges.weights.append(effective(module))
-    expected = [
-        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(start, end, strict=True)]
-        for start, end in zip(edges.weights, edges.weights[1:], strict=False)
-    ]
-    assert np.array(rows.column("update_ratio/L")) == pytest.approx(np.array(expected), rel=1e-4)
+    rows, edges, watch = Rows(), Edges(effective), DepthProfile()
+    fit(seeded(Adapted), [edges, UpdateRatioMonitor(), watch], logger=rows)
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(edges.ratios(), rel=1e-4)
     assert watch.profiles[-1].mean > 0
 
 
@@ -81,55 +64,3 @@ def test_adapters_in_pieces_are_refused() -> None:
             UpdateRatioMonitor().on_fit_start(pl.Trainer(logger=False, accelerator="cpu"), module)
     finally:
         dist.destroy_process_group()
-
-
-def adapted(config: PeftConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Tensor]:
-    """A linear map whose adapters have been trained, so to speak, and the weight under them."""
-    torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)).to(dtype), config)  # type: ignore[arg-type]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn(parameter.shape)
-    (module,) = adapted_modules(model)
-    return module.eval(), module.get_base_layer().weight.detach().clone()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(r=2, target_modules=["0"]),
-        LoraConfig(r=2, target_modules=["0"], use_dora=True),
-        LoHaConfig(r=2, target_modules=["0"]),
-        LoKrConfig(r=2, target_modules=["0"]),
-        OFTConfig(oft_block_size=4, target_modules=["0"]),
-        IA3Config(target_modules=["0"], feedforward_modules=[]),
-    ],
-    ids=["lora", "dora", "loha", "lokr", "oft", "ia3"],
-)
-@torch.no_grad()
-def test_the_effective_weight_is_what_the_module_multiplies_with(config: PeftConfig) -> None:
-    module, base = adapted(config)
-    # IA3 scales the bias as well: what 0 gives is not the bias alone.
-    multiplies = (module(torch.eye(8)) - module(torch.zeros(8, 8))).T
-    (found,) = effective_weights(module)
-    torch.testing.assert_close(found, multiplies, rtol=1e-4, atol=1e-5)
-    assert (found - base).norm() > 0.1 * base.norm()
-    assert torch.equal(module.get_base_layer().weight, base), "measuring changed the weight"
-
-
-@torch.no_grad()
-def test_a_small_update_of_half_precision_weights_is_not_rounded_away() -> None:
-    module, base = adapted(LoraConfig(r=2, target_modules=["0"]), torch.bfloat16)
-    a, b = module.lora_A.default.weight, module.lora_B.default.weight
-    b.data *= 1e-4
-    (found,) = effective_weights(module)
-    change = found.double() - base.double()
-    expected = module.scaling["default"] * b.double() @ a.double()
-    assert float((change - expected).norm() / expected.norm()) < 0.05
-
-
-def test_what_cannot_be_measured_is_refused_before_training() -> None:
-    module, base = adapted(LoraConfig(r=2, target_modules=["0"]))
-    module.get_base_layer().weight = nn.Parameter(base.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"weight under Linear is quantised.*unquantised"):
-        effective_weights(module)

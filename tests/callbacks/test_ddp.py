@@ -27,6 +27,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> Non
     (alone,), rows_alone, _ = run(tmp_path / "one", 1)
     (first, second), rows, output = run(tmp_path / "two", 2, "ddp")
     assert first == second
+    assert first["weights"] == first["unwatched"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=1e-6)
     assert first["change"] == pytest.approx(alone["change"], rel=1e-3)
     assert first["realised"] == pytest.approx(alone["realised"], rel=1e-5)
@@ -41,6 +42,7 @@ def test_spawned_processes_agree_with_one(tmp_path: Path) -> None:
     """The callbacks of the parent stay as they were; weights come back, and what was measured is in the log."""
     (alone,), rows_alone, _ = run(tmp_path / "one", 1)
     (parent,), rows, _ = run(tmp_path / "two", 2, "ddp_spawn")
+    assert parent["weights"] == parent["unwatched"]
     assert parent["weights"] == pytest.approx(alone["weights"], abs=1e-6)
     for key in ("depth/cka/L00", "depth/cka/slope", "equal_step/realised/L00", "update_ratio/L03"):
         values = [[float(row[key]) for row in side if row[key]] for side in (rows, rows_alone)]

@@ -67,12 +67,13 @@ def test_an_observed_run_is_the_unobserved_one(tmp_path: Any, options: dict[str,
 def test_no_hook_is_left_behind(failure: type[BaseException]) -> None:
     """After a fit, and after one that fails, nothing sits on the optimizer or the model; a refit counts once."""
 
-    class Fails(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if fails and trainer.global_step == 2:
+    class Fails(TinyLM):
+        def training_step(self, *args: Any) -> Any:
+            if fails and self.global_step == 2:
                 raise failure
+            return super().training_step(*args)
 
-    module, callbacks = seeded(TinyLM), [EqualStep(), UpdateRatioMonitor(), DepthProfile()]
+    module, callbacks = seeded(Fails), [EqualStep(), UpdateRatioMonitor(), DepthProfile()]
     for fails in (True, False):
         trainers: list[pl.Trainer] = []
 
@@ -82,9 +83,9 @@ def test_no_hook_is_left_behind(failure: type[BaseException]) -> None:
 
         if fails:
             with pytest.raises((failure, SystemExit)):
-                fit(module, [*callbacks, Fails(), Note()])
+                fit(module, [*callbacks, Note()])
         else:
-            fit(module, [*callbacks, Fails(), Note()])
+            fit(module, [*callbacks, Note()])
         optimizer = trainers[0].optimizers[0]
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks

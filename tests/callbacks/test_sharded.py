@@ -25,6 +25,7 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, tmp_path: Path)
     (alone,) = run(tmp_path / "one", "one_even" if "tp" in name else "one", 1)
     ranks = run(tmp_path / name, name, world)
     for seen in ranks:
+        assert seen["weights"] == seen["unwatched"]
         assert seen["weights"] == pytest.approx(alone["weights"], abs=1e-5)
         assert seen["realised"] == pytest.approx(alone["realised"], rel=1e-5)
         assert seen["change"] == pytest.approx(alone["change"], rel=1e-3)
