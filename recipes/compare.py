@@ -35,8 +35,8 @@ def compare_backbones(
     Raises:
         ValueError: A model that cannot be found, models of different depth, or a text of fewer than 4 lines.
     """
-    before, tokenizer = load_backbone(reference, causal_lm=False)
-    after, _ = load_backbone(model, causal_lm=False)
+    before, tokenizer = load_backbone(reference, head=None)
+    after, _ = load_backbone(model, head=None)
     batches = _read(text, tokenizer) if text else PythonText(tokenizer).probe_batches(ROWS, LENGTH, BATCH)
     profiles = depth_profile(before, after, batches, rows=rows)
     if json_path is not None:

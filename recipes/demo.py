@@ -37,8 +37,9 @@ from depthcb.report import print_summary, write_html, write_png
 from depthcb.similarity import find_measures
 from depthcb.verdict import judge
 from recipes.backbones import load_backbone
-from recipes.causal_lm import CausalLM, OptimizerName
+from recipes.causal_lm import CausalLM
 from recipes.data import PythonText, corpus_fingerprint, python_corpus
+from recipes.objective import OptimizerName
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
 CONTROLS = ("standard", "equal_step")

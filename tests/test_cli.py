@@ -43,7 +43,7 @@ def test_bad_input_is_one_line(
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model against a saved copy with one layer changed: nothing before that layer, something from it on."""
-    model, tokenizer = load_backbone("minilm", causal_lm=False)
+    model, tokenizer = load_backbone("minilm", head=None)
     model.encoder.layer[3].output.dense.weight.data.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")

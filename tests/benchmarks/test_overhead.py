@@ -64,7 +64,7 @@ def test_the_control_costs_little_beside_a_training_step() -> None:
 
 def test_the_interval_costs_little_beside_the_probe() -> None:
     """On MiniLM, 64 x 64 tokens: CKA of 6 layers with 200 halves each, against the forward that it is made from."""
-    model, tokenizer = load_backbone("minilm", causal_lm=False)
+    model, tokenizer = load_backbone("minilm", head=None)
     probe = Probe.collect(PythonText(tokenizer).probe_batches(), 64)
     stack, measures = LayerStack.find(model), find_measures(["cka", "cka_normalized"])
     reference = Reference.record(probe, model, stack, measures)

@@ -119,7 +119,7 @@ def test_minilm_becomes_a_causal_language_model():
 
 
 def test_minilm_without_head_is_the_sentence_model():
-    model, tokenizer = load_backbone("minilm", causal_lm=False)
+    model, tokenizer = load_backbone("minilm", head=None)
     assert type(model) is BertModel
     model.eval()
     texts = ["A dog runs in the park.", "A puppy plays outside on the grass.", "Interest rates rose by half a point."]
@@ -159,8 +159,8 @@ def test_packaged_backbones_load_silently_and_put_the_switches_back(smollm2):
     load_backbone("minilm")
     assert (transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()) == before
     process = run_python(
-        "from recipes import load_backbone; [load_backbone(n, causal_lm=c) for n in ('minilm', 'smollm2-135m') "
-        "for c in (True, False)]"
+        "from recipes import load_backbone; [load_backbone(n, head=c) for n in ('minilm', 'smollm2-135m') "
+        "for c in ('causal_lm', None)]"
     )
     assert process.communicate() == ("", "")
     assert process.returncode == 0

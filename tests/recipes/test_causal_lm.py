@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
 
 from recipes.backbones import load_backbone, load_tokenizer
-from recipes.causal_lm import CausalLM, decay_groups
+from recipes.causal_lm import CausalLM
 from recipes.data import PythonText
+from recipes.objective import decay_groups
 
 VOCABULARY = 50
 
@@ -46,7 +47,7 @@ def test_loss_is_transformers_own(labelled):
     module = CausalLM(tiny().eval())
     batch = padded_batch()
     given = batch if labelled else {key: batch[key] for key in ("input_ids", "attention_mask")}
-    loss, tokens = module._loss(given)
+    loss, tokens = module.loss(given)[:2]
     assert loss.item() == pytest.approx(own_loss(module.model, batch).item(), abs=1e-5)
     assert tokens == (batch["labels"][:, 1:] != -100).sum()
 
@@ -54,7 +55,7 @@ def test_loss_is_transformers_own(labelled):
 def test_a_batch_may_be_ids_alone():
     module = CausalLM(tiny().eval())
     ids = padded_batch()["input_ids"]
-    loss, tokens = module._loss({"input_ids": ids})
+    loss, tokens = module.loss({"input_ids": ids})[:2]
     assert loss.item() == pytest.approx(own_loss(module.model, {"input_ids": ids, "labels": ids}).item(), abs=1e-5)
     assert tokens == ids.shape[0] * (ids.shape[1] - 1)
 
@@ -68,7 +69,7 @@ def test_forward_leaves_the_head_out():
     assert output.last_hidden_state.shape == (3, 12, 16)
     assert output.past_key_values is None
     assert not used
-    module._loss(batch)
+    module.loss(batch)
     assert used
 
 
