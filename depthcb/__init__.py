@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from depthcb.callbacks.step_events import OptimizerStepCallback as OptimizerStepCallback
     from depthcb.callbacks.update_ratio import UpdateRatioMonitor as UpdateRatioMonitor
     from depthcb.compare import depth_profile as depth_profile
+    from depthcb.gradient_distance import objective_distance as objective_distance
     from depthcb.profile import Profile as Profile
     from depthcb.stack import LayerStack as LayerStack
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Profile": "depthcb.profile",
     "UpdateRatioMonitor": "depthcb.callbacks.update_ratio",
     "depth_profile": "depthcb.compare",
+    "objective_distance": "depthcb.gradient_distance",
 }
 __all__ = [*_HOMES, "similarity"]
 

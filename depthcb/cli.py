@@ -1,11 +1,11 @@
-"""The front door: ``depthcb demo`` and ``depthcb compare``."""
+"""The front door: ``depthcb demo``, ``fit``, ``compare``, ``pretrain``, ``recipes`` and ``backbones``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import depthcb
@@ -13,10 +13,12 @@ import depthcb
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; bad input gives one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
+    args, options = _parser().parse_known_args(argv)
+    if options and args.command != "fit":
+        _parser().error(f"unrecognized arguments: {' '.join(options)}")
+    args.options = options
     try:
-        command = {"demo": _demo, "compare": _compare}[args.command]
-        return command(args)
+        return COMMANDS[args.command](args)
     except ModuleNotFoundError as error:
         print(f"depthcb {args.command} needs {error.name}: pip install 'depthcb[demo]'.", file=sys.stderr)
     except ValueError as error:
@@ -49,6 +51,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--text", type=Path, help="a text file to probe with (default: the Python library's code)")
     compare.add_argument("--rows", default="mean", choices=("mean", "tokens", "last", "first"), help="what a row is")
     compare.add_argument("--json", type=Path, help="also write the profiles to this file")
+    commands.add_parser(
+        "fit",
+        help="train any objective on any backbone, as a YAML file says",
+        description="Options are those of LightningCLI: --config FILE, --model.backbone NAME, --trainer.max_steps N …",
+        add_help=False,
+    )
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
+        description="Trains a small model on the text of the installed Python libraries and keeps it in the cache.",
+    )
+    pretrain.add_argument("--model", required=True, help="a name out of `depthcb backbones`, such as gpt2-mini")
+    commands.add_parser("recipes", help="list the objectives and their YAML files")
+    backbones = commands.add_parser("backbones", help="list the networks to start from, or describe some")
+    backbones.add_argument("names", nargs="*", metavar="NAME", help="a name, hub id or local folder")
     return parser
 
 
@@ -74,3 +91,45 @@ def _compare(args: argparse.Namespace) -> int:
 
     compare_backbones(args.reference, args.model, args.text, args.rows, args.json, Console())
     return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from recipes.fit import run_fit
+
+    run_fit(args.options)
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from recipes.mini_zoo import pretrain
+
+    print(pretrain(args.model))
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from recipes.catalogue import objectives_table
+
+    Console().print(objectives_table())
+    return 0
+
+
+def _backbones(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from recipes.catalogue import backbones_table
+
+    Console().print(backbones_table(args.names))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "fit": _fit,
+    "compare": _compare,
+    "pretrain": _pretrain,
+    "recipes": _recipes,
+    "backbones": _backbones,
+}

@@ -8,13 +8,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recipes.backbones import load_backbone
     from recipes.causal_lm import CausalLM
+    from recipes.completion_lm import CompletionLM
+    from recipes.contrastive import Contrastive
     from recipes.data import PythonText, python_corpus
+    from recipes.masked_lm import MaskedLM
+    from recipes.sequence_classification import SequenceClassification
+    from recipes.token_classification import TokenClassification
 
-__all__ = ["CausalLM", "PythonText", "load_backbone", "python_corpus"]
+__all__ = [
+    "CausalLM",
+    "CompletionLM",
+    "Contrastive",
+    "MaskedLM",
+    "PythonText",
+    "SequenceClassification",
+    "TokenClassification",
+    "load_backbone",
+    "python_corpus",
+]
 
 _HOME = {
     "CausalLM": "recipes.causal_lm",
+    "CompletionLM": "recipes.completion_lm",
+    "Contrastive": "recipes.contrastive",
+    "MaskedLM": "recipes.masked_lm",
     "PythonText": "recipes.data",
+    "SequenceClassification": "recipes.sequence_classification",
+    "TokenClassification": "recipes.token_classification",
     "load_backbone": "recipes.backbones",
     "python_corpus": "recipes.data",
 }

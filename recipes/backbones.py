@@ -38,6 +38,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 Head = Literal["causal_lm", "masked_lm"]
+AUTOS: dict[Head, Any] = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
 _HEADS = {"causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
 
 
@@ -82,7 +83,8 @@ def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTra
     every time and the caller's random numbers are left alone. The first load of SmolLM2 converts it for about 20 s.
 
     Args:
-        name: A key of ``PACKAGED``, a hub id or a local folder.
+        name: A key of ``PACKAGED``, a model of the mini zoo (pretrained now, for minutes, where this machine has not
+            done so before), a hub id or a local folder.
         head: ``"causal_lm"`` predicts the next token (an encoder gets a causal mask), ``"masked_lm"`` masked ones;
             None is the network alone.
 
@@ -95,6 +97,7 @@ def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTra
         >>> model.config.num_hidden_layers
         6
     """
+    name = _mini(name)
     with _undisturbed():
         if name not in PACKAGED:
             return _load_named(name, head)
@@ -112,6 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         BackboneNotFoundError: As for ``load_backbone``.
     """
+    name = _mini(name)
     try:
         if name in PACKAGED:
             with _silent():
@@ -131,6 +135,24 @@ def is_encoder(config: PretrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
+def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
+    """Read what a backbone is built from, without its weights.
+
+    Args:
+        name: As for ``load_backbone``.
+        local: Don't ask the hub.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``.
+    """
+    try:
+        with _silent():
+            source = str(_folder(PACKAGED[name])) if name in PACKAGED else name
+            return _config(source, None, local)
+    except OSError as cause:
+        raise BackboneNotFoundError(_nowhere(name)) from cause
+
+
 def cache_folder() -> Path:
     """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
@@ -145,8 +167,8 @@ def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrain
     return model, load_tokenizer(name)
 
 
-def _config(source: str, head: Head | None) -> PretrainedConfig:
-    config: PretrainedConfig = AutoConfig.from_pretrained(source)
+def _config(source: str, head: Head | None, local: bool = False) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # else RWKV halves weights in place on every switch to eval()
     if head is not None and config.model_type not in _HEADS[head]:
@@ -159,8 +181,7 @@ def _config(source: str, head: Head | None) -> PretrainedConfig:
 
 
 def _load(source: str, config: PretrainedConfig, head: Head | None, known: bool = False) -> PreTrainedModel:
-    autos: dict[Head | None, Any] = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
-    auto = autos.get(head, AutoModel)
+    auto = AutoModel if head is None else AUTOS[head]
     model, report = auto.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     lacking = [key for key in report["missing_keys"] if not key.startswith("cls.")]
     if known and lacking:  # the packaged ones load silently, so this must not pass unseen
@@ -220,6 +241,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _mini(name: str) -> str:
+    """The folder of a mini model, pretrained now if there is none; any other name stays as it is."""
+    from recipes.mini_zoo import MINI_ZOO, load_or_pretrain  # it builds on this module
+
+    return str(load_or_pretrain(name)) if name in MINI_ZOO else name
 
 
 @contextmanager

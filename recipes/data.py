@@ -91,6 +91,11 @@ def split_by_file(dataset: Dataset, val_fraction: float = 0.1, seed: int = 0) ->
     return dataset.select(train), dataset.select(val)
 
 
+def in_hashed_order(texts: Iterable[str], seed: int) -> list[str]:
+    """Texts in an order that follows from each text and the seed alone: the first few already mix many files."""
+    return sorted(texts, key=lambda text: _hash(seed, text))
+
+
 def corpus_fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of a corpus: of its texts in their order."""
     return _digest(dataset["text"])
@@ -225,7 +230,7 @@ class PythonText(LightningDataModule):
     def _texts(self, kind: Kind, side: Literal[0, 1]) -> Iterator[str]:
         """One side of the split (0 training, 1 validation), its documents in hashed order."""
         part = split_by_file(python_corpus(kind, packages=self.packages), seed=self.seed)[side]
-        yield from sorted(part["text"], key=lambda text: _hash(self.seed, text))
+        yield from in_hashed_order(part["text"], self.seed)
 
     def _loader(self, data: Dataset, shuffle: bool) -> DataLoader[dict[str, Tensor]]:
         # Without a generator of its own even an unshuffled loader draws one number from the process-wide one, and a

@@ -1,0 +1,51 @@
+"""``depthcb fit --config FILE``: any objective on any backbone from a YAML file, through LightningCLI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import recipes
+from recipes.objective import Objective
+
+
+class FitCLI(LightningCLI):
+    """The objective's backbone is also the one whose tokenizer the data module uses."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
+
+
+def run_fit(argv: Sequence[str]) -> None:
+    """Fits what the command line describes.
+
+    Args:
+        argv: ``--config FILE`` and options of LightningCLI, such as ``--model.backbone minilm``.
+
+    Raises:
+        ValueError: A file or an option that cannot be used, in one line.
+        SystemExit: After ``--help`` or ``--print_config``.
+    """
+    for name in recipes.__all__:
+        getattr(recipes, name)  # imported, so that a class is found by its bare name
+    try:
+        FitCLI(
+            Objective,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=["fit", *argv],
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+        )
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+if __name__ == "__main__":
+    run_fit(sys.argv[1:])
