@@ -101,9 +101,9 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from recipes.mini_zoo import pretrain
+    from recipes.mini_zoo import load_or_pretrain
 
-    print(pretrain(args.model))
+    print(load_or_pretrain(args.model))
     return 0
 
 

@@ -10,18 +10,25 @@ if TYPE_CHECKING:
     from recipes.causal_lm import CausalLM
     from recipes.completion_lm import CompletionLM
     from recipes.contrastive import Contrastive
-    from recipes.data import PythonText, python_corpus
+    from recipes.corpus import python_corpus
+    from recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
     from recipes.masked_lm import MaskedLM
+    from recipes.objective_distance import ObjectiveDistanceMonitor
     from recipes.sequence_classification import SequenceClassification
     from recipes.token_classification import TokenClassification
 
 __all__ = [
     "CausalLM",
     "CompletionLM",
+    "Completions",
     "Contrastive",
+    "LabelledText",
+    "LabelledTokens",
     "MaskedLM",
-    "PythonText",
+    "ObjectiveDistanceMonitor",
+    "PackedText",
     "SequenceClassification",
+    "TextPairs",
     "TokenClassification",
     "load_backbone",
     "python_corpus",
@@ -32,11 +39,16 @@ _HOME = {
     "CompletionLM": "recipes.completion_lm",
     "Contrastive": "recipes.contrastive",
     "MaskedLM": "recipes.masked_lm",
-    "PythonText": "recipes.data",
+    "ObjectiveDistanceMonitor": "recipes.objective_distance",
+    "Completions": "recipes.data",
+    "LabelledText": "recipes.data",
+    "LabelledTokens": "recipes.data",
+    "PackedText": "recipes.data",
+    "TextPairs": "recipes.data",
     "SequenceClassification": "recipes.sequence_classification",
     "TokenClassification": "recipes.token_classification",
     "load_backbone": "recipes.backbones",
-    "python_corpus": "recipes.data",
+    "python_corpus": "recipes.corpus",
 }
 
 

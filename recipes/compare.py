@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from depthcb import Profile, depth_profile
 from depthcb.probe import Rows
 from recipes.backbones import load_backbone
-from recipes.data import PythonText
+from recipes.data import PackedText
 
 ROWS, LENGTH, BATCH = 64, 64, 16
 
@@ -37,7 +37,7 @@ def compare_backbones(
     """
     before, tokenizer = load_backbone(reference, head=None)
     after, _ = load_backbone(model, head=None)
-    batches = _read(text, tokenizer) if text else PythonText(tokenizer).probe_batches(ROWS, LENGTH, BATCH)
+    batches = _read(text, tokenizer) if text else PackedText(tokenizer).probe_batches(ROWS, BATCH, block_size=LENGTH)
     profiles = depth_profile(before, after, batches, rows=rows)
     if json_path is not None:
         content = {name: profile.to_dict() for name, profile in profiles.items()}

@@ -8,13 +8,11 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,10 @@ from depthcb.similarity import find_measures
 from depthcb.verdict import judge
 from recipes.backbones import load_backbone
 from recipes.causal_lm import CausalLM
-from recipes.data import PythonText, corpus_fingerprint, python_corpus
+from recipes.corpus import corpus_fingerprint, python_corpus
+from recipes.data import PackedText
 from recipes.objective import OptimizerName
+from recipes.quiet import quiet_libraries
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
 CONTROLS = ("standard", "equal_step")
@@ -106,7 +106,7 @@ def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
     _check(settings, out)
     summary: Summary = {}
     try:
-        with _quiet_libraries(), _progress(console) as progress:
+        with quiet_libraries(), _progress(console) as progress:
             _run_arms(settings, out, summary, progress)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         console.print("[yellow]Interrupted: what was measured so far follows.[/]")
@@ -120,13 +120,13 @@ def _run_arms(settings: Settings, out: Path, summary: Summary, progress: Progres
     bar = progress.add_task(f"loading {settings.backbone}", total=len(OPTIMIZERS) * len(CONTROLS) * settings.steps)
     pretrained, tokenizer = load_backbone(settings.backbone)
     progress.update(bar, description="reading the Python library")
-    data = PythonText(
+    data = PackedText(
         tokenizer,
-        "code",
+        kind="code",
         block_size=settings.block_size,
         batch_size=settings.batch_size,
-        val_blocks=settings.val_blocks,
-        train_blocks=settings.steps * settings.batch_size,
+        val_rows=settings.val_blocks,
+        train_rows=settings.steps * settings.batch_size,
         seed=settings.seed,
     )
     probe = Probe.collect(
@@ -180,7 +180,7 @@ class Arm:
             "null": {measure: [] for measure in MEASURES},
         }
 
-    def fit(self, model: PreTrainedModel, data: PythonText, out: Path, progress: Progress, bar: TaskID) -> None:
+    def fit(self, model: PreTrainedModel, data: PackedText, out: Path, progress: Progress, bar: TaskID) -> None:
         """Fine-tunes ``model``, logging to CSV and to an offline W&B run in the arm's folder."""
         s, folder = self.settings, out / self.name
         folder.mkdir()
@@ -376,20 +376,3 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
     )
     return Progress(*columns, TimeElapsedColumn(), console=console)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keeps banners, advice and what the report says anyway out of the demo's output."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        about_loops = (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*")
-        about_files = (".*logs directory .* exists.*",)  # W&B's files are there before the CSV's
-        for about in (*about_loops, *about_files, ".*fewer than 5 directions.*"):
-            warnings.filterwarnings("ignore", about)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

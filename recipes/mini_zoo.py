@@ -7,13 +7,13 @@ in the user's cache under a hash of all that made them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import lightning.pytorch as pl
 import tokenizers
 import torch
 import transformers
+from datasets import Dataset
+from filelock import FileLock
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -31,17 +33,22 @@ from transformers import AutoConfig, DataCollatorForLanguageModeling, Pretrained
 from depthcb.undisturbed import isolated_rng
 from recipes.backbones import AUTOS, Head, cache_folder
 from recipes.causal_lm import CausalLM
-from recipes.data import corpus_fingerprint, in_hashed_order, pack, python_corpus, split_by_file
+from recipes.corpus import corpus_fingerprint, in_hashed_order, python_corpus, split_by_file
+from recipes.data.packed_text import blocks, masking
 from recipes.masked_lm import MaskedLM
 from recipes.objective import Objective
+from recipes.quiet import quiet_libraries
 
 VOCABULARY = 8192
 BLOCK = 128
 SPECIAL = {"eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
-_GPT = {**_IDS, "n_embd": 192, "n_layer": 8, "n_positions": 512}
+# No dropout: the text is read less than once, so there is nothing to overfit.
+_GPT = {**_IDS, "n_embd": 192, "n_layer": 8, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 _SIZES = {**_IDS, "hidden_size": 192, "num_hidden_layers": 8}
 _ATTENTION = {**_SIZES, "num_attention_heads": 6, "max_position_embeddings": 512}
+_BERT = {**_ATTENTION, "intermediate_size": 768, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+_OPT = {**_ATTENTION, "ffn_dim": 768, "word_embed_proj_dim": 192, "dropout": 0}
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,15 @@ class MiniModel:
         warmup_steps: Steps until the peak.
         batch_size: Blocks of 128 tokens a step.
         mask_probability: Share of the tokens to predict, for a masked language model.
+        seed: Of the first weights, the order of the texts, and the masks.
     """
 
     model_type: str
     settings: dict[str, Any]
     head: Head = "causal_lm"
     lr: float = 2e-3
-    steps: int = 1000
-    warmup_steps: int = 100
+    steps: int = 600
+    warmup_steps: int = 60
     batch_size: int = 16
     mask_probability: float = 0.15
     seed: int = 0
@@ -75,16 +83,18 @@ class MiniModel:
 
 
 MINI_ZOO: dict[str, MiniModel] = {
-    "bert-mini": MiniModel("bert", {**_ATTENTION, "intermediate_size": 768}, "masked_lm", lr=1e-3),
+    # A masked LM learns from a seventh of the tokens, and blocks normalised after the residual collapse at 2e-3.
+    "bert-mini": MiniModel("bert", _BERT, "masked_lm", lr=1e-3, steps=1200, warmup_steps=150, batch_size=8),
     "gpt2-mini": MiniModel("gpt2", {**_GPT, "n_head": 6}),
-    "opt-mini": MiniModel("opt", {**_ATTENTION, "ffn_dim": 768, "word_embed_proj_dim": 192}),
+    "opt-mini": MiniModel("opt", _OPT),
     "neox-mini": MiniModel("gpt_neox", {**_ATTENTION, "intermediate_size": 768, "use_parallel_residual": True}),
     "codegen-mini": MiniModel("codegen", {**_GPT, "n_head": 8, "n_ctx": 512, "rotary_dim": 12}),
     "mamba2-mini": MiniModel(
         "mamba2",
         {**_SIZES, "num_heads": 12, "head_dim": 32, "state_size": 32, "n_groups": 1, "expand": 2, "chunk_size": 32},
+        steps=500,
     ),
-    "rwkv-mini": MiniModel("rwkv", {**_SIZES, "context_length": 512, "rescale_every": 0}),
+    "rwkv-mini": MiniModel("rwkv", {**_SIZES, "context_length": 512, "rescale_every": 0}, steps=320, warmup_steps=40),
 }
 
 
@@ -94,68 +104,52 @@ def load_or_pretrain(name: str) -> Path:
     Raises:
         ValueError: A name that is not in the zoo.
     """
-    folder = mini_folder(name)
-    return folder if _complete(folder) else pretrain(name)
-
-
-def mini_folder(name: str) -> Path:
-    """Where a mini model is kept: another setting, text or version of what trains it is another folder.
-
-    Raises:
-        ValueError: A name that is not in the zoo.
-    """
     if name not in MINI_ZOO:
         raise ValueError(f"{name!r} is not in the mini zoo: take one of {', '.join(MINI_ZOO)}.")
-    return cache_folder() / "mini-zoo" / f"{name}-{_state(MINI_ZOO[name])}"
+    return pretrain(name, MINI_ZOO[name])
 
 
-def pretrain(name: str, *, model: MiniModel | None = None) -> Path:
-    """Pretrain a mini model on this machine, unless that has been done; returns its folder.
+def pretrain(name: str, model: MiniModel) -> Path:
+    """Pretrain a small model on this machine, unless that has been done; returns its folder.
 
-    The folder holds what ``save_pretrained`` writes and ``pretraining.json`` with the losses. It appears when it is
-    whole: an interrupted pretraining leaves nothing and starts afresh. Random streams are left as they were.
+    The folder holds what ``save_pretrained`` writes and ``pretraining.json`` with the losses. Other settings, another
+    text or another version of what trains it make another folder. It appears when it is whole: an interrupted
+    pretraining starts afresh. A second process that asks for the same model waits for the first. Random streams are
+    left as they were.
 
     Args:
-        name: A name in ``MINI_ZOO``.
-        model: Other settings under that name.
-
-    Raises:
-        ValueError: A name that is not in the zoo.
+        name: First part of the folder's name.
+        model: What to train, and how.
     """
-    folder = mini_folder(name)
-    if model is None:
-        model = MINI_ZOO[name]
-    else:
-        folder = folder.parent / f"{name}-{_state(model)}"
-    if _complete(folder):
-        return folder
+    folder = cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(
-        f"Pretraining {name}: {model.steps} steps, about 6 minutes on 2 CPU cores, once; kept in {folder}", flush=True
-    )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-        fresh = Path(scratch) / "model"
-        with torch.device("cpu"), isolated_rng(model.seed):
-            _train(name, model, fresh)
+    scratch = folder.with_name(f".{folder.name}")
+    with FileLock(f"{scratch}.lock"):
         if not _complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.replace(fresh, folder)
-        except OSError:
-            if not _complete(folder):  # complete: another process was faster, and its copy is as good
-                raise
+            print(
+                f"Pretraining {name}: {model.steps} steps, about 6 minutes on 2 CPU cores, once; kept in {folder}",
+                flush=True,
+            )
+            for left_over in (scratch, folder):
+                shutil.rmtree(left_over, ignore_errors=True)
+            with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries():
+                _train(name, model, scratch)
+            os.replace(scratch, folder)
     return folder
 
 
 def _train(name: str, model: MiniModel, folder: Path) -> None:
     texts = [_texts(side) for side in (0, 1)]
     tokenizer = _tokenizer()
-    train = pack(texts[0], tokenizer, BLOCK)
-    held_out = pack(texts[1], tokenizer, BLOCK, blocks=128)
+    train = Dataset.from_dict({"input_ids": list(blocks(texts[0], tokenizer, BLOCK))})
+    held_out = list(itertools.islice(blocks(texts[1], tokenizer, BLOCK), 128))
     network = AUTOS[model.head].from_config(model.config())
     objective = (MaskedLM if model.head == "masked_lm" else CausalLM)(
         network, lr=model.lr, warmup_steps=model.warmup_steps
     )
+    bias = getattr(network.get_output_embeddings(), "bias", None)
+    if bias is not None:  # it would take it hundreds of steps to learn how frequent each token is
+        bias.data.copy_(_unigram(train["input_ids"][:], VOCABULARY).log())
     order = torch.Generator().manual_seed(model.seed)
     batches = DataLoader(train, model.batch_size, shuffle=True, generator=order, collate_fn=_collate(model, tokenizer))
     judged = list(_judged(held_out, model, tokenizer))
@@ -173,7 +167,7 @@ def _train(name: str, model: MiniModel, folder: Path) -> None:
         "tokens": model.steps * model.batch_size * BLOCK,
         "held_out_loss_before": before,
         "held_out_loss": after,
-        "held_out_unigram_entropy": unigram_entropy(held_out["input_ids"]),
+        "held_out_unigram_loss": unigram_loss(train["input_ids"][:], held_out),
         "seconds": time.perf_counter() - start,
         "text_sha256": _corpus_hash(),
         "versions": _versions(),
@@ -181,16 +175,23 @@ def _train(name: str, model: MiniModel, folder: Path) -> None:
     (folder / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def unigram_entropy(rows: Sequence[Sequence[int]]) -> float:
-    """Nats a token of the best guess that looks at no other token: what a model that has learnt must beat.
+def unigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> float:
+    """Nats a token of a guess that looks at no other token: what a model that has learnt must beat.
+
+    The guess is each token's share of the training text, every token counted once more than it occurs.
 
     Example:
-        >>> round(unigram_entropy([[1, 2], [2, 1]]), 4)
-        0.6931
+        >>> round(unigram_loss([[0, 0, 1]], [[0], [1]]), 4)  # shares 3/5 and 2/5
+        0.7136
     """
-    counts = torch.tensor(rows).flatten().bincount().double()
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * shares.log()).sum())
+    shares = _unigram(train, max(map(max, held_out)) + 1)
+    return float(-shares[torch.tensor(held_out)].log().mean())
+
+
+def _unigram(rows: Sequence[Sequence[int]], size: int = 0) -> Tensor:
+    """The share of each token in a text, every token counted once more than it occurs."""
+    counts = torch.tensor(rows).flatten().bincount(minlength=size).double() + 1
+    return counts / counts.sum()
 
 
 def _trainer(steps: int, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -210,13 +211,14 @@ def _held_out_loss(trainer: pl.Trainer, objective: Objective, batches: list[dict
 
 
 def _collate(model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    return DataCollatorForLanguageModeling(
-        tokenizer, mlm=model.head == "masked_lm", mlm_probability=model.mask_probability, seed=model.seed
-    )
+    if model.head == "masked_lm":
+        return masking(tokenizer, model.mask_probability, model.seed)
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
 
 def _judged(rows: Any, model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=model.head == "masked_lm", mlm_probability=0.15, seed=1)
+    collate = _collate(replace(model, mask_probability=0.15, seed=1), tokenizer)
+    rows = Dataset.from_dict({"input_ids": rows})
     yield from DataLoader(rows, 16, collate_fn=collate, generator=torch.Generator())
 
 

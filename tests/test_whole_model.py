@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from depthcb import LayerStack, depth_profile
 from recipes.backbones import load_backbone
-from recipes.data import PythonText
+from recipes.data import PackedText
 
 
 def float64_rows(model: nn.Module, batches: list[dict[str, Tensor]], causal: bool) -> list[np.ndarray]:
@@ -60,8 +60,8 @@ def moved(model: PreTrainedModel, size: float) -> PreTrainedModel:
 
 
 def check(name: str, causal: bool, tolerances: dict[float, float], rows: int) -> list[float]:
-    model, tokenizer = load_backbone(name, causal_lm=causal)
-    batches = PythonText(tokenizer).probe_batches(rows=rows, block_size=32, batch_size=16)
+    model, tokenizer = load_backbone(name, head="causal_lm" if causal else None)
+    batches = PackedText(tokenizer).probe_batches(rows=rows, block_size=32, batch_size=16)
     base = model.base_model
     start, largest = float64_rows(base, batches, causal), []
     for size, tolerance in tolerances.items():

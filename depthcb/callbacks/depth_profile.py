@@ -142,8 +142,9 @@ class DepthProfile(Callback):
         step, epoch = logged_step(trainer), trainer.current_epoch
         for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
             self.profiles_by_measure[measure].append(profile)
-            # Every rank computes the same figures; saying so keeps Lightning from warning about each key.
-            pl_module.log_dict(_row(f"{self.name}/{measure}", profile), sync_dist=True)
+            # Every rank computes the same figures; saying so keeps Lightning from warning about each key. Their maximum
+            # is the figure itself, at half the collectives of a mean.
+            pl_module.log_dict(_row(f"{self.name}/{measure}", profile), sync_dist=True, reduce_fx="max")
         self.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,13 +220,19 @@ def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
                 attributes[name] = before[name]
 
 
-def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
-    """The loader whose dataset gives the probe: iterating it would move the random streams of training."""
+def first_validation_loader(trainer: pl.Trainer) -> Any:
+    """The Trainer's validation loader, of several the first; None where it does not validate."""
     loader = trainer.val_dataloaders
     if isinstance(loader, dict):
         loader = list(loader.values())
     if isinstance(loader, (list, tuple)):
         loader = loader[0] if loader else None
+    return loader
+
+
+def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The loader whose dataset gives the probe: iterating it would move the random streams of training."""
+    loader = first_validation_loader(trainer)
     if loader is None:
         raise ValueError(
             "DepthProfile: no validation loader (or limit_val_batches=0) and no probe: pass probe=a batch, a dataset "

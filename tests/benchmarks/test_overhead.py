@@ -16,7 +16,7 @@ from depthcb.reference import Reference
 from depthcb.similarity import find_measures
 from depthcb.step_ratio import LayerSteps, imposed_ratios, rescale, revert_non_finite, step_ratios
 from recipes.backbones import load_backbone
-from recipes.data import PythonText
+from recipes.data import PackedText
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def ratio(a: Callable[[], None], b: Callable[[], None], runs: int = 5) -> float:
 def test_the_control_costs_little_beside_a_training_step() -> None:
     """On SmolLM2, 8 x 128 tokens, bf16 autocast: the work of EqualStep against forward, backward and AdamW."""
     model, tokenizer = load_backbone("smollm2-135m")
-    batch = next(iter(PythonText(tokenizer, train_blocks=8).train_dataloader()))
+    batch = next(iter(PackedText(tokenizer, train_rows=8).train_dataloader()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     steps = LayerSteps(LayerStack.find(model).parameters())
 
@@ -65,7 +65,7 @@ def test_the_control_costs_little_beside_a_training_step() -> None:
 def test_the_interval_costs_little_beside_the_probe() -> None:
     """On MiniLM, 64 x 64 tokens: CKA of 6 layers with 200 halves each, against the forward that it is made from."""
     model, tokenizer = load_backbone("minilm", head=None)
-    probe = Probe.collect(PythonText(tokenizer).probe_batches(), 64)
+    probe = Probe.collect(PackedText(tokenizer).probe_batches(), 64)
     stack, measures = LayerStack.find(model), find_measures(["cka", "cka_normalized"])
     reference = Reference.record(probe, model, stack, measures)
     moved = copy.deepcopy(model)

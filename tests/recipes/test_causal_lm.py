@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCau
 
 from recipes.backbones import load_backbone, load_tokenizer
 from recipes.causal_lm import CausalLM
-from recipes.data import PythonText
+from recipes.data import PackedText
 from recipes.objective import decay_groups
 
 VOCABULARY = 50
@@ -103,7 +103,7 @@ class Curve(Callback):
 )
 def test_python_text_is_learned(optimizer, lr, precision):
     tokenizer = load_tokenizer("minilm")
-    data = PythonText(tokenizer, block_size=32, val_blocks=16, train_blocks=160)
+    data = PackedText(tokenizer, block_size=32, val_rows=16, train_rows=160)
     module = CausalLM(tiny(len(tokenizer)), optimizer=optimizer, lr=lr, warmup_steps=5)
     curve = Curve()
     fit = trainer(max_epochs=2, precision=precision, callbacks=[curve])
@@ -125,7 +125,7 @@ def test_two_fits_of_one_seed_are_equal():
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        data = PythonText(load_tokenizer("minilm"), block_size=16, val_blocks=8, train_blocks=32)
+        data = PackedText(load_tokenizer("minilm"), block_size=16, val_rows=8, train_rows=32)
         trainer(max_steps=4).fit(CausalLM(model, lr=1e-3), data)
         results.append(model.transformer.wte.weight)
     assert torch.equal(*results)
@@ -174,7 +174,7 @@ def test_a_name_is_loaded_once_when_the_trainer_sets_the_model_up():
     module = CausalLM("minilm", lr=1e-4)
     assert not hasattr(module, "model")
     assert module.hparams["backbone"] == "minilm"
-    data = PythonText(load_tokenizer("minilm"), block_size=16, val_blocks=8, train_blocks=16)
+    data = PackedText(load_tokenizer("minilm"), block_size=16, val_rows=8, train_rows=16)
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(module, data)
     loaded = module.model

@@ -1,169 +1,50 @@
-import ast
-import importlib.util
-import sys
+"""Data for every objective: alignment, padding, masks and splits, on Python text and on files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from recipes.backbones import cache_folder, load_tokenizer
-from recipes.data import (
-    PythonText,
-    _python_files,
-    collate,
-    corpus_fingerprint,
-    pack,
-    python_corpus,
-    split_by_file,
-)
+from recipes.corpus import in_hashed_order, python_corpus, split_by_file
+from recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from recipes.data.packed_text import blocks, masking
+from recipes.data.text_data import TextData
 
-LONG = "Words that say in some detail what the thing below is for, so that the docstring is long enough to count."
+BOTH = pytest.mark.parametrize("name", ["smollm2", "bert"])
+PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+KINDS: list[type[TextData]] = [PackedText, Completions, LabelledText, LabelledTokens, TextPairs]
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2() -> Any:
     return load_tokenizer("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
-def bert():
+def bert() -> Any:
     return load_tokenizer("minilm")
 
 
-@pytest.fixture
-def library(tmp_path, monkeypatch):
-    """A small installed library with everything that needs care, and a cache of its own."""
-    root = tmp_path / "site" / "depthcb_sample"
-    (root / "deep" / "tests").mkdir(parents=True)
-    (root / "__init__.py").write_text(f'"""{LONG}"""\n\n\ndef f(x):\n    return x\n')
-    (root / "a.py").write_text(
-        "import functools\n\x0c\n\n@functools.cache\n@staticmethod\ndef g():\n"
-        f'    """{LONG}\n\n        Indented.\n    """\n    return "\\d\x0c"\n\n\nx = 1\n\n\n'
-        "class C:\n    def m(self):\n        pass"
-    )
-    (root / "deep" / "b.py").write_bytes(b"# coding: latin-1\r\ndef h():\r\n    return '\xe9'\r\n")
-    (root / "deep" / "same.py").write_text("def f(x):\n    return x\n")
-    (root / "deep" / "broken.py").write_text("def (:\n")
-    (root / "deep" / "tests" / "test_b.py").write_text("def never(): pass\n")
-    monkeypatch.syspath_prepend(root.parent)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return root
+# Packing
 
 
-def test_code_is_each_top_level_definition_once(library):
-    code = python_corpus("code", packages=("depthcb_sample",))
-    assert dict(zip(code["file"], code["text"], strict=False)) == {
-        "depthcb_sample/__init__.py": "def f(x):\n    return x",
-        "depthcb_sample/a.py": "class C:\n    def m(self):\n        pass",
-        "depthcb_sample/deep/b.py": "def h():\n    return 'é'",
-    }
-    assert code["text"][1].startswith("@functools.cache\n@staticmethod\ndef g():")
-    assert code["text"][1].endswith('return "\\d\x0c"')
-    assert len(code) == 4
-    assert "5 files, 1 do not parse" in code.info.description
-
-
-def test_prose_is_each_long_docstring_once(library):
-    prose = python_corpus("prose", packages=("depthcb_sample",))
-    assert prose["text"] == [LONG, f"{LONG}\n\nIndented."]
-
-
-def test_the_cache_is_used_and_a_spoilt_one_is_made_again(library, tmp_path):
-    first = python_corpus("code", packages=("depthcb_sample",))
-    (cached,) = (tmp_path / "cache" / "depthcb" / "corpus").iterdir()
-    whole = cached.read_bytes()
-    for spoilt in (b"", b"nonsense", whole[: len(whole) // 2], whole.replace(b"return x", b"return y")):
-        assert spoilt != whole
-        cached.write_bytes(spoilt)
-        again = python_corpus("code", packages=("depthcb_sample",))
-        assert corpus_fingerprint(again) == corpus_fingerprint(first)
-        assert again.info.description == first.info.description
-        assert cached.read_bytes() == whole
-    stamp = cached.stat().st_mtime_ns
-    python_corpus("code", packages=("depthcb_sample",))
-    assert cached.stat().st_mtime_ns == stamp
-
-
-def test_a_changed_library_is_read_again(library):
-    first = python_corpus("code", packages=("depthcb_sample",))
-    (library / "new.py").write_text("def new(): pass\n")
-    second = python_corpus("code", packages=("depthcb_sample",))
-    assert len(second) == len(first) + 1
-
-
-def test_a_package_of_one_module_has_text(library):
-    (library.parent / "depthcb_single.py").write_text("def one(): pass\n")
-    assert python_corpus("code", packages=("depthcb_single",))["file"] == ["depthcb_single.py"]
-
-
-def test_the_standard_library_is_enough_text():
-    code, prose = python_corpus("code"), python_corpus("prose")
-    assert len(set(code["text"])) == len(code) > 4000
-    assert len(set(prose["text"])) == len(prose) > 3000
-    assert min(map(len, prose["text"])) >= 80
-    assert code["file"] == sorted(code["file"])
-    assert {"json/decoder.py", "ast.py"} < set(code["file"])
-    assert not any("test" in name.split("/")[:-1] or "site-packages" in name for name in code["file"])
-    for text in code["text"][:200]:
-        ast.parse(text)
-
-
-def test_a_corpus_is_the_same_without_the_cache(tmp_path, monkeypatch):
-    cached = corpus_fingerprint(python_corpus("code"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert corpus_fingerprint(python_corpus("code")) == cached
-
-
-def test_the_fingerprint_sees_order_and_borders(library):
-    code = python_corpus("code", packages=("depthcb_sample",))
-    assert corpus_fingerprint(code.select([1, 0])) != corpus_fingerprint(code.select([0, 1]))
-    assert len(corpus_fingerprint(code)) == 64
-
-
-@pytest.mark.parametrize(
-    ("package", "message"),
-    [("depthcb_no_such", "'depthcb_no_such' is not installed"), ("sys", "without Python source"), ("a b", "'a b'")],
-)
-def test_an_unreadable_package_is_named(package, message):
-    assert package != "sys" or "sys" in sys.builtin_module_names
-    with pytest.raises(ValueError, match=message):
-        python_corpus("code", packages=(package,))
-
-
-def test_a_bad_kind_is_refused(bert):
-    with pytest.raises(ValueError, match="'code', 'prose', not 'poetry'"):
-        python_corpus("poetry")
-    with pytest.raises(ValueError, match="not 'poetry'"):
-        PythonText(bert, kind="poetry")
-
-
-def test_no_file_is_on_both_sides_whatever_the_order():
-    corpus = python_corpus("code")
-    train, val = split_by_file(corpus)
-    assert len(train) + len(val) == len(corpus)
-    assert not set(train["file"]) & set(val["file"])
-    assert 0.05 < len(set(val["file"])) / len(set(corpus["file"])) < 0.15
-    _, turned = split_by_file(corpus.select(range(len(corpus) - 1, -1, -1)))
-    assert turned["text"] == val["text"][::-1]
-    _, part = split_by_file(corpus.select(range(1000)))
-    assert set(part["file"]) <= set(val["file"])
-    _, other = split_by_file(corpus, seed=1)
-    assert set(other["file"]) != set(val["file"])
-    _, most = split_by_file(corpus, val_fraction=0.9)
-    assert set(most["file"]) > set(val["file"])
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1])
-def test_a_split_needs_two_sides(fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        split_by_file(python_corpus("code"), val_fraction=fraction)
-
-
-@pytest.mark.parametrize("name", ["smollm2", "bert"])
-def test_packed_blocks_hold_the_text(name, request):
+@BOTH
+def test_blocks_hold_the_text(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)
     texts = ["def f(x):\n    return x + 1", "a <|im_end|> [SEP] b", "the last of the three"]
     end = tokenizer.sep_token_id if name == "bert" else tokenizer.eos_token_id
-    rows = pack(texts, tokenizer, 4)["input_ids"]
+    rows = list(blocks(texts, tokenizer, 4))
     assert {len(row) for row in rows} == {4}
     stream = [token for row in rows for token in row]
     whole = [ids for text in texts for ids in [*tokenizer.encode(text, **PLAIN), end]]
@@ -173,69 +54,31 @@ def test_packed_blocks_hold_the_text(name, request):
         assert tokenizer.decode(stream[: stream.index(end)]) == texts[0]
 
 
-PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
-
-
-def test_packing_stops_reading_when_it_has_enough(smollm2):
+def test_packing_reads_no_more_than_it_needs(smollm2: Any) -> None:
     read = []
 
-    def endless():
+    def endless() -> Any:
         while True:
             read.append(1)
             yield "some words to count"
 
-    assert len(pack(endless(), smollm2, 8, blocks=10)) == 10
-    assert len(read) < 100
+    made = blocks(endless(), smollm2, 8)
+    assert len([next(made) for _ in range(10)]) == 10
+    assert len(read) < 300
 
 
-def test_too_little_text_is_an_error(smollm2):
-    with pytest.raises(ValueError, match="gives 0 blocks of 64 tokens, but 2 are needed"):
-        pack(["short"], smollm2, 64, blocks=2)
-    with pytest.raises(ValueError, match="but 1 are needed"):
-        pack(["short"], smollm2, 64)
-    with pytest.raises(ValueError, match="must be positive"):
-        pack(["short"], smollm2, 0)
-    with pytest.raises(ValueError, match="validation documents have 100000 tokens"):
-        PythonText(smollm2).probe_batches(block_size=100_000)
-
-
-def test_collate_makes_every_token_a_label():
-    batch = collate([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
+def test_every_token_of_a_block_is_a_label(smollm2: Any) -> None:
+    data = PackedText(smollm2, block_size=32, val_rows=8)
+    batch = next(iter(data.val_dataloader()))
     assert batch["input_ids"].dtype == batch["labels"].dtype == batch["attention_mask"].dtype == torch.int64
     assert torch.equal(batch["labels"], batch["input_ids"])
     assert batch["labels"] is not batch["input_ids"]
     assert batch["attention_mask"].all()
 
 
-def drain(loader):
-    return torch.cat([batch["input_ids"] for batch in loader])
-
-
-def test_loaders_repeat_and_leave_the_random_numbers_alone(smollm2):
-    data = PythonText(smollm2, block_size=32, batch_size=8, val_blocks=20, train_blocks=40)
-    data.prepare_data()
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    loader = data.train_dataloader()
-    first, second_epoch = drain(loader), drain(loader)
-    val = drain(data.val_dataloader())
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    twin = PythonText(smollm2, block_size=32, batch_size=8, val_blocks=20, train_blocks=40)
-    assert torch.equal(drain(twin.train_dataloader()), first)
-    assert torch.equal(drain(twin.val_dataloader()), val)
-    assert first.shape == (40, 32)
-    assert val.shape == (20, 32)
-    assert not torch.equal(second_epoch, first)
-    assert torch.equal(second_epoch.sort(0).values, first.sort(0).values)
-    assert torch.equal(val, torch.tensor(twin.val_data["input_ids"]))
-    other = PythonText(smollm2, block_size=32, batch_size=8, val_blocks=20, train_blocks=40, seed=1)
-    assert not torch.equal(drain(other.train_dataloader()), first)
-
-
 @pytest.mark.parametrize("kind", ["code", "prose"])
-def test_the_probe_is_starts_of_held_out_documents(smollm2, kind):
-    data = PythonText(smollm2)
+def test_the_probe_is_starts_of_held_out_documents(smollm2: Any, kind: Any) -> None:
+    data = PackedText(smollm2)
     batches = data.probe_batches(rows=40, block_size=32, batch_size=16, kind=kind)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(16, 32), (16, 32), (8, 32)]
     assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
@@ -249,22 +92,338 @@ def test_the_probe_is_starts_of_held_out_documents(smollm2, kind):
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
 
 
-def test_few_rows_are_already_a_mix_of_files(smollm2):
-    data = PythonText(smollm2, val_blocks=64)
+def test_few_blocks_are_already_a_mix_of_files(smollm2: Any) -> None:
+    data = PackedText(smollm2, val_rows=64)
     text = smollm2.decode([token for row in data.val_data["input_ids"] for token in row])
     _, val = split_by_file(python_corpus("code"))
     used = {file for file, document in zip(val["file"], val["text"], strict=True) if document[:200] in text}
     assert len(used) >= 10
 
 
-def test_test_folders_are_not_walked():
-    root = importlib.util.find_spec("unittest").submodule_search_locations[0]
-    assert all("test" not in path.parts[-2:] for path in _python_files(root))
+# Masking
 
 
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "depthcb"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "depthcb"
+def test_masking_statistics(bert: Any) -> None:
+    """Of 15 % chosen tokens 80 % become the mask, 10 % another token, 10 % stay; special tokens are never chosen."""
+    collator = masking(bert, 0.15, seed=3)
+    inside = torch.randint(1000, 29000, (400, 126), generator=torch.Generator().manual_seed(0))
+    ends = torch.full((400, 1), bert.sep_token_id)
+    ids = torch.cat([ends, inside, ends], dim=1)
+    masked, labels = collator.torch_mask_tokens(ids.clone())
+    chosen = labels != -100
+    assert not chosen[:, [0, -1]].any()
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(masked[~chosen], ids[~chosen])
+    n = int(chosen.sum())
+
+    def near(count: Tensor, of: int, share: float) -> bool:
+        return abs(int(count) / of - share) < 4 * (share * (1 - share) / of) ** 0.5
+
+    assert near(chosen.sum(), inside.numel(), 0.15)
+    assert near((masked[chosen] == bert.mask_token_id).sum(), n, 0.8)
+    assert near((masked[chosen] == ids[chosen]).sum(), n, 0.1)
+
+
+def test_training_masks_are_drawn_anew_and_validation_masks_are_fixed(bert: Any) -> None:
+    data = PackedText(bert, masked=True, block_size=32, train_rows=32, val_rows=16)
+    state = torch.get_rng_state()
+    loader = data.train_dataloader()
+    epochs = [torch.cat([b["labels"] for b in loader]).ne(-100).sum() for _ in range(3)]
+    assert len(set(map(int, epochs))) > 1
+    first, second = (torch.cat([b["input_ids"] for b in data.val_dataloader()]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first == bert.mask_token_id).any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tokenizer_without_a_mask_is_refused(smollm2: Any) -> None:
+    with pytest.raises(ValueError, match="no mask token: take CausalLM"):
+        PackedText(smollm2, masked=True, val_rows=4).val_dataloader()
+
+
+# Labels in their places
+
+
+@BOTH
+def test_only_the_completion_has_labels(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(name)
+    data = Completions(tokenizer, max_length=64, val_rows=40)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    whole: dict[tuple[int, ...], list[list[int]]] = {}
+    for row in data.sides[1]:
+        prompt = tuple(tokenizer.encode(row["prompt"], **PLAIN))
+        whole.setdefault(prompt, []).append([*tokenizer.encode(row["completion"], **PLAIN), end])
+    for row in data.val_data:
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        ids = row["input_ids"]
+        assert row["labels"] == [-100] * start + ids[start:]
+        assert ids[start:] in [ids[: 64 - start] for ids in whole[tuple(ids[:start])]]
+
+
+WORDS = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C", "M")), min_size=1, max_size=6),
+    min_size=1,
+    max_size=8,
+)
+
+
+@BOTH
+@settings(max_examples=60, deadline=None)
+@given(words=WORDS)
+def test_the_first_subword_of_each_word_has_its_label(name: str, smollm2: Any, bert: Any, words: list[str]) -> None:
+    """The number of each word is its label; the tokenizer's own word ids of split words say where words begin."""
+    tokenizer = {"smollm2": smollm2, "bert": bert}[name]
+    data = LabelledTokens(tokenizer, max_length=512)
+    row = data._aligned(words, list(range(len(words))))
+    labelled = [label for label in row["labels"] if label != -100]
+    assert labelled == sorted(set(labelled)), "each word once, in order"
+    if name == "smollm2":
+        assert labelled == list(range(len(words))), "bytes: no word is lost"
+        starts = [i for i, label in enumerate(row["labels"]) if label != -100]
+        for word, begin, end in zip(words, starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            assert tokenizer.decode(row["input_ids"][begin:end]).strip(" ") == word
+        return
+    split = tokenizer(words, is_split_into_words=True, split_special_tokens=True)
+    if split["input_ids"] == row["input_ids"]:
+        ids = split.word_ids()
+        first = [w if w is not None and w != ids[i - 1] else -100 for i, w in enumerate(ids)]
+        assert row["labels"] == first
+
+
+def test_python_tokens_keep_their_kind(smollm2: Any) -> None:
+    data = LabelledTokens(smollm2, val_rows=8)
+    keywords = data.label_names.index("keyword")
+    for row in data.val_data:
+        said = [
+            smollm2.decode([i]).strip() for i, k in zip(row["input_ids"], row["labels"], strict=True) if k == keywords
+        ]
+        assert set(said) <= {"def", "class", "return", "if", "else", "elif", "for", "in", "not", "is", "None", "True",
+                             "False", "and", "or", "try", "except", "raise", "with", "as", "import", "from", "while",
+                             "yield", "lambda", "pass", "del", "global", "finally", "break", "continue", "assert",
+                             "async", "await", "nonlocal", "non"}  # fmt: skip
+
+
+def test_labels_of_texts_are_those_of_their_rows(bert: Any) -> None:
+    data = LabelledText(bert, val_rows=50)
+    known = {tuple(bert(t, truncation=True, max_length=128)["input_ids"]): n for t, n in
+             zip(data.sides[1]["text"], data.sides[1]["label"], strict=True)}  # fmt: skip
+    for row in data.val_data:
+        assert data.label_names[row["labels"]] == known[tuple(row["input_ids"])]
+    counts = [data.sides[1]["label"].count(n) for n in data.label_names]
+    assert len(set(counts)) == 1, "as many of each library"
+
+
+def test_pairs_stay_pairs_in_their_order(bert: Any) -> None:
+    data = TextPairs(bert, val_rows=32)
+    batch = next(iter(data.val_dataloader()))
+    for i, (first, second) in enumerate(zip(data.sides[1]["first"][:16], data.sides[1]["second"][:16], strict=True)):
+        for prefix, text in (("", first), ("pair_", second)):
+            ids = bert(text, truncation=True, max_length=128)["input_ids"]
+            assert batch[f"{prefix}input_ids"][i, : len(ids)].tolist() == ids
+            assert batch[f"{prefix}attention_mask"][i].sum() == len(ids)
+
+
+@BOTH
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_on_either_side(name: str, side: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(name)
+    before = tokenizer.padding_side
+    try:
+        tokenizer.padding_side = side
+        rows = [{"input_ids": [5, 6, 7], "labels": [1, 2, 3]}, {"input_ids": [8], "labels": [4]}]
+        batch = Completions(tokenizer).collate(rows)
+    finally:
+        tokenizer.padding_side = before
+    pad = tokenizer.pad_token_id
+    short = {"input_ids": [8, pad, pad], "attention_mask": [1, 0, 0], "labels": [4, -100, -100]}
+    for key, row in short.items():
+        assert batch[key][1].tolist() == (row if side == "right" else row[1:] + row[:1])
+    assert batch["input_ids"][0].tolist() == [5, 6, 7]
+
+
+# Splits, seeds and caches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_of_the_validation_is_trained_on(kind: type[TextData], bert: Any) -> None:
+    train, val = kind(bert).sides
+    assert len(train) > 5 * len(val) > 100
+    assert not set(map(repr, train)) & set(map(repr, val))
+
+
+@pytest.mark.parametrize("kind", [PackedText, LabelledText])
+def test_loaders_repeat_and_leave_the_random_numbers_alone(kind: type[TextData], smollm2: Any) -> None:
+    def drain(loader: DataLoader[Any]) -> list[list[int]]:
+        return [row.tolist() for batch in loader for row in batch["input_ids"]]
+
+    options: dict[str, Any] = {"batch_size": 8, "val_rows": 20, "train_rows": 40}
+    data = kind(smollm2, **options)
+    data.prepare_data()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    loader = data.train_dataloader()
+    first, second_epoch, val = drain(loader), drain(loader), drain(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    twin = kind(smollm2, **options)
+    assert drain(twin.train_dataloader()) == first
+    assert drain(twin.val_dataloader()) == val
+    assert (len(first), len(val)) == (40, 20)
+    assert second_epoch != first
+    other = kind(smollm2, **options, seed=1)
+    assert drain(other.train_dataloader()) != first
+
+
+def test_tokenised_rows_are_kept_and_a_spoilt_file_is_made_again(
+    bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "texts.csv"
+    source.write_text("text\n" + "".join(f"line {i} of some length for the blocks\n" for i in range(60)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def rows(**options: Any) -> list[Any]:
+        return list(PackedText(bert, str(source), block_size=16, **options).val_data)
+
+    first = rows()
+    (kept,) = (cache_folder() / "tokenised").iterdir()
+    stamp, whole = kept.stat().st_mtime_ns, kept.read_bytes()
+    assert rows() == first
+    assert kept.stat().st_mtime_ns == stamp
+    for spoilt in (b"", b"nonsense", whole[: len(whole) // 2], whole.replace(whole[60:64], b"zzzz")):
+        kept.write_bytes(spoilt)
+        assert rows() == first
+    assert rows(seed=1) != first
+    assert len(list((cache_folder() / "tokenised").iterdir())) > 1, "other rows are kept beside these"
+
+
+# Other data
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+LINES = [{"text": f"text number {i} in words", "label": "odd" if i % 2 else "even", "stars": i % 3, "tokens": [f"a{i}", "b"],
+          "tags": ["X", "O"], "second": f"partner {i}", "score": i / 4} for i in range(40)]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_files_of_every_kind(ending: str, bert: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"data.{ending}"
+    flat = Dataset.from_list([{k: row[k] for k in ("text", "label", "stars")} for row in LINES])
+    {"csv": flat.to_csv, "jsonl": flat.to_json, "parquet": flat.to_parquet}[ending](str(path))
+    data = LabelledText(bert, str(path))
+    assert data.label_names == ["even", "odd"]
+    assert [len(side) for side in data.sides] == [36, 4]
+    assert len(data.train_data) == 36
+    assert LabelledText(bert, str(path), label="stars").label_names == ["0", "1", "2"]
+
+
+def test_a_folder_with_splits_and_named_classes(bert: Any, tmp_path: Path) -> None:
+    """As `DatasetDict.save_to_disk`'s neighbours on the hub come: parquet files a split, the classes in their order."""
+    features = Features({"words": List(Value("string")), "ner": List(ClassLabel(names=["O", "PER"]))})
+    rows = {"words": [["Ann", "sings"], ["Bo"]], "ner": [[1, 0], [1]]}
+    splits = DatasetDict({"train": Dataset.from_dict(rows, features), "validation": Dataset.from_dict(
+        {"words": [["he", "Cy"], ["Ann", "sings"]], "ner": [[0, 1], [1, 0]]}, features)})  # fmt: skip
+    for name, split in splits.items():
+        split.to_parquet(str(tmp_path / "set" / f"{name}.parquet"))
+    data = LabelledTokens(bert, str(tmp_path / "set"), tokens="words", labels="ner")
+    with pytest.warns(UserWarning, match="1 of 2 training rows .* are also in validation"):
+        assert [len(side) for side in data.sides] == [1, 2]
+    assert data.label_names == ["O", "PER"]
+    assert data.num_labels == 2
+    labels = [[label for label in row["labels"] if label != -100] for row in data.val_data]
+    assert sorted(labels) == [[0, 1], [1, 0]]
+
+
+def test_pairs_with_a_score_and_texts_without_partners(bert: Any, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "pairs.jsonl", LINES)
+    near = TextPairs(bert, source, first="text", score="score", min_score=5)
+    assert sum(map(len, near.sides)) == sum(row["score"] >= 5 for row in LINES)
+    assert set(near.val_data.column_names) == {"input_ids", "pair_input_ids"}
+    alone = TextPairs(bert, source, first="text", second=None)
+    assert alone.val_data.column_names == ["input_ids"]
+
+
+def test_what_is_held_out_of_a_single_split_follows_the_seed(bert: Any, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "lines.jsonl", LINES)
+    held = [set(PackedText(bert, source, seed=seed).sides[1]["text"]) for seed in (0, 0, 1)]
+    assert held[0] == held[1] != held[2]
+    assert len(held[0]) == 4
+
+
+def odd(**changed: Any) -> Callable[[Path], str]:
+    return lambda folder: jsonl(folder / "odd.jsonl", [{**row, **changed} for row in LINES])
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "options", "message"),
+    [
+        (PackedText, odd(), {"column": "body"}, "no column 'body': it has text, label"),
+        (LabelledText, odd(), {"label": "class"}, "no column 'class'.*arguments of LabelledText"),
+        (LabelledText, odd(), {"label": "score"}, "is neither a name nor a whole number"),
+        (LabelledText, odd(label="one"), {}, "one label alone"),
+        (LabelledTokens, odd(tags=["X", "O", "X"]), {"labels": "tags"}, "has 2 tokens and 3 labels"),
+        (PackedText, odd(), {"train_split": "training"}, "no split 'training': it has train"),
+        (PackedText, odd(), {"block_size": 100_000}, "validation side .* gives no row at a length of 100000 tokens"),
+        (Completions, odd(), {"prompt": "text", "completion": "second", "max_length": 4}, "gives no row at a length"),
+        (TextPairs, odd(), {"first": "text", "score": "score", "min_score": 99}, "gives no row"),
+        (PackedText, lambda folder: str(folder / "none.txt"), {}, "neither a local file or folder nor"),
+    ],
+)
+def test_bad_data_is_one_clear_sentence(
+    kind: type[TextData], make: Callable[[Path], str], options: dict[str, Any], message: str, bert: Any, tmp_path: Path
+) -> None:
+    data = kind(bert, make(tmp_path), **options)
+    with pytest.raises(ValueError, match=message):
+        data.val_data  # noqa: B018
+
+
+def test_a_text_file_of_another_kind_and_an_empty_split(bert: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"none of .csv, .json, .jsonl, .parquet: convert it"):
+        PackedText(bert, str(tmp_path / "notes.txt")).sides  # noqa: B018
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"empty"):
+        PackedText(bert, str(tmp_path / "empty.csv")).sides  # noqa: B018
+
+
+def test_unlabelled_rows_are_named(bert: Any, tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [-1] * 20}, features)
+    rows.to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(ValueError, match="has the label -1 in 'label': leave it out"):
+        LabelledText(bert, str(tmp_path / "test.parquet")).val_data  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"train_rows": 0}, "train_rows must be at least 1"),
+        ({"max_length": 3}, "max_length must be at least 4"),
+        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"mask_probability": 1.0}, "mask_probability must lie between 0 and 1"),
+        ({"kind": "poetry"}, "'code', 'prose', not 'poetry'"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str, bert: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedText(bert, **options)
+
+
+def test_too_few_rows_for_a_probe(bert: Any) -> None:
+    with pytest.raises(ValueError, match="validation documents have 100000 tokens"):
+        PackedText(bert).probe_batches(block_size=100_000)
+    with pytest.raises(ValueError, match="Only 4 validation rows, but 64"):
+        LabelledText(bert, val_rows=4).probe_batches()
+    batches = LabelledText(bert, val_rows=40).probe_batches(rows=20, batch_size=16)
+    assert [len(b["input_ids"]) for b in batches] == [16, 4]
+    assert set(batches[0]) == {"input_ids", "attention_mask"}
+
+
+def test_hashed_order_is_no_ones_but_the_texts_and_the_seeds() -> None:
+    texts = [f"t{i}" for i in range(50)]
+    assert in_hashed_order(texts, 0) == in_hashed_order(texts[::-1], 0) != texts
+    assert in_hashed_order(texts, 1) != in_hashed_order(texts, 0)

@@ -1,4 +1,4 @@
-"""Text that every machine with Python has: the source and the docstrings of installed libraries.
+"""Text that every machine with Python has, with labels that it carries by itself: installed libraries.
 
 The text depends on the installed versions, so a study records ``corpus_fingerprint`` beside its numbers.
 """
@@ -9,26 +9,24 @@ import ast
 import hashlib
 import importlib.util
 import inspect
-import itertools
+import io
+import keyword
 import os
 import platform
+import re
 import sysconfig
 import tempfile
+import textwrap
+import token
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from datasets import Dataset, DatasetInfo, Features, List, Value
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, DatasetInfo
 
 from recipes.backbones import cache_folder
 
@@ -36,6 +34,12 @@ Kind = Literal["code", "prose"]
 
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST_PROSE = 80  # characters: below it a docstring is a title
+
+
+#: The packages whose docstrings are told apart; every machine with the recipes has them.
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "lightning", "torchmetrics", "datasets", "huggingface_hub")
+#: The kinds of Python tokens that are told apart.
+TOKEN_KINDS = ("name", "keyword", "operator", "number", "string", "comment")
 
 
 def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",)) -> Dataset:
@@ -101,158 +105,120 @@ def corpus_fingerprint(dataset: Dataset) -> str:
     return _digest(dataset["text"])
 
 
-def pack(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, *, blocks: int | None = None
-) -> Dataset:
-    """Tokenise documents, end each with the end-of-text token, and cut the stream into equal blocks.
-
-    The tokenizer adds no token of its own, and a text that spells out a special token does not become one. The
-    remainder of the stream is dropped.
-
-    Args:
-        texts: Documents, read only as far as needed.
-        tokenizer: Its end-of-text token (BERT's kin: the separator) stands between documents.
-        block_size: Tokens in a block.
-        blocks: Number of blocks to stop at, None for all the text.
+def completions(code: Dataset) -> Dataset:
+    """Signatures and bodies of the functions and classes of ``python_corpus("code")``.
 
     Returns:
-        One column ``input_ids``.
-
-    Raises:
-        ValueError: The sizes are not positive, the tokenizer has no token to end a text with, or the text is too short.
+        Columns ``prompt`` (decorators and signature, up to and with its line break), ``completion`` and ``file``. What
+        stands on one line altogether is left out.
     """
-    if block_size < 1 or (blocks is not None and blocks < 1):
-        raise ValueError(f"block_size and blocks must be positive, not {block_size} and {blocks}")
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise ValueError(f"{type(tokenizer).__name__} has neither an end-of-text nor a separator token to join texts")
-    stream: list[int] = []
-    for ids in _tokenise(texts, tokenizer):
-        stream += [*ids, end]
-        if blocks is not None and len(stream) >= blocks * block_size:
-            break
-    made = len(stream) // block_size
-    if made < (blocks or 1):
-        raise ValueError(f"The text gives {made} blocks of {block_size} tokens, but {blocks or 1} are needed")
-    rows = [stream[i * block_size : (i + 1) * block_size] for i in range(min(made, blocks or made))]
-    return Dataset.from_dict({"input_ids": rows}, features=Features({"input_ids": List(Value("int64"))}))
+    return _derived(code, _signature_and_body)
 
 
-class PythonText(LightningDataModule):
-    """Packed Python text for next-token prediction, split by file.
+def docstring_pairs(code: Dataset) -> Dataset:
+    """Docstrings and the functions they describe, methods included.
 
-    Documents are taken in hashed order, so a few blocks are already a mix of many files. Every loader draws from its
-    own generator: two fits see the same batches, and the process-wide random numbers are neither read nor moved.
-
-    Args:
-        tokenizer: The backbone's tokenizer.
-        kind: ``"code"`` or ``"prose"``, see ``python_corpus``.
-        block_size: Tokens in a row.
-        batch_size: Rows in a batch.
-        val_blocks: Rows for validation.
-        train_blocks: Rows for training, None for all there are.
-        seed: Decides the split, the choice of documents and the order of training rows.
-        packages: Libraries to read, see ``python_corpus``.
-
-    Raises:
-        ValueError: Another kind, an unknown package, or less text than the blocks need (when the text is read).
+    Returns:
+        Columns ``first`` (the docstring, of at least 80 characters), ``second`` (the function without it) and ``file``.
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        kind: Kind = "code",
-        block_size: int = 128,
-        batch_size: int = 8,
-        val_blocks: int = 64,
-        train_blocks: int | None = None,
-        seed: int = 0,
-        packages: Sequence[str] = ("stdlib",),
-    ) -> None:
-        super().__init__()
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, not {kind!r}")
-        self.tokenizer = tokenizer
-        self.kind = kind
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.val_blocks = val_blocks
-        self.train_blocks = train_blocks
-        self.seed = seed
-        self.packages = tuple(packages)
-
-    def prepare_data(self) -> None:
-        """Fill the cache, so that only one process of a machine scans the libraries."""
-        python_corpus(self.kind, packages=self.packages)
-
-    @cached_property
-    def train_data(self) -> Dataset:
-        """The training rows, tokenised on first use."""
-        return pack(self._texts(self.kind, 0), self.tokenizer, self.block_size, blocks=self.train_blocks)
-
-    @cached_property
-    def val_data(self) -> Dataset:
-        """The validation rows, tokenised on first use."""
-        return pack(self._texts(self.kind, 1), self.tokenizer, self.block_size, blocks=self.val_blocks)
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled batches; each new loader starts the same order again."""
-        return self._loader(self.train_data, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches in a fixed order."""
-        return self._loader(self.val_data, shuffle=False)
-
-    def probe_batches(
-        self, rows: int = 64, block_size: int = 64, batch_size: int = 16, kind: Kind = "code"
-    ) -> list[dict[str, Tensor]]:
-        """Fixed inputs for a depth probe, from validation files only.
-
-        Each row is the start of a different document: cut from one packed stream, neighbouring rows would share their
-        document and count as fewer than they are.
-
-        Args:
-            rows: Number of rows.
-            block_size: Tokens in a row; shorter documents are passed over.
-            batch_size: Rows in a batch.
-            kind: ``"code"`` or ``"prose"``.
-
-        Raises:
-            ValueError: Too few documents are that long.
-        """
-        long = (ids[:block_size] for ids in _tokenise(self._texts(kind, 1), self.tokenizer) if len(ids) >= block_size)
-        ids = list(itertools.islice(long, rows))
-        if len(ids) < rows:
-            raise ValueError(f"Only {len(ids)} validation documents have {block_size} tokens, but {rows} are needed")
-        batches = torch.split(torch.tensor(ids), batch_size)
-        return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
-
-    def _texts(self, kind: Kind, side: Literal[0, 1]) -> Iterator[str]:
-        """One side of the split (0 training, 1 validation), its documents in hashed order."""
-        part = split_by_file(python_corpus(kind, packages=self.packages), seed=self.seed)[side]
-        yield from in_hashed_order(part["text"], self.seed)
-
-    def _loader(self, data: Dataset, shuffle: bool) -> DataLoader[dict[str, Tensor]]:
-        # Without a generator of its own even an unshuffled loader draws one number from the process-wide one, and a
-        # validation would change the dropout of the training steps after it.
-        generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        return DataLoader(
-            data, self.batch_size, shuffle=shuffle, generator=generator, collate_fn=collate, num_workers=0
-        )
+    return _derived(code, _docstrings_and_functions)
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Stack packed rows: nothing is padding, and every token is its own label (the model shifts them)."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+def python_tokens(code: Dataset) -> Dataset:
+    """The tokens of functions and classes and the kind of each.
+
+    Returns:
+        Columns ``tokens``, ``labels`` (names out of ``TOKEN_KINDS``) and ``file``; white space is no token.
+    """
+    return _derived(code, _tokens_and_kinds)
 
 
-def _tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, at_once: int = 64) -> Iterator[list[int]]:
-    remaining = iter(texts)
-    while batch := list(itertools.islice(remaining, at_once)):
-        # verbose=False: whole documents may be longer than the model's context, the rows cut from them are not
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        yield from encoded["input_ids"]
+def docstring_packages(packages: Sequence[str] = PACKAGES) -> Dataset:
+    """Docstrings and the library that each is from; a docstring of two libraries is left out.
+
+    The libraries' names are taken out of the text. Classes are as balanced as `balanced` makes them.
+
+    Returns:
+        Columns ``text``, ``label`` and ``file``.
+    """
+    names = "|".join(map(re.escape, packages))
+    named = re.compile(rf"(?i)(?:py)?(?:{names})\w*|(?<![a-z])(?:np|pd|hf)(?![a-z])")
+    found: dict[str, tuple[str, str] | None] = {}
+    for package in packages:
+        prose = python_corpus("prose", packages=(package,))
+        for text, file in zip(prose["text"], prose["file"], strict=True):
+            masked = named.sub("_", text)
+            found[masked] = None if masked in found else (package, file)
+    rows = [{"text": text, "label": home[0], "file": home[1]} for text, home in found.items() if home]
+    return Dataset.from_list(rows)
+
+
+def balanced(rows: Dataset, label: str) -> Dataset:
+    """As many rows of each label as the rarest has: the first ones, in the order they come in."""
+    places: dict[Any, list[int]] = {}
+    for row, name in enumerate(rows[label]):
+        places.setdefault(name, []).append(row)
+    most = min(map(len, places.values()), default=0)
+    return rows.select(sorted(row for of_one in places.values() for row in of_one[:most]))
+
+
+def _derived(code: Dataset, read: Any) -> Dataset:
+    rows: dict[str, dict[str, Any]] = {}  # each once: methods are often copied
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        for text, file in zip(code["text"], code["file"], strict=True):
+            for row in read(text):
+                rows.setdefault(repr(row), {**row, "file": file})
+    return Dataset.from_list(list(rows.values()))
+
+
+def _signature_and_body(text: str) -> Iterator[dict[str, str]]:
+    first = _statement(text).body[0]
+    at = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))]) - 1
+    lines = text.split("\n")
+    if at > 0 and lines[at - 1].rstrip().endswith(":") and not lines[at - 1].lstrip().startswith("#"):
+        yield {"prompt": "\n".join(lines[:at]) + "\n", "completion": "\n".join(lines[at:])}
+
+
+def _docstrings_and_functions(text: str) -> Iterator[dict[str, str]]:
+    lines = text.split("\n")
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+            continue
+        docstring, holder = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip(), node.body[0]
+        assert holder.end_lineno is not None
+        assert node.end_lineno is not None
+        alone = node.body[1].lineno > holder.end_lineno and holder.lineno > node.lineno
+        if len(docstring) >= _SHORTEST_PROSE and alone:
+            function = lines[_first_line(node) - 1 : holder.lineno - 1] + lines[holder.end_lineno : node.end_lineno]
+            dedented = textwrap.dedent("\n".join(function))
+            if not dedented[0].isspace():  # strings that reach further left keep the function from being moved there
+                yield {"first": docstring, "second": dedented}
+
+
+def _tokens_and_kinds(text: str) -> Iterator[dict[str, list[str]]]:
+    tokens, kinds = [], []
+    try:
+        for item in tokenize.generate_tokens(io.StringIO(text).readline):
+            kind = _kind(item)
+            if kind is not None:
+                tokens.append(item.string)
+                kinds.append(kind)
+    except (tokenize.TokenError, SyntaxError):  # a text is cut where ast sees its end
+        return
+    if tokens:
+        yield {"tokens": tokens, "labels": kinds}
+
+
+def _kind(item: tokenize.TokenInfo) -> str | None:
+    if item.type == token.NAME:
+        return "keyword" if keyword.iskeyword(item.string) else "name"
+    kinds = {token.OP: "operator", token.NUMBER: "number", token.STRING: "string", tokenize.COMMENT: "comment"}
+    return kinds.get(item.type)
+
+
+def _statement(text: str) -> Any:
+    return ast.parse(text).body[0]
 
 
 def _sources(package: str) -> list[tuple[str, Path]]:

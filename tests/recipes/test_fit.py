@@ -1,0 +1,111 @@
+"""`depthcb fit`: every bundled YAML runs with one line, on any backbone, and errors are one line."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import seed_everything
+from recipes_families import tiny
+
+from depthcb.cli import main
+from recipes.backbones import load_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+NAMES = ("causal_lm", "completion_lm", "masked_lm", "sequence_classification", "token_classification", "contrastive")
+SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
+         "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
+         "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny random networks as folders, with a tokenizer that has every special token."""
+    tokenizer, folders = load_tokenizer("minilm"), {}
+    for family, head in (("bert", "ForMaskedLM"), ("neox", "ForCausalLM")):
+        folder = tmp_path_factory.mktemp(family)
+        tiny(family, head, vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[family] = str(folder)
+    return folders
+
+
+def fit(config: str, folder: Path, *options: str) -> int:
+    return main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *SHORT,
+                 f"--trainer.logger.init_args.save_dir={folder}", *options])  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    (found,) = folder.glob("*/version_0/metrics.csv")
+    with open(found, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, str], tmp_path: Path) -> None:
+    model = backbone["bert" if name in ("masked_lm", "contrastive") else "neox"]
+    assert fit(name, tmp_path, f"--model.backbone={model}", "--data.val_rows=64", "--data.batch_size=8") == 0
+    found = rows(tmp_path)
+    seen = {key for row in found for key, value in row.items() if value}
+    assert {"train/loss", "val/loss", "depth/cka/slope", "update_ratio/L00", "depth/objective_distance_self"} <= seen
+    distances = [float(row["depth/objective_distance"]) for row in found if row.get("depth/objective_distance")]
+    assert len(distances) <= 1, "once a run"
+    if name in ("causal_lm", "masked_lm"):
+        assert distances == [0.0], "the objective it was pretrained by"
+    (kept,) = tmp_path.glob("*/version_0/config.yaml")
+    assert yaml.safe_load(kept.read_text())["model"]["init_args"]["backbone"] == model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_control_is_one_more_option_and_a_seed_repeats(backbone: dict[str, str], tmp_path: Path) -> None:
+    options = (f"--model.backbone={backbone['neox']}", "--trainer.callbacks+=depthcb.EqualStep", "--data.val_rows=32",
+               "--model.optimizer=sgd", "--model.lr=0.1", "--data.batch_size=8")  # fmt: skip
+    results = []
+    for run, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert fit("causal_lm", tmp_path / run, *options, f"--seed_everything={seed}", f"--data.seed={seed}") == 0
+        results.append([row["val/loss"] for row in rows(tmp_path / run) if row["val/loss"]])
+    assert results[0] == results[1] != results[2]
+    ratios = [[float(v) for k, v in row.items() if k.startswith("equal_step/realised") and v] for row in
+              rows(tmp_path / "a")]  # fmt: skip
+    assert [max(r) / min(r) for r in ratios if r] == pytest.approx([1, 1], rel=1e-4)
+    seed_everything(0, verbose=False)
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["--model.backbone=./nowhere"], "./nowhere"),
+    (["--model.lr=-1"], "lr must be positive, not -1"),
+    (["--model.no_such=1"], "no_such"),
+    (["--data.kind=poetry"], "poetry"),
+    (["--data.dataset=./nowhere.csv"], "neither a local file or folder nor"),
+    (["--trainer.max_steps=many"], "max_steps"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_are_one_line(
+    options: list[str], message: str, backbone: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    assert fit("causal_lm", tmp_path, f"--model.backbone={backbone['neox']}", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("depthcb fit: ")
+    assert message in error
+    assert len(error) < 600
+
+
+def test_a_missing_config_is_one_line(capsys: Any) -> None:
+    assert main(["fit", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configs_differ_only_where_they_must(name: str) -> None:
+    """The same callbacks, steps and logging in each: a comparison of objectives compares objectives."""
+    config, first = (yaml.safe_load((CONFIGS / f"{n}.yaml").read_text())["trainer"] for n in (name, NAMES[0]))
+    assert config.pop("logger")["init_args"]["name"] == name
+    first.pop("logger")
+    assert config == first

@@ -1,0 +1,110 @@
+"""The mini zoo: pretrained here, once, whole or not at all, and really learnt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.backbones import cache_folder, load_backbone
+from recipes.mini_zoo import MINI_ZOO, MiniModel, load_or_pretrain, pretrain, unigram_loss
+
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 8192, "bos_token_id": 0,
+         "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip
+TINY = MiniModel("gpt2", SMALL, lr=3e-3, steps=40, warmup_steps=5, batch_size=4)
+
+
+def zoo_of(folder: Path) -> list[Path]:
+    """What a cache holds of the zoo, without the locks."""
+    return [path for path in (folder / "depthcb" / "mini-zoo").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, with the corpus that has been read already."""
+    shared = cache_folder() / "corpus"
+    (tmp_path / "depthcb").mkdir()
+    if shared.is_dir():
+        (tmp_path / "depthcb" / "corpus").symlink_to(shared)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_pretraining_learns_is_recorded_and_happens_once(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    folder = pretrain("tiny", TINY)
+    assert torch.equal(torch.get_rng_state(), state)
+    said = capfd.readouterr()
+    assert "Pretraining tiny: 40 steps, about 6 minutes" in said.out
+    assert "GPU available" not in said.out + said.err
+    report = json.loads((folder / "pretraining.json").read_text())
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.5
+    assert report["held_out_loss_before"] == pytest.approx(math.log(8192), abs=0.2)
+    assert len(report["text_sha256"]) == 64
+    model, tokenizer = load_backbone(str(folder))
+    assert len(tokenizer) == 8192
+    assert tokenizer.decode(tokenizer.encode("def f(x):\n    return 'é'")) == "def f(x):\n    return 'é'"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.pad_token_id) == (1, 0, 1)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrain("tiny", TINY) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert capfd.readouterr().out == ""
+
+
+def test_killed_in_the_middle_it_starts_afresh(cache: Path) -> None:
+    """A real process is killed while it trains: nothing passes for a model, and the next one clears up after it."""
+    code = (
+        "from test_mini_zoo import *; import dataclasses; "
+        "print(pretrain('tiny', dataclasses.replace(TINY, steps=100_000)), flush=True)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "Pretraining tiny" in process.stdout.readline()
+        time.sleep(5)
+        process.send_signal(signal.SIGKILL)
+    assert all(path.name.startswith(".") for path in zoo_of(cache))
+    scratch = zoo_of(cache)[0] if zoo_of(cache) else cache / "depthcb" / "mini-zoo" / ".none"
+    folder = pretrain("tiny", TINY)
+    left = folder.with_name(f".{folder.name}")
+    left.mkdir()
+    (left / "half.safetensors").write_bytes(b"half")
+    (folder / "model.safetensors").unlink()
+    assert pretrain("tiny", TINY) == folder
+    assert (folder / "model.safetensors").is_file()
+    assert set(zoo_of(cache)) - {scratch} == {folder}
+
+
+def test_what_made_a_model_is_in_the_name_of_its_folder(cache: Path) -> None:
+    one = MiniModel("gpt2", SMALL, steps=1, batch_size=1)
+    assert pretrain("tiny", one) != pretrain("tiny", MiniModel("gpt2", SMALL, steps=2, batch_size=1))
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="'gpt5-mini' is not in the mini zoo: take one of bert-mini, gpt2-mini"):
+        load_or_pretrain("gpt5-mini")
+
+
+def test_the_unigram_loss_is_what_counting_gives() -> None:
+    shares = {0: 4 / 8, 1: 2 / 8, 2: 1 / 8, 3: 1 / 8}
+    expected = -sum(math.log(shares[token]) for token in (0, 3, 1, 1)) / 4
+    assert unigram_loss([[0, 0], [0, 1]], [[0, 3], [1, 1]]) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", MINI_ZOO)
+def test_each_model_of_the_zoo_has_learnt(name: str) -> None:
+    """Well below the best guess that looks at no other token."""
+    report = json.loads((load_or_pretrain(name) / "pretraining.json").read_text())
+    assert report["held_out_loss"] < report["held_out_unigram_loss"] - 0.5
+    assert report["parameters"] < 8e6
