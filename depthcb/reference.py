@@ -112,8 +112,13 @@ class Reference:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Reference:
-        """The reference that `state_dict` described."""
-        return cls(
+        """The reference that `state_dict` described.
+
+        Raises:
+            KeyError: A part is missing.
+            ValueError: The parts don't fit each other, or hold NaN.
+        """
+        found = cls(
             state["sketches"],
             state["examples"],
             tuple(state["layer_names"]),
@@ -121,6 +126,13 @@ class Reference:
             tuple(state["effective_rank"]),
             state["causal"],
         )
+        for kind, layers in found.sketches.items():
+            n, fits = len(found.examples), len(layers) == len(found.layer_names)
+            for k in layers:
+                fits = fits and k.shape == (n, n if kind == "gram" else k.shape[-1]) and bool(k.isfinite().all())
+            if not fits:
+                raise ValueError(f"the {kind} sketches don't fit the layers and rows, or are not finite")
+        return found
 
 
 def _sketch(kind: str, rows: Tensor) -> Tensor:

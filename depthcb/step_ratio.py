@@ -114,7 +114,10 @@ class MeanRatios:
         return {"sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = list(state["sums"]), list(state["counts"])
+        sums, counts = [float(s) for s in state["sums"]], [int(c) for c in state["counts"]]
+        if len(sums) != len(counts):
+            raise ValueError(f"{len(sums)} sums for {len(counts)} counts")
+        self.sums, self.counts = sums, counts
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.callbacks.step_events import logged_step, refuse_sharding
+from depthcb.callbacks.step_events import damage_named, logged_step, refuse_sharding
 from depthcb.probe import Forward, Probe, Recording, Rows
 from depthcb.profile import DERIVED, Profile
 from depthcb.reference import Reference
@@ -155,11 +155,13 @@ class DepthProfile(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        reference = state_dict["reference"]
-        self.reference = None if reference is None else Reference.from_state_dict(reference)
-        for measure in self.profiles_by_measure:
-            self.profiles_by_measure[measure] = [Profile.from_json(p) for p in state_dict["profiles"].get(measure, [])]
-        self._validations = state_dict["validations"]
+        with damage_named(self):
+            reference = state_dict["reference"]
+            self.reference = None if reference is None else Reference.from_state_dict(reference)
+            for measure in self.profiles_by_measure:
+                saved = state_dict["profiles"].get(measure, [])
+                self.profiles_by_measure[measure] = [Profile.from_json(p) for p in saved]
+            self._validations = int(state_dict["validations"])
 
     def _collect(self, trainer: pl.Trainer) -> Probe:
         source = self.probe

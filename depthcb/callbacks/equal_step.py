@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
@@ -150,9 +150,10 @@ class EqualStep(OptimizerStepCallback):
         return {"steps_made": self._steps_made, **means}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._steps_made = state_dict["steps_made"]
-        self.mean_wanted.load_state_dict(state_dict["mean_wanted"])
-        self.mean_realised.load_state_dict(state_dict["mean_realised"])
+        with damage_named(self):
+            self._steps_made = int(state_dict["steps_made"])
+            self.mean_wanted.load_state_dict(state_dict["mean_wanted"])
+            self.mean_realised.load_state_dict(state_dict["mean_realised"])
 
     def _wanted(self, ratios: Tensor, done: list[int]) -> Tensor:
         """The ratios to impose on the layers that are done; the target itself speaks of all layers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -85,6 +87,21 @@ def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
             "parameters or steps them by an engine of its own: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
         )
+
+
+@contextlib.contextmanager
+def damage_named(callback: Callback) -> Iterator[None]:
+    """Says whose part of a checkpoint is damaged.
+
+    Raises:
+        ValueError: In place of what reading a state without its parts, or with others, raises.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint's state of {callback.state_key} is damaged ({error!r}): resume from another checkpoint."
+        ) from error
 
 
 def logged_step(trainer: pl.Trainer) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules, effective_weights
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_log_step, log_row
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 
@@ -114,4 +114,5 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         return {"mean": self.mean.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.mean.load_state_dict(state_dict["mean"])
+        with damage_named(self):
+            self.mean.load_state_dict(state_dict["mean"])
