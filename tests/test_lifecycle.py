@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from support import Edges, Judge, Rows, TinyLM, fit, loaders, seeded, texts
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Adafactor
+from transformers import Adafactor, AlbertConfig, AlbertForMaskedLM
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
 
@@ -98,6 +99,8 @@ LOOPS: dict[str, tuple[dict[str, Any], int, int]] = {
     "limited batches": (
         {"limit_train_batches": 3, "limit_val_batches": 1, "max_steps": -1, "max_epochs": 2}, 6, 2,
     ),
+    "gradient clipping": ({"gradient_clip_val": 0.5}, 4, 1),
+    "gradient clipping by value": ({"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}, 4, 1),
     "sanity check": ({"num_sanity_val_steps": 2, "max_steps": -1, "max_epochs": 1}, 4, 1),
 }  # fmt: skip
 
@@ -114,6 +117,13 @@ def test_fast_dev_run() -> None:
     suite = Suite.make()
     suite.fit(seeded(TinyLM), fast_dev_run=True)
     assert len(suite.realised.after) == len(suite.watch.profiles) == 1
+
+
+def test_a_smaller_last_batch() -> None:
+    suite = Suite.make()
+    suite.fit(seeded(TinyLM), (loaders(count=29)[0], DataLoader(texts(13, seed=1), batch_size=8)))
+    suite.check(4, 1)
+    assert suite.watch.profiles[0].rows == 13
 
 
 class TwoSets(TinyLM):
@@ -142,6 +152,14 @@ def test_validating_alone_does_nothing() -> None:
     trainer.validate(module, loaders()[1], verbose=False)
     assert not suite.watch.profiles
     assert suite.watch.reference is None
+
+
+def test_validating_after_a_fit_adds_no_profile() -> None:
+    watch = DepthProfile()
+    trainer = fit(seeded(TinyLM), [watch])
+    trainer.validate(trainer.lightning_module, loaders()[1], verbose=False)
+    assert len(watch.profiles) == 1
+    assert list(trainer.callback_metrics) == ["val/loss"]
 
 
 def test_a_refit_with_the_same_objects() -> None:
@@ -218,11 +236,31 @@ class MuonAndAdamW(TinyLM):
         return torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3)
 
 
-def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
-    """Judged between batches, where both optimizers have stepped."""
-    edges = Edges()
-    fit(seeded(MuonAndAdamW), [edges, EqualStep(), DepthProfile()], max_steps=8)
+def test_muon_alone() -> None:
+    """What no optimizer owns does not train, and does not count in a layer."""
+
+    def matrices(module: pl.LightningModule) -> list[Any]:
+        layers = LayerStack.find(module).parameters()
+        return [np.concatenate([p.detach().double().numpy().ravel() for p in g if p.ndim == 2]) for g in layers]
+
+    edges, rows = Edges(matrices), Rows()
+    module = seeded(lambda: TinyLM(lambda p: torch.optim.Muon([q for q in p if q.ndim == 2], lr=1e-2)))
+    twin = copy.deepcopy(module)
+    trainer = fit(module, [edges, EqualStep(), UpdateRatioMonitor(), DepthProfile()], logger=rows)
     ratios = edges.ratios()
+    assert ratios == pytest.approx(ratios.mean(axis=1, keepdims=True).repeat(4, axis=1), rel=1e-4)
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(ratios, rel=1e-4)
+    assert_same(trainer, fit(twin, [EqualStep()]))
+
+
+def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
+    """Judged between batches, where both optimizers have stepped; the monitors log once for both."""
+    edges, rows = Edges(), Rows()
+    monitors = UpdateRatioMonitor(name="raw"), UpdateRatioMonitor()
+    fit(seeded(MuonAndAdamW), [edges, monitors[0], EqualStep(), monitors[1], DepthProfile()], max_steps=8, logger=rows)
+    ratios = edges.ratios()
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(ratios, rel=1e-4)
+    assert np.array(rows.column("raw/L")) == pytest.approx(np.array(rows.column("equal_step/ratio/L")), rel=1e-6)
     assert ratios == pytest.approx(ratios.mean(axis=1, keepdims=True).repeat(4, axis=1), rel=1e-4)
     assert ratios.min() > 1e-4
 
@@ -232,6 +270,30 @@ def test_precisions(precision: Any) -> None:
     suite = Suite.make()
     suite.fit(seeded(TinyLM), precision=precision)
     suite.check(4, 1)
+
+
+class Overflowing(TinyLM):
+    """Two of seven losses are infinite, which makes a gradient scaler skip their steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx in (1, 4) else loss
+
+
+@pytest.mark.parametrize(("name", "calls"), [("SGD", 5), ("AdamW fused", 7)])
+def test_a_scaler_that_skips_steps(name: str, calls: int) -> None:
+    """A fused optimizer is called even where it skips; then the step has size 0 and no row."""
+
+    def fit_scaled(module: pl.LightningModule, callbacks: list[pl.Callback], logger: Any = False) -> pl.Trainer:
+        scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+        options: dict[str, Any] = {"max_steps": -1, "max_epochs": 1, "logger": logger, "plugins": scaler}
+        return fit(module, callbacks, loaders(count=56), **options)
+
+    suite, make = Suite.make(), lambda: Overflowing(OPTIMIZERS[name])
+    trainer = fit_scaled(seeded(make), suite.callbacks, suite.rows)
+    suite.check(calls, 1)
+    assert len(suite.rows.column("update_ratio/L")) == (suite.realised.ratios() > 0).all(axis=1).sum() == 5
+    assert_same(trainer, fit_scaled(seeded(make), [EqualStep()]))
 
 
 def test_bf16_weights_log_what_was_realised() -> None:
@@ -265,10 +327,16 @@ class OnlyTrainable(TinyLM):
 
 @pytest.mark.filterwarnings("ignore:.*initial_denom_lr.*")
 def test_layers_unfrozen_later_join_the_control() -> None:
-    wanted, realised, watch = Judge(), Judge(), DepthProfile()
-    fit(seeded(OnlyTrainable), [Unfreezes(), wanted, EqualStep(), realised, watch], max_steps=-1, max_epochs=2)
+    wanted, realised, watch, rows = Judge(), Judge(), DepthProfile(), Rows()
+    callbacks = [Unfreezes(), wanted, EqualStep(), UpdateRatioMonitor(), realised, watch]
+    fit(seeded(OnlyTrainable), callbacks, max_steps=-1, max_epochs=2, logger=rows)
     ratios = realised.ratios()
     assert (ratios[:4, :2] == 0).all()
+    for key in ("update_ratio/L", "equal_step/realised/L"):
+        logged = rows.column(key)
+        assert [len(values) for values in logged] == [2] * 4 + [4] * 4
+        assert np.array(logged[:4]) == pytest.approx(ratios[:4, 2:], rel=1e-5)
+        assert np.array(logged[4:]) == pytest.approx(ratios[4:], rel=1e-5)
     assert ratios[:4, 2:] == pytest.approx(wanted.ratios()[:4, 2:].mean(axis=1, keepdims=True).repeat(2, 1), rel=1e-4)
     assert ratios[4:] == pytest.approx(wanted.ratios()[4:].mean(axis=1, keepdims=True).repeat(4, 1), rel=1e-4)
     assert len(watch.profiles) == 2
@@ -350,6 +418,18 @@ class Shared(TinyLM):
         self.model.transformer.h = torch.nn.ModuleList([block] * 4)
 
 
+class Albert(TinyLM):
+    """Four layers deep, but with the weights of one; or of two groups, each run twice."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        config = AlbertConfig(
+            vocab_size=61, embedding_size=8, hidden_size=16, num_hidden_layers=4, num_hidden_groups=groups,
+            num_attention_heads=2, intermediate_size=32,
+        )  # fmt: skip
+        self.model = AlbertForMaskedLM(config)  # type: ignore[assignment]
+
+
 COMPANY: dict[str, tuple[Callable[[], pl.LightningModule], Callable[[], list[pl.Callback]]]] = {
     "two optimizers": (MuonAndAdamW, list),
     "unfreezing": (OnlyTrainable, lambda: [Unfreezes()]),
@@ -384,3 +464,19 @@ def test_shared_layers_are_refused(callback: Callable[[], pl.Callback]) -> None:
     """The same block at several depths has no depth of its own."""
     with pytest.raises(ValueError, match=r"No list of same-kind layers|stands twice|of one layer only"):
         fit(seeded(Shared), [callback()])
+
+
+@pytest.mark.parametrize("callback", [EqualStep, UpdateRatioMonitor, DepthProfile])
+def test_albert_is_refused(callback: Callable[[], pl.Callback]) -> None:
+    with pytest.raises(ValueError, match=r"one layer only: 'model\.albert\.encoder.*name them with layers="):
+        fit(seeded(lambda: Albert(groups=1)), [callback()])
+
+
+def test_a_layer_that_runs_twice_has_steps_but_no_depth() -> None:
+    """Its step has a size like any other's; its activations are two."""
+    wanted, realised = Judge(), Judge()
+    fit(seeded(lambda: Albert(groups=2)), [wanted, EqualStep(), realised])
+    target = wanted.ratios().mean(axis=1, keepdims=True)
+    assert realised.ratios() == pytest.approx(target.repeat(2, 1), rel=1e-4)
+    with pytest.raises(ValueError, match=r"albert_layers\.0' ran several times in one forward: .*name others"):
+        fit(seeded(lambda: Albert(groups=2)), [DepthProfile()])

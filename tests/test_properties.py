@@ -57,6 +57,18 @@ def test_profiles_depend_neither_on_batch_size_nor_on_row_order(order: list[int]
         assert found == pytest.approx(whole[measure], rel=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
+@pytest.mark.parametrize("models", ["cpu", "cuda"])
+def test_profiles_do_not_depend_on_where_the_probe_lies(models: str) -> None:
+    tokens = torch.randint(1, 60, (16, 9), generator=torch.Generator().manual_seed(2))
+    expected = change([{"input_ids": tokens}])
+    before, after = (m.to(models) for m in pair())
+    for probe in ("cpu", "cuda"):
+        found = depth_profile(before, after, [{"input_ids": tokens.to(probe)}], measures=("cka", "cka_normalized"))
+        for measure, profile in found.items():
+            assert profile.change == pytest.approx(expected[measure], rel=1e-2 if models == "cuda" else 1e-6)
+
+
 @RUNS
 @given(SEEDS, st.floats(1e-3, 1e3))
 def test_scaling_rotating_and_shifting_a_side_does_not_move_cka(seed: int, scale: float) -> None:

@@ -48,6 +48,23 @@ def test_the_monitor_reports_the_effective_weight() -> None:
     assert watch.profiles[-1].mean > 0
 
 
+class Dropping(Adapted):
+    """The same with dropout in front of the adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in LayerStack.find(self).modules:
+            layer.attn.c_attn.lora_dropout["default"] = torch.nn.Dropout(0.1)  # type: ignore[union-attr, index]
+
+
+def test_watching_adapters_is_silent() -> None:
+    watch = DepthProfile()
+    watched, bare = fit(seeded(Dropping), [watch, UpdateRatioMonitor()]), fit(seeded(Dropping), [])
+    states = [[t.lightning_module.state_dict(), t.optimizers[0].state_dict()] for t in (watched, bare)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert watch.profiles[-1].mean > 0
+
+
 def test_the_control_refuses_adapters() -> None:
     with pytest.raises(ValueError, match=r"layer .*h\.0 trains adapters.*UpdateRatioMonitor"):
         fit(seeded(Adapted), [EqualStep()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from support import LENGTH, TinyLM, fit, loaders, logged, seeded, texts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb import DepthProfile, EqualStep, LayerStack, Profile, depth_profile
+from depthcb import DepthProfile, EqualStep, LayerStack, Profile, UpdateRatioMonitor, depth_profile
 
 # Tiny models have few directions, and some tests train in eval mode or without validation on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -266,6 +267,104 @@ def test_half_precision_weights_are_said_to_be_probed_as_they_are() -> None:
         fit(Regression(OneChild()), [DepthProfile()], numbers(), max_epochs=1, max_steps=-1, precision="bf16-true")
 
 
+def test_half_precision_inputs_are_those_numbers_in_fp32() -> None:
+    batch, seen = torch.randn(16, 4, generator=torch.Generator().manual_seed(2)), []
+    for dtype in (torch.float16, torch.bfloat16):
+        for probe in (batch.to(dtype), batch.to(dtype).float()):
+            watch = DepthProfile(probe=probe)
+            pl.seed_everything(0, verbose=False)
+            fit(Regression(OneChild()), [watch], numbers(), max_epochs=1, max_steps=-1)
+            seen.append(watch.profiles[-1].change)
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    assert min(seen[0]) > 0
+
+
+@dataclass
+class Output:
+    hidden: Tensor
+
+
+class Wraps(nn.Module):
+    """A linear layer that takes and returns its tensor in a wrapping."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, 4), wrap
+
+    def forward(self, x: Any) -> Any:
+        return self.wrap(self.linear(opened(x)))
+
+
+class Wrapped(OneChild):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Wraps(wrap) for _ in range(3)))
+
+
+class OpensItsOutput(Regression):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (opened(self.model(batch)) ** 2).mean()
+
+
+def opened(x: Any) -> Any:
+    return (
+        x.hidden
+        if isinstance(x, Output)
+        else x["hidden"]
+        if isinstance(x, dict)
+        else x[0]
+        if isinstance(x, tuple)
+        else x
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda t: (t, None), lambda t: {"hidden": t}, Output], ids=["tuple", "dict", "dataclass"]
+)
+def test_models_and_layers_that_wrap_their_output_train_like_those_that_do_not(wrap: Any) -> None:
+    seen = []
+    for how in (lambda t: t, wrap):
+        control, monitor, watch = EqualStep(), UpdateRatioMonitor(), DepthProfile()
+        pl.seed_everything(0, verbose=False)
+        fit(OpensItsOutput(Wrapped(how)), [control, monitor, watch], numbers(), max_epochs=1, max_steps=-1)
+        seen.append((watch.profiles[-1].change, control.mean_realised.values(), monitor.mean.values()))
+    assert seen[0] == seen[1]
+    assert min(seen[0][0]) > 0
+
+
+class BreaksLater(Regression):
+    """One layer turns NaN, or stops telling rows apart, before the second validation."""
+
+    def __init__(self, weight: float, bias: float) -> None:
+        super().__init__(OneChild())
+        self.weight, self.bias = weight, bias
+
+    def on_validation_start(self) -> None:
+        if self.current_epoch == 0:
+            return
+        with torch.no_grad():
+            self.model.blocks[1].weight.fill_(self.weight)  # type: ignore[index, union-attr]
+            self.model.blocks[1].bias.fill_(self.bias)  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (1.0, float("nan"), r"Layer 'model\.blocks\.1' gives NaN"),
+        (0.0, 1.0, r"Layer 'model\.blocks\.1', measure 'cka': the rows are all identical"),
+    ],
+)
+def test_a_layer_that_breaks_in_training_is_named_and_the_profiles_stay(
+    weight: float, bias: float, message: str
+) -> None:
+    watch, module = DepthProfile(), BreaksLater(weight, bias)
+    with pytest.raises(ValueError, match=message):
+        fit(module, [watch], numbers(), max_epochs=3, max_steps=-1)
+    assert len(watch.profiles) == 1
+    assert not any(m._forward_hooks for m in module.modules())
+
+
 def test_low_effective_rank_is_named() -> None:
     with pytest.warns(UserWarning, match=r"fewer than 5 directions .* in model\.blocks\.0 \("):
         fit(Regression(OneChild()), [DepthProfile()], numbers(), max_epochs=1, max_steps=-1)
@@ -313,6 +412,16 @@ def test_bad_input_is_refused_before_training(watch: Any, module: Any, data: Any
     with pytest.raises(ValueError, match=message):
         fit(regression, [watch()], data or numbers(), max_epochs=1, max_steps=-1)
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(start, regression.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_validation_that_is_switched_off_is_said() -> None:
+    """`limit_val_batches=0` keeps the loader from the callback: the same as no validation."""
+    with pytest.raises(ValueError, match=r"no validation loader \(or limit_val_batches=0\) and no probe"):
+        fit(Regression(OneChild()), [DepthProfile()], numbers(), max_steps=1, limit_val_batches=0)
+    watch = DepthProfile(probe=torch.randn(16, 4))
+    with pytest.warns(UserWarning, match="never validates"):
+        fit(Regression(OneChild()), [watch], numbers(), max_steps=1, limit_val_batches=0)
 
 
 def test_a_probe_without_validation_is_said_to_measure_nothing() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from support import TinyLM, fit, loaders, run_script, seeded
 
-from depthcb import DepthProfile, EqualStep
+from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 
 def run(folder: Path, stop: str = "", resume: str = "", shuffled: str = "") -> tuple[int, dict[str, Any]]:
@@ -59,6 +60,30 @@ def test_a_signal_leaves_no_hook_and_every_profile(stop: str, through: dict[str,
         rows = list(csv.DictReader(file))
     saved = [float(row["depth/cka/mean"]) for row in rows if row["depth/cka/mean"]]
     assert saved == pytest.approx([sum(p["change"]) / 4 for p in through["profiles"][:2]])
+
+
+class Fails(TinyLM):
+    """Breaks down in the middle of its third epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 2 and batch_idx == 1:
+            raise RuntimeError("on purpose")
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_exception_loses_nothing_that_was_measured(tmp_path: Path) -> None:
+    watch, control, monitor = DepthProfile(), EqualStep(), UpdateRatioMonitor()
+    logger = CSVLogger(tmp_path, name="", version="")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(seeded(Fails), [control, monitor, watch], max_steps=-1, max_epochs=3, logger=logger)
+    assert len(watch.profiles) == 2
+    assert control.mean_realised.counts == monitor.mean.counts == [9] * 4
+    with open(tmp_path / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["depth/cka/mean"]) for r in rows if r["depth/cka/mean"]] == pytest.approx(
+        [p.mean for p in watch.profiles]
+    )
+    assert len([r for r in rows if r["equal_step/target"]]) == len([r for r in rows if r["update_ratio/L00"]]) == 9
 
 
 def test_a_resume_into_another_model_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,15 @@ def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "checkpoints"), [("dp2", 2, "plain"), ("dp2", 2, "distributed"), ("dp2_tp2", 4, "distributed")]
+    ("name", "world", "checkpoints"),
+    [
+        ("dp2", 2, "plain"),
+        ("dp2", 2, "distributed"),
+        ("dp2_tp2", 4, "distributed"),
+        pytest.param("tp2", 2, "plain", marks=pytest.mark.slow),
+        pytest.param("tp2", 2, "distributed", marks=pytest.mark.slow),
+        pytest.param("dp2_tp2", 4, "plain", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resume_from_a_checkpoint_in_pieces_goes_on_exactly(
     name: str, world: int, checkpoints: str, tmp_path: Path

@@ -59,12 +59,14 @@ def test_finders_are_unharmed_and_leave_the_reference_alone(finder: str, tmp_pat
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=20), BatchSizeFinder(max_trials=2)])
-def test_the_control_works_after_a_finder(finder: pl.Callback, tmp_path: Any) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_the_control_works_after_a_finder(finder: pl.Callback, first: bool, tmp_path: Any) -> None:
     wanted, control, realised, watch = Judge(), EqualStep(), Judge(), DepthProfile()
+    callbacks: list[pl.Callback] = [wanted, control, realised, watch]
     trainer = pl.Trainer(
-        max_steps=4, callbacks=[finder, wanted, control, realised, watch], logger=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, log_every_n_steps=1,
-        val_check_interval=2,
+        max_steps=4, callbacks=[finder, *callbacks] if first else [*callbacks, finder], logger=False,
+        enable_progress_bar=False, accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path,
+        num_sanity_val_steps=0, log_every_n_steps=1, val_check_interval=2,
     )  # fmt: skip
     trainer.fit(seeded(Tuned))
     assert control.mean_wanted.counts == [4] * 4
