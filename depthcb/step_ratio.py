@@ -152,7 +152,7 @@ def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
     [5.0, 1.0]
     """
     parts = shares(layers)
-    return _everywhere(_squares([[local(t) for t in layer] for layer in layers], parts), parts).sqrt()
+    return everywhere([_squares([[local(t) for t in layer] for layer in layers], parts)], parts)[0].sqrt()
 
 
 @torch.no_grad()
@@ -170,12 +170,38 @@ def step_ratios(
         shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
         broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
     """
+    return as_ratios(everywhere([step_squares(now, before, shares, broken)], shares)[0])
+
+
+@torch.no_grad()
+def step_squares(
+    now: Sequence[Sequence[Tensor]],
+    before: Sequence[Sequence[Tensor]],
+    shares: tuple[float, ...] | None = None,
+    broken: Tensor | None = None,
+) -> Tensor:
+    """This process's part of ||before||^2 and ||now - before||^2 of each layer: (2, L). Arguments as `step_ratios`."""
     sizes = _squares(before, shares)
     torch._foreach_sub_(_flat(before), _flat(now))
     moved = _squares(before, shares)
     if broken is not None:
         moved = torch.where(broken, torch.nan, moved)
-    sizes, moved = _everywhere(torch.stack([sizes, moved]), shares).sqrt()
+    return torch.stack([sizes, moved])
+
+
+def everywhere(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
+    """The sums over all processes, in one collective call, where shares say that each holds only a part."""
+    if shares is None:
+        return list(sums)
+    joined = torch.cat([s.flatten() for s in sums])
+    dist.all_reduce(joined)
+    parts = torch.split(joined, [s.numel() for s in sums])  # type: ignore[no-untyped-call]
+    return [part.view_as(s) for part, s in zip(parts, sums, strict=True)]
+
+
+def as_ratios(squares: Tensor) -> Tensor:
+    """The step ratios (L,) that whole `step_squares` (2, L) stand for."""
+    sizes, moved = squares.sqrt()
     return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that stays so has moved by 0, not by NaN
 
 
@@ -190,13 +216,6 @@ def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | Non
         squares = squares * _on_device(shares, device, dtype)
     index = _layer_index(tuple(map(len, layers)), device)
     return torch.zeros(len(layers), dtype=dtype, device=device).index_add_(0, index, squares)
-
-
-def _everywhere(sums: Tensor, shares: tuple[float, ...] | None) -> Tensor:
-    """The sums over all processes, where shares say that each holds only a part."""
-    if shares is not None:
-        dist.all_reduce(sums)
-    return sums
 
 
 @torch.no_grad()

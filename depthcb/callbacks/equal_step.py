@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,19 +12,42 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
-from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row, logged_step
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
     MeanRatios,
     Target,
+    as_ratios,
     check_target,
+    everywhere,
     imposed_ratios,
     layer_norms,
     rescale,
     revert_non_finite,
-    step_ratios,
+    step_squares,
 )
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """A step to be logged, as far as it is known.
+
+    Args:
+        step: The step that Lightning counts.
+        done: Numbers of the controlled layers.
+        ratios: What the optimizer wanted, (layers,).
+        scale: The factors applied, (layers,).
+        squares: This process's part of what came of it, as `step_squares` gives it.
+        shares: As `LayerSteps.shares` gives them.
+    """
+
+    step: int
+    done: list[int]
+    ratios: Tensor
+    scale: Tensor
+    squares: Tensor
+    shares: tuple[float, ...] | None
 
 
 class EqualStep(OptimizerStepCallback):
@@ -102,6 +126,7 @@ class EqualStep(OptimizerStepCallback):
         _check_weights(groups, trainer.optimizers)
         self._steps = LayerSteps(list(groups.values()))
         self._broken: Tensor | None = None
+        self._unlogged: LoggedStep | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or another model
@@ -123,7 +148,12 @@ class EqualStep(OptimizerStepCallback):
         start = [[t.clone() for t in layer] for layer in before] if logs else []
         broken = revert_non_finite(now, before)
         shares = self._steps.shares(done)
-        ratios = step_ratios(now, before, shares, broken)
+        # Over processes one sum a step: what came of a logged step waits for the next step's.
+        waiting = [] if self._unlogged is None else [self._unlogged.squares]
+        squares, *late = everywhere([step_squares(now, before, shares, broken), *waiting], shares)
+        if late:
+            self._log(trainer, late[0])
+        ratios = as_ratios(squares)
         broken = ~ratios.isfinite()  # in any process; or the layer's norm was 0
         ratios = torch.where(broken, 0.0, ratios)
         wanted = self._wanted(ratios, done)
@@ -134,10 +164,21 @@ class EqualStep(OptimizerStepCallback):
         self._remember(broken, done)
         self._steps_made += 1
         if logs:
-            self._log(trainer, done, ratios, scale, step_ratios(now, start, shares))
+            self._raise_if_broken()
+            came = step_squares(now, start, shares)
+            self._unlogged = LoggedStep(logged_step(trainer), done, ratios, scale, came, shares)
+            if shares is None:
+                self._log(trainer, came)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_waiting(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_waiting(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._raise_if_broken()
+        self._log_waiting(trainer)
         if self._steps.waiting:
             names = [type(trainer.optimizers[i]).__name__ for i in sorted(self._steps.waiting)]
             rank_zero_warn(
@@ -176,9 +217,17 @@ class EqualStep(OptimizerStepCallback):
                 "applied. Lower the learning rate, clip gradients or look for NaN in the batch."
             )
 
-    def _log(self, trainer: pl.Trainer, done: list[int], ratios: Tensor, scale: Tensor, realised: Tensor) -> None:
-        self._raise_if_broken()
-        columns = torch.stack([ratios, scale, realised]).tolist()
+    def _log_waiting(self, trainer: pl.Trainer) -> None:
+        """Logs the last step where no other one takes it along: before a validation, a checkpoint or the end."""
+        if self._unlogged is not None:
+            self._log(trainer, everywhere([self._unlogged.squares], self._unlogged.shares)[0])
+
+    def _log(self, trainer: pl.Trainer, squares: Tensor) -> None:
+        """Logs the step that waits, given what came of it in all processes."""
+        logged, self._unlogged = self._unlogged, None
+        assert logged is not None
+        done = logged.done
+        columns = torch.stack([logged.ratios, logged.scale, as_ratios(squares)]).tolist()
         rows = [(i, *row) for i, row in zip(done, zip(*columns, strict=True), strict=True) if row[0] > 0]
         if not rows:
             return
@@ -187,7 +236,7 @@ class EqualStep(OptimizerStepCallback):
         for i, r, s, actual in rows:
             label = self._labels[i]
             values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
-        log_row(trainer, {f"{self.name}/{key}": value for key, value in values.items()})
+        log_row(trainer, {f"{self.name}/{key}": value for key, value in values.items()}, logged.step)
         self.mean_wanted.note({i: r for i, r, _, _ in rows})
         self.mean_realised.note({i: actual for i, _, _, actual in rows})
 

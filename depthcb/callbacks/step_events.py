@@ -115,7 +115,7 @@ def is_log_step(trainer: pl.Trainer) -> bool:
     return every > 0 and (logged_step(trainer) + 1) % every == 0
 
 
-def log_row(trainer: pl.Trainer, row: dict[str, float]) -> None:
-    """Hands one row to every logger of the Trainer, at the step of the batch that is running now."""
+def log_row(trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
+    """Hands one row to every logger of the Trainer."""
     for logger in trainer.loggers:
-        logger.log_metrics(row, step=logged_step(trainer))
+        logger.log_metrics(row, step=step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules, effective_weights
-from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row, logged_step
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 
@@ -92,7 +92,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
             return
         row = {f"{self.name}/L{i:02d}": ratio for i, ratio in updated.items()}
         row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
-        log_row(trainer, row)
+        log_row(trainer, row, logged_step(trainer))
         self.mean.note(updated)
 
     def _measure(self, done: list[int]) -> Tensor:

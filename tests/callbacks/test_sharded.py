@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,31 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, tmp_path: Path)
     if name == "dp2":
         pieces = [shape for seen in ranks for shape in seen["pieces"]]
         assert {(7, 8), (6, 8), (1,), (0,)} <= set(map(tuple, pieces)), "no uneven or empty shard: a weak test"
-    # 8 steps, all logged: EqualStep 1 + 1 for what came of it, the monitor 1; and 1 before training.
-    assert ranks[0]["collectives"] <= 8 * 3 + 1
+    # 8 steps, all logged: each callback takes 1 a step; EqualStep 1 before training and 1 at the end of each epoch.
+    assert ranks[0]["collectives"] == 8 * 2 + 1 + 2
 
 
 def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
     ranks = run(tmp_path / "dp2", "dp2", 2, log_every=100)
     assert ranks[0]["collectives"] == 8 + 1  # one before training
+
+
+def test_every_logged_step_has_its_row(tmp_path: Path) -> None:
+    """What came of a step is known one step later: its row still says which step it was, and holds the same figures."""
+    run(tmp_path / "one", "one", 1)
+    run(tmp_path / "dp2", "dp2", 2)
+    rows = []
+    for name in ("one", "dp2"):
+        with open(tmp_path / name / "metrics.csv", encoding="utf-8") as file:
+            found = {
+                int(row["step"]): [float(v) for k, v in sorted(row.items()) if k.startswith("equal_step/") and v]
+                for row in csv.DictReader(file)
+                if row["equal_step/target"]
+            }
+        rows.append(found)
+    assert list(rows[0]) == list(range(8))
+    for step, values in rows[0].items():
+        assert rows[1][step] == pytest.approx(values, rel=1e-5)
 
 
 @pytest.mark.parametrize(
