@@ -195,7 +195,7 @@ def everywhere(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list
         return list(sums)
     joined = torch.cat([s.flatten() for s in sums])
     dist.all_reduce(joined)
-    parts = torch.split(joined, [s.numel() for s in sums])  # type: ignore[no-untyped-call]
+    parts = torch.split(joined, [s.numel() for s in sums])
     return [part.view_as(s) for part, s in zip(parts, sums, strict=True)]
 
 

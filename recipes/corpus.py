@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import sysconfig
-import tempfile
 import textwrap
 import token
 import tokenize
@@ -25,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
 
 from recipes.backbones import cache_folder
+from recipes.kept import digest, kept
 
 Kind = Literal["code", "prose"]
 
@@ -38,11 +37,13 @@ _SHORTEST_PROSE = 80  # characters: below it a docstring is a title
 
 #: The packages whose docstrings are told apart; every machine with the recipes has them.
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "lightning", "torchmetrics", "datasets", "huggingface_hub")
+#: Files read of each: the smallest one decides how many docstrings count, so that more of the others would be lost.
+MOST_FILES = 500
 #: The kinds of Python tokens that are told apart.
 TOKEN_KINDS = ("name", "keyword", "operator", "number", "string", "comment")
 
 
-def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",)) -> Dataset:
+def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",), most_files: int | None = None) -> Dataset:
     """Read the Python source of installed libraries into documents, each text once.
 
     A document is one top-level function or class with its decorators (``"code"``) or one docstring of at least 80
@@ -52,6 +53,7 @@ def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",)) -> Datas
     Args:
         kind: ``"code"`` or ``"prose"``.
         packages: ``"stdlib"`` or names of installed packages, without their test folders.
+        most_files: Most files to read of each package, chosen by the hashes of their names; None for all.
 
     Returns:
         Columns ``text`` and ``file``, the path below the library's root with forward slashes.
@@ -61,14 +63,11 @@ def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",)) -> Datas
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, not {kind!r}")
-    sources = [source for package in packages for source in _sources(package)]
-    cache = cache_folder() / "corpus" / f"{kind}-{_state(kind, sources)}.parquet"
-    table = _read(cache)
-    if table is None:
-        table = _scan(kind, sources)
-        _write(table, cache)
-    notes = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    description = f"Python {kind} of {', '.join(packages)}: {len(sources)} files, {notes['skipped']} do not parse"
+    sources = [source for package in packages for source in _sources(package, most_files)]
+    path = cache_folder() / "corpus" / f"{kind}-{_state(kind, sources)}.parquet"
+    table = kept(path, lambda: _scan(kind, sources))
+    skipped = table.schema.metadata[b"skipped"].decode()
+    description = f"Python {kind} of {', '.join(packages)}: {len(sources)} files, {skipped} do not parse"
     return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(description=description))
 
 
@@ -102,7 +101,7 @@ def in_hashed_order(texts: Iterable[str], seed: int) -> list[str]:
 
 def corpus_fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of a corpus: of its texts in their order."""
-    return _digest(dataset["text"])
+    return digest(dataset["text"])
 
 
 def completions(code: Dataset) -> Dataset:
@@ -141,16 +140,22 @@ def docstring_packages(packages: Sequence[str] = PACKAGES) -> Dataset:
     Returns:
         Columns ``text``, ``label`` and ``file``.
     """
+    stamps = [_state("prose", _sources(package, MOST_FILES)) for package in packages]
+    path = cache_folder() / "corpus" / f"packages-{digest([*packages, *stamps])[:16]}.parquet"
+    return Dataset(kept(path, lambda: _docstrings_and_packages(packages)))
+
+
+def _docstrings_and_packages(packages: Sequence[str]) -> pa.Table:
     names = "|".join(map(re.escape, packages))
     named = re.compile(rf"(?i)(?:py)?(?:{names})\w*|(?<![a-z])(?:np|pd|hf)(?![a-z])")
     found: dict[str, tuple[str, str] | None] = {}
     for package in packages:
-        prose = python_corpus("prose", packages=(package,))
+        prose = python_corpus("prose", packages=(package,), most_files=MOST_FILES)
         for text, file in zip(prose["text"], prose["file"], strict=True):
             masked = named.sub("_", text)
             found[masked] = None if masked in found else (package, file)
     rows = [{"text": text, "label": home[0], "file": home[1]} for text, home in found.items() if home]
-    return Dataset.from_list(rows)
+    return pa.Table.from_pylist(rows)
 
 
 def balanced(rows: Dataset, label: str) -> Dataset:
@@ -163,13 +168,19 @@ def balanced(rows: Dataset, label: str) -> Dataset:
 
 
 def _derived(code: Dataset, read: Any) -> Dataset:
+    made_from = digest([_own_source(), *code["text"], *code["file"]])[:16]
+    path = cache_folder() / "corpus" / f"{read.__name__.strip('_')}-{made_from}.parquet"
+    return Dataset(kept(path, lambda: _read_each(code, read)))
+
+
+def _read_each(code: Dataset, read: Any) -> pa.Table:
     rows: dict[str, dict[str, Any]] = {}  # each once: methods are often copied
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         for text, file in zip(code["text"], code["file"], strict=True):
             for row in read(text):
                 rows.setdefault(repr(row), {**row, "file": file})
-    return Dataset.from_list(list(rows.values()))
+    return pa.Table.from_pylist(list(rows.values()))
 
 
 def _signature_and_body(text: str) -> Iterator[dict[str, str]]:
@@ -221,8 +232,16 @@ def _statement(text: str) -> Any:
     return ast.parse(text).body[0]
 
 
-def _sources(package: str) -> list[tuple[str, Path]]:
+def _sources(package: str, most: int | None = None) -> list[tuple[str, Path]]:
     """The Python files of a library, as (name below its root, path), in the order of the names."""
+    found = _all_sources(package)
+    if most is not None and len(found) > most:
+        chosen = set(in_hashed_order((file for file, _ in found), seed=0)[:most])
+        found = [source for source in found if source[0] in chosen]
+    return found
+
+
+def _all_sources(package: str) -> list[tuple[str, Path]]:
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [(path.relative_to(root).as_posix(), path) for path in _python_files(root)]
@@ -259,7 +278,7 @@ def _scan(kind: Kind, sources: Sequence[tuple[str, Path]]) -> pa.Table:
         for text in texts:
             documents.setdefault(text, file)
     table = pa.table({"text": pa.array(documents, pa.string()), "file": pa.array(documents.values(), pa.string())})
-    return table.replace_schema_metadata({"skipped": str(skipped), "sha256": _digest(documents)})
+    return table.replace_schema_metadata({"skipped": str(skipped)})
 
 
 def _documents(path: Path, kind: Kind) -> list[str]:
@@ -282,36 +301,16 @@ def _first_line(block: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) ->
     return min([block.lineno, *(decorator.lineno for decorator in block.decorator_list)])
 
 
-def _read(path: Path) -> pa.Table | None:
-    """A cached corpus, or None if there is none or it is not what was written."""
-    try:
-        table = pq.read_table(path)
-        whole = _digest(table["text"].to_pylist()) == table.schema.metadata[b"sha256"].decode()
-    except (OSError, pa.ArrowException, KeyError, TypeError, UnicodeError):
-        return None
-    return table if whole else None
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        fresh = Path(scratch) / path.name
-        pq.write_table(table, fresh)
-        os.replace(fresh, path)  # whole or not at all
-
-
 def _state(kind: Kind, sources: Sequence[tuple[str, Path]]) -> str:
     """A key that changes with Python, with the files to read and with this module."""
     stamps = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in sources]
-    known = (platform.python_version(), kind, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), stamps)
+    known = (platform.python_version(), kind, _own_source(), stamps)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")  # the zero byte keeps ["ab", "c"] and ["a", "bc"] apart
-    return digest.hexdigest()
+def _own_source() -> str:
+    """Changes with this module, and so with what it reads out of a file."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _hash(seed: int, text: str) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -33,18 +36,27 @@ def run_fit(argv: Sequence[str]) -> None:
     for name in recipes.__all__:
         getattr(recipes, name)  # imported, so that a class is found by its bare name
     try:
-        FitCLI(
-            Objective,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=["fit", *argv],
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
-            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
-        )
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        with warnings.catch_warnings():
+            # It takes our own command line for a second one.
+            warnings.filterwarnings("ignore", ".*LightningCLI's args parameter is intended.*")
+            FitCLI(
+                Objective,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=["fit", *argv],
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
+                parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+            )
+    except (ArgumentError, MisconfigurationException, ValueError) as error:
+        raise ValueError(_brief(str(error))) from error
+
+
+def _brief(message: str) -> str:
+    """One line of what jsonargparse says: of a class that it could not make, the reason alone."""
+    reason = re.search(r"Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
+    return " ".join((reason[1] if reason else message).split())
 
 
 if __name__ == "__main__":

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -24,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.backbones import cache_folder, load_tokenizer
 from recipes.corpus import in_hashed_order, split_by_file
+from recipes.kept import digest, kept
 
 IGNORED = -100  # the label that cross-entropy leaves out
 _CODING = 1  # raised by hand when the same rows come to be tokenised in another way
@@ -171,17 +169,18 @@ class TextData(LightningDataModule):
     def _encoded(self, side: Side) -> Dataset:
         rows, most = self.sides[side], self.val_rows if side else self.train_rows
         made_by = (_CODING, type(self).__name__, most, self.row_length, self.columns, _tokenizer_state(self.tokenizer))
-        cache = cache_folder() / "tokenised" / f"{_digest([repr(made_by), *_keys(rows)])}.parquet"
-        data = _cached(cache)
-        if data is None:
-            data = Dataset.from_list(list(itertools.islice(self.encode(rows), most)))
-            if not len(data):
+        path = cache_folder() / "tokenised" / f"{digest([repr(made_by), *_keys(rows)])}.parquet"
+
+        def tokenised() -> pa.Table:
+            encoded = list(itertools.islice(self.encode(rows), most))
+            if not encoded:
                 raise ValueError(
                     f"The {'validation' if side else 'training'} side of {self.dataset!r} gives no row at a length of "
                     f"{self.row_length} tokens: give more text, or another length."
                 )
-            _keep(data, cache)
-        return data
+            return pa.Table.from_pylist(encoded)
+
+        return Dataset(kept(path, tokenised))
 
     @property
     def row_length(self) -> int:
@@ -284,12 +283,14 @@ def _load(dataset: str, config: str | None) -> DatasetDict:
             return load_dataset(_READERS[path.suffix], data_files=str(path))
         except (ValueError, DatasetGenerationError) as cause:
             raise ValueError(f"The file {dataset!r} is empty or cannot be read ({cause}).") from cause
+    if not path.exists() and (path.suffix in _READERS or dataset.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no file or folder {dataset!r}: give another path, a hub id, or 'python'.")
     try:
         try:
             return _load_named(dataset, config)
         except (OSError, ValueError):
             name, _, inner = dataset.partition("/")
-            if config is not None or not (name and inner) or path.exists():
+            if config is not None or not inner or path.exists():
                 raise
             return _load_named(name, inner)  # "glue/sst2"
     except (OSError, ValueError, RuntimeError) as cause:
@@ -315,26 +316,3 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(
         (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode()
     ).hexdigest()
-
-
-def _cached(path: Path) -> Dataset | None:
-    """Tokenised rows that were kept, or None if there are none or they are spoilt."""
-    try:
-        return Dataset(pq.read_table(path, page_checksum_verification=True))
-    except (OSError, pa.ArrowException):
-        return None
-
-
-def _keep(data: Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        fresh = Path(scratch) / path.name
-        pq.write_table(data.data.table, fresh, write_page_checksum=True)
-        os.replace(fresh, path)  # whole or not at all
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:24]

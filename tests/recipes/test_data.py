@@ -369,7 +369,9 @@ def odd(**changed: Any) -> Callable[[Path], str]:
         (PackedText, odd(), {"block_size": 100_000}, "validation side .* gives no row at a length of 100000 tokens"),
         (Completions, odd(), {"prompt": "text", "completion": "second", "max_length": 4}, "gives no row at a length"),
         (TextPairs, odd(), {"first": "text", "score": "score", "min_score": 99}, "gives no row"),
-        (PackedText, lambda folder: str(folder / "none.txt"), {}, "neither a local file or folder nor"),
+        (PackedText, lambda folder: str(folder / "none.txt"), {}, "There is no file or folder .*none.txt"),
+        (PackedText, lambda folder: "none.csv", {}, "There is no file or folder 'none.csv'"),
+        (PackedText, lambda folder: "nobody/nothing", {}, "neither a local file or folder nor was it found on the hub"),
     ],
 )
 def test_bad_data_is_one_clear_sentence(
