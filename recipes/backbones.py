@@ -112,7 +112,7 @@ def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTra
     with _undisturbed():
         if name not in PACKAGED:
             return _load_named(name, head)
-        with _silent():
+        with silent_transformers():
             source = str(_folder(PACKAGED[name]))
             return _load(source, _config(source, head), head, known=True), load_tokenizer(name)
 
@@ -129,7 +129,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     name = _mini(name)
     try:
         if name in PACKAGED:
-            with _silent():
+            with silent_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(_folder(PACKAGED[name]))
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -184,7 +184,7 @@ def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
     """
     name = _mini(name)
     try:
-        with _silent():
+        with silent_transformers():
             source = str(_folder(PACKAGED[name])) if name in PACKAGED else name
             return _config(source, None, local)
     except OSError as cause:
@@ -298,7 +298,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
+    """Keeps transformers' bars and advice away."""
     # transformers has only process-wide switches; both are put back as they were.
     switches: Any = transformers_logging
     bars, level = switches.is_progress_bar_enabled(), switches.get_verbosity()

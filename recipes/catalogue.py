@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModel, PretrainedConfig
 
 import recipes
 from depthcb import LayerStack
 from depthcb.undisturbed import isolated_rng
-from recipes.backbones import PACKAGED, BackboneNotFoundError, is_encoder, load_config
+from recipes.backbones import PACKAGED, BackboneNotFoundError, is_encoder, load_config, silent_transformers
 from recipes.block_type import BlockType, block_type
 from recipes.mini_zoo import MINI_ZOO
 
@@ -29,6 +30,10 @@ HUB = (
     "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b", "EleutherAI/pythia-6.9b",
     "Salesforce/codegen-350M-mono", "state-spaces/mamba-130m-hf", "RWKV/rwkv-4-169m-pile",
 )  # fmt: skip
+
+
+#: The bundled YAML files, one an objective.
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,10 @@ def backbones() -> Iterator[Backbone]:
 
 def backbones_table(names: Sequence[str] = ()) -> Table:
     """The named backbones, or all, as a table to print."""
-    table = Table(caption="A network on the hub is described once its configuration is on this machine.")
-    for title in ("name", "family", "block", "layers", "parameters", "from"):
-        table.add_column(title, justify="right" if title in ("layers", "parameters") else "left")
+    caption = "A network on the hub is described once its configuration is on this machine."
+    table = Table(caption=caption, box=None, padding=(0, 1, 0, 0))
+    for title in ("name", "family", "block", "layers", "size", "from"):
+        table.add_column(title, justify="right" if title in ("layers", "size") else "left", no_wrap=True)
     for b in [describe(name) for name in names] or backbones():
         size = f"{b.parameters / 1e6:,.1f} M" if b.parameters else ""
         table.add_row(b.name, b.family, b.block, str(b.layers or ""), size, b.source)
@@ -77,14 +83,12 @@ def backbones_table(names: Sequence[str] = ()) -> Table:
 
 
 def objectives_table() -> Table:
-    """The objectives, what each is, and the YAML file that runs it."""
-    table = Table()
-    for title in ("objective", "what it trains", "depthcb fit --config …"):
-        table.add_column(title)
-    for path in sorted((Path(__file__).parent / "configs").glob("*.yaml")):
+    """The objectives, what each is, and the bundled YAML that runs it."""
+    table = Table("objective", "what it trains", "depthcb fit --config", box=SIMPLE_HEAD, pad_edge=False)
+    for path in sorted(CONFIGS.glob("*.yaml")):
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"].rpartition(".")[2]
         what = (getattr(recipes, name).__doc__ or "").strip().partition("\n")[0]
-        table.add_row(name, what, str(path))
+        table.add_row(name, what, path.stem)
     return table
 
 
@@ -102,7 +106,7 @@ def describe(name: str, *, local: bool = False) -> Backbone:
         BackboneNotFoundError: As for ``load_backbone``, unless ``local`` is set or the name is packaged.
     """
     packaged = PACKAGED.get(name)
-    source = f"wheel {packaged.wheel}" if packaged else "pretrained here" if name in MINI_ZOO else "hub or folder"
+    source = "wheel" if packaged else "pretrained" if name in MINI_ZOO else "hub" if name in HUB else "hub or disk"
     try:
         config = MINI_ZOO[name].config() if name in MINI_ZOO else load_config(name, local=local)
     except BackboneNotFoundError:
@@ -128,6 +132,6 @@ def _block(config: PretrainedConfig) -> BlockType:
     """The block type of a copy with two layers and few tokens, in half precision: it is small whatever the network."""
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers, shallow.vocab_size = 2, 64
-    with isolated_rng(0):
+    with isolated_rng(0), silent_transformers():
         model = AutoModel.from_config(shallow, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         return block_type(model)

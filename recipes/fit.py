@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import recipes
+from recipes.catalogue import CONFIGS
 from recipes.objective import Objective
 
 
@@ -27,7 +28,8 @@ def run_fit(argv: Sequence[str]) -> None:
     """Fits what the command line describes.
 
     Args:
-        argv: ``--config FILE`` and options of LightningCLI, such as ``--model.backbone minilm``.
+        argv: ``--config FILE``, or the name of a bundled one (``causal_lm``), and options of LightningCLI, such as
+            ``--model.backbone minilm``.
 
     Raises:
         ValueError: A file or an option that cannot be used, in one line.
@@ -44,13 +46,20 @@ def run_fit(argv: Sequence[str]) -> None:
                 LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=["fit", *argv],
+                args=["fit", *map(_bundled, argv)],
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
                 parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
             )
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         raise ValueError(_brief(str(error))) from error
+
+
+def _bundled(argument: str) -> str:
+    """The path of a bundled configuration in place of its name; anything else as it is."""
+    flag, name = argument[: argument.find("=") + 1], argument[argument.find("=") + 1 :]
+    path = CONFIGS / f"{name}.yaml"
+    return f"{flag}{path}" if flag in ("", "--config=") and path.is_file() else argument
 
 
 def _brief(message: str) -> str:

@@ -103,7 +103,7 @@ class Curve(Callback):
 )
 def test_python_text_is_learned(optimizer, lr, precision):
     tokenizer = load_tokenizer("minilm")
-    data = PackedText(tokenizer, block_size=32, val_rows=16, train_rows=160)
+    data = PackedText(tokenizer, block_size=32, batch_size=8, val_rows=16, train_rows=160)
     module = CausalLM(tiny(len(tokenizer)), optimizer=optimizer, lr=lr, warmup_steps=5)
     curve = Curve()
     fit = trainer(max_epochs=2, precision=precision, callbacks=[curve])

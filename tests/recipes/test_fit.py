@@ -36,7 +36,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def fit(config: str, folder: Path, *options: str) -> int:
-    return main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *SHORT,
+    return main(["fit", "--config", config, *SHORT,
                  f"--trainer.logger.init_args.save_dir={folder}", *options])  # fmt: skip
 
 
@@ -94,6 +94,13 @@ def test_bad_options_are_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("depthcb fit: ")]
     assert message in error
     assert len(error) < 400
+
+
+def test_a_config_is_a_file_too(backbone: dict[str, str], tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text((CONFIGS / "causal_lm.yaml").read_text().replace("smollm2-135m", backbone["neox"]))
+    assert fit(str(own), tmp_path, "--data.val_rows=64", "--trainer.max_steps=1", "--data.batch_size=8") == 0
+    assert rows(tmp_path)
 
 
 def test_a_missing_config_is_one_line(capsys: Any) -> None:

@@ -1,0 +1,60 @@
+"""Real fits: every objective on every model of the mini zoo lowers its validation loss on text it has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from recipes.causal_lm import CausalLM
+from recipes.completion_lm import CompletionLM
+from recipes.contrastive import Contrastive
+from recipes.corpus import python_corpus
+from recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from recipes.masked_lm import MaskedLM
+from recipes.mini_zoo import MINI_ZOO
+from recipes.sequence_classification import SequenceClassification
+from recipes.token_classification import TokenClassification
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),  # the first one may have to pretrain its model
+    pytest.mark.filterwarnings("ignore:.*fall.* back to.*"),
+]
+
+STEPS = 60
+KINDS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "causal": (CausalLM, PackedText, {"block_size": 64}),
+    "masked": (MaskedLM, PackedText, {"block_size": 64, "masked": True}),
+    "completion": (CompletionLM, Completions, {"max_length": 96}),
+    "sequence": (SequenceClassification, LabelledText, {"max_length": 64}),
+    "token": (TokenClassification, LabelledTokens, {"max_length": 64}),
+    "contrastive": (Contrastive, TextPairs, {"max_length": 64}),
+}
+PAIRS = [(k, n) for n in MINI_ZOO for k in KINDS if k != "masked" or n == "bert-mini"]
+
+
+@pytest.fixture(scope="module")
+def other_prose(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Docstrings of a library that the zoo was not pretrained on."""
+    path = tmp_path_factory.mktemp("prose") / "torch.jsonl"
+    python_corpus("prose", packages=("torch",), most_files=300).select_columns(["text"]).to_json(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_every_objective_on_every_family_lowers_its_validation_loss(kind: str, name: str, other_prose: str) -> None:
+    objective, data_of, options = KINDS[kind]
+    source = other_prose if kind in ("causal", "masked") else "python"
+    data = data_of(name, source, batch_size=8, val_rows=64, train_rows=STEPS * 8, **options)
+    pl.seed_everything(0, verbose=False)
+    module = objective(name, lr=5e-4)
+    trainer = pl.Trainer(
+        max_steps=STEPS, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    before = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    trainer.fit(module, data)
+    after = trainer.callback_metrics["val/loss"].item()
+    assert after < 0.99 * before
