@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PretrainedConfig, PreTrainedTokenizerFast
 
 from depthcb.undisturbed import isolated_rng
-from recipes.backbones import AUTOS, Head, cache_folder
+from recipes.backbones import AUTOS, Head, cache_folder, silent_transformers
 from recipes.causal_lm import CausalLM
 from recipes.corpus import corpus_fingerprint, in_hashed_order, python_corpus, split_by_file
 from recipes.data.packed_text import blocks, masking
@@ -132,7 +132,7 @@ def pretrain(name: str, model: MiniModel) -> Path:
             )
             for left_over in (scratch, folder):
                 shutil.rmtree(left_over, ignore_errors=True)
-            with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries():
+            with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries(), silent_transformers():
                 _train(name, model, scratch)
             os.replace(scratch, folder)
     return folder

@@ -112,12 +112,20 @@ class TextData(LightningDataModule):
                 batch[name] = torch.tensor(values)
                 continue
             width = max(map(len, values))
-            fill = IGNORED if name == "labels" else self.tokenizer.pad_token_id
+            fill = IGNORED if name == "labels" else self._pad_token
             batch[name] = self._padded(values, width, fill)
             if name.endswith("input_ids"):
                 ones = [[1] * len(value) for value in values]
                 batch[name.replace("input_ids", "attention_mask")] = self._padded(ones, width, 0)
         return batch
+
+    @property
+    def _pad_token(self) -> int:
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"The tokenizer {self.tokenizer.name_or_path!r} has no pad token: set tokenizer.pad_token."
+            )
+        return int(self.tokenizer.pad_token_id)
 
     def prepare_data(self) -> None:
         """Fill the caches, so that only one process of a machine reads and tokenises."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from depthcb.cli import main
 from recipes.backbones import cache_folder, load_backbone
 from recipes.mini_zoo import MINI_ZOO, MiniModel, load_or_pretrain, pretrain, unigram_loss
 
@@ -82,6 +83,20 @@ def test_killed_in_the_middle_it_starts_afresh(cache: Path) -> None:
     assert pretrain("tiny", TINY) == folder
     assert (folder / "model.safetensors").is_file()
     assert set(zoo_of(cache)) - {scratch} == {folder}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_fit_that_asks_for_a_missing_model_makes_it_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Inside another Trainer's fit; the model of the zoo is a smaller one here, to save minutes."""
+    monkeypatch.setitem(MINI_ZOO, "gpt2-mini", TINY)
+    options = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.val_rows=64", "--data.batch_size=8",
+               "--trainer.accelerator=cpu", f"--trainer.logger.init_args.save_dir={cache}"]  # fmt: skip
+    assert main(["fit", "--config=causal_lm", "--model.backbone=gpt2-mini", *options]) == 0
+    assert capfd.readouterr().out.count("Pretraining gpt2-mini") == 1
+    (metrics,) = cache.glob("causal_lm/*/metrics.csv")
+    assert "depth/objective_distance" in metrics.read_text()
 
 
 def test_what_made_a_model_is_in_the_name_of_its_folder(cache: Path) -> None:
