@@ -35,7 +35,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
+
+from recipes.kept import cache_folder
+from recipes.quiet import silent_transformers
 
 Head = Literal["causal_lm", "masked_lm"]
 Pretraining = Literal["causal_lm", "masked_lm", "contrastive"]
@@ -191,11 +193,6 @@ def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
         raise BackboneNotFoundError(_nowhere(name)) from cause
 
 
-def cache_folder() -> Path:
-    """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
-
-
 def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = _config(name, head)  # small and first: an unreachable hub fails here, once
@@ -295,22 +292,6 @@ def _undisturbed() -> Iterator[None]:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
-
-
-@contextmanager
-def silent_transformers() -> Iterator[None]:
-    """Keeps transformers' bars and advice away."""
-    # transformers has only process-wide switches; both are put back as they were.
-    switches: Any = transformers_logging
-    bars, level = switches.is_progress_bar_enabled(), switches.get_verbosity()
-    switches.disable_progress_bar()
-    switches.set_verbosity_error()
-    try:
-        yield
-    finally:
-        switches.set_verbosity(level)
-        if bars:
-            switches.enable_progress_bar()
 
 
 def _not_installed(packaged: Packaged) -> str:

@@ -17,9 +17,10 @@ from transformers import AutoModel, PretrainedConfig
 import recipes
 from depthcb import LayerStack
 from depthcb.undisturbed import isolated_rng
-from recipes.backbones import PACKAGED, BackboneNotFoundError, is_encoder, load_config, silent_transformers
+from recipes.backbones import PACKAGED, BackboneNotFoundError, is_encoder, load_config
 from recipes.block_type import BlockType, block_type
 from recipes.mini_zoo import MINI_ZOO
+from recipes.quiet import silent_transformers
 
 Family = Literal["encoder", "decoder", "state-space", "recurrent"]
 

@@ -26,8 +26,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo
 
-from recipes.backbones import cache_folder
-from recipes.kept import digest, kept
+from recipes.kept import cache_folder, digest, kept
 
 Kind = Literal["code", "prose"]
 

@@ -12,6 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
+def cache_folder() -> Path:
+    """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
+
+
 def kept(path: Path, make: Callable[[], pa.Table]) -> pa.Table:
     """The table in a file; where there is none, or it is spoilt, it is made and kept.
 

@@ -31,13 +31,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PretrainedConfig, PreTrainedTokenizerFast
 
 from depthcb.undisturbed import isolated_rng
-from recipes.backbones import AUTOS, Head, cache_folder, silent_transformers
+from recipes.backbones import AUTOS, Head
 from recipes.causal_lm import CausalLM
 from recipes.corpus import corpus_fingerprint, in_hashed_order, python_corpus, split_by_file
 from recipes.data.packed_text import blocks, masking
+from recipes.kept import cache_folder
 from recipes.masked_lm import MaskedLM
 from recipes.objective import Objective
-from recipes.quiet import quiet_libraries
+from recipes.quiet import quiet_libraries, silent_transformers
 
 VOCABULARY = 8192
 BLOCK = 128

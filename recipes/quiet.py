@@ -6,6 +6,9 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 
 @contextlib.contextmanager
@@ -23,3 +26,19 @@ def quiet_libraries() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keeps transformers' bars and advice away."""
+    # transformers has only process-wide switches; both are put back as they were.
+    switches: Any = transformers_logging
+    bars, level = switches.is_progress_bar_enabled(), switches.get_verbosity()
+    switches.disable_progress_bar()
+    switches.set_verbosity_error()
+    try:
+        yield
+    finally:
+        switches.set_verbosity(level)
+        if bars:
+            switches.enable_progress_bar()

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from recipes.backbones import cache_folder, load_tokenizer
+from recipes.backbones import load_tokenizer
 from recipes.corpus import in_hashed_order, split_by_file
-from recipes.kept import digest, kept
+from recipes.kept import cache_folder, digest, kept
 
 IGNORED = -100  # the label that cross-entropy leaves out
 _CODING = 1  # raised by hand when the same rows come to be tokenised in another way

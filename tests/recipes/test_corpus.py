@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from recipes.backbones import cache_folder
 from recipes.corpus import (
     PACKAGES,
     TOKEN_KINDS,
@@ -22,6 +21,7 @@ from recipes.corpus import (
     python_tokens,
     split_by_file,
 )
+from recipes.kept import cache_folder
 
 LONG = "Words that say in some detail what the thing below is for, so that the docstring is long enough to count."
 

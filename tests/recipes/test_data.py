@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from recipes.backbones import cache_folder, load_tokenizer
+from recipes.backbones import load_tokenizer
 from recipes.corpus import in_hashed_order, python_corpus, split_by_file
 from recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
 from recipes.data.packed_text import blocks, masking
 from recipes.data.text_data import TextData
+from recipes.kept import cache_folder
 
 BOTH = pytest.mark.parametrize("name", ["smollm2", "bert"])
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
