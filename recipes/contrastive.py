@@ -23,8 +23,9 @@ class Contrastive(Objective):
 
     A batch holds ``input_ids``, ``pair_input_ids`` and, optionally, ``attention_mask`` and ``pair_attention_mask``.
     Without pairs a text is its own partner under another draw of dropout (SimCSE), in validation too, where the draws
-    are always the same. A text's vector is the mean over real tokens (encoders) or the last one's (others). Beside
-    the losses ``val/recall_at_1`` is logged: how often the partner is nearest among the batch.
+    are always the same. Of several processes each compares within its own batch. A text's vector is the mean over real
+    tokens (encoders) or the last one's (others). Beside the losses ``val/recall_at_1`` is logged: how often the partner
+    is nearest among the batch.
 
     Args:
         backbone: As for `Objective`; of a model with a head the network below it is used.

@@ -20,7 +20,8 @@ from recipes.data.text_data import TextData, end_of_text, plain_ids
 class PackedText(TextData):
     """Documents joined and cut into blocks of equal length, for `CausalLM` and, masked, for `MaskedLM`.
 
-    Documents are taken in hashed order, so a few blocks are already a mix of many files. Masks are drawn anew every
+    Python text is taken in hashed order, so a few blocks are already a mix of many files; other data keep their order,
+    because their rows are often the lines of longer documents. Masks are drawn anew every
     epoch (of the chosen tokens 80 % become the mask token, 10 % another token, 10 % stay); those of the validation are
     always the same.
 
@@ -65,6 +66,10 @@ class PackedText(TextData):
 
     def python_rows(self) -> Dataset:
         return python_corpus(self.kind)
+
+    def settle(self, side: Dataset) -> Dataset:
+        """Rows with text in them."""
+        return side.select([i for i, text in enumerate(side[self.columns[0]]) if text.strip()])
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Blocks are all of one length: nothing is padding, and every token is its own label unless masked."""
@@ -114,6 +119,10 @@ class PackedText(TextData):
             raise ValueError(f"Only {len(ids)} validation documents have {size} tokens, but {rows} are needed")
         batches = torch.split(torch.tensor(ids), batch_size)
         return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
+
+    def _ordered(self, side: Dataset) -> Dataset:
+        # Elsewhere than in Python text a row may be one line of a longer document.
+        return super()._ordered(side) if self.dataset == "python" else side
 
     @property
     def row_length(self) -> int:

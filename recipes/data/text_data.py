@@ -201,13 +201,13 @@ class TextData(LightningDataModule):
         found = self._python_sides() if self.dataset == "python" else self._loaded()
         train, val = (self.settle(self._ordered(side.select_columns(list(self.columns)))) for side in found)
         held_out = set(_keys(val))
-        kept = [i for i, key in enumerate(_keys(train)) if key not in held_out]
-        if len(kept) < len(train) and self.dataset != "python":
+        fresh = [i for i, key in enumerate(_keys(train)) if key not in held_out]
+        if len(fresh) < len(train) and self.dataset != "python":
             rank_zero_warn(
-                f"{len(train) - len(kept)} of {len(train)} training rows of {self.dataset!r} are also in validation: "
+                f"{len(train) - len(fresh)} of {len(train)} training rows of {self.dataset!r} are also in validation: "
                 "they are left out of training."
             )
-        return train.select(kept), val
+        return train.select(fresh), val
 
     def _python_sides(self) -> tuple[Dataset, Dataset]:
         names = dict(zip(self.python_columns, self.columns, strict=False))

@@ -354,6 +354,17 @@ def test_what_is_held_out_of_a_single_split_follows_the_seed(bert: Any, tmp_path
     assert len(held[0]) == 4
 
 
+def test_lines_stay_in_their_order_and_blank_ones_go(smollm2: Any, tmp_path: Path) -> None:
+    """WikiText and its kin: a row is a line, and many are empty."""
+    lines = [line for i in range(30) for line in (f"Sentence {i} of one long story.", "", "  ")]
+    for split, part in (("train", lines), ("validation", ["Another story."] * 3)):
+        Dataset.from_dict({"text": part}).to_parquet(str(tmp_path / "wiki" / f"{split}.parquet"))
+    data = PackedText(smollm2, str(tmp_path / "wiki"), block_size=8)
+    stream = smollm2.decode([i for row in data.train_data["input_ids"] for i in row], skip_special_tokens=True)
+    assert stream == "".join(line for line in lines if line.strip())[: len(stream)]
+    assert len(stream) > 500
+
+
 def odd(**changed: Any) -> Callable[[Path], str]:
     return lambda folder: jsonl(folder / "odd.jsonl", [{**row, **changed} for row in LINES])
 
