@@ -21,6 +21,8 @@ from recipes.objective import IGNORED, Batch, Objective
 
 #: Share of the tokens that are masked where a masked language model's own loss is taken.
 MASKED = 0.15
+#: A distance of the pretraining objective to itself that is further from 0 says that there were too few batches [ours].
+UNCERTAIN = 0.3
 
 
 class ObjectiveDistanceMonitor(Callback):
@@ -36,7 +38,9 @@ class ObjectiveDistanceMonitor(Callback):
     ``depth/objective_distance_self``    the pretraining objective's distance to itself on other texts: what is near
     ===================================  ==========================================================================
 
-    A distance that batch noise hides is not logged; a warning says so. A run that is resumed does not measure again.
+    A distance that batch noise hides is not logged; a warning says so, and so it does where the pretraining objective's
+    distance to itself, which should be about 0, is not: near its optimum a gradient is mostly noise. A run that is
+    resumed does not measure again.
 
     Args:
         batches: Validation batches in each of the four halves that the estimate takes.
@@ -46,11 +50,11 @@ class ObjectiveDistanceMonitor(Callback):
             model instead of by its name, or one whose pretraining is not known.
 
     Example:
-        >>> ObjectiveDistanceMonitor(batches=2).distance is None
+        >>> ObjectiveDistanceMonitor(batches=4).distance is None
         True
     """
 
-    def __init__(self, batches: int = 1) -> None:
+    def __init__(self, batches: int = 2) -> None:
         if batches < 1:
             raise ValueError(f"batches must be at least 1, not {batches}")
         self.batches = batches
@@ -76,14 +80,14 @@ class ObjectiveDistanceMonitor(Callback):
             (pairs[0], pairs[1]),
             (pairs[2], pairs[3]),
         )
-        row = _row(self.distance)
-        if self.distance.overall is None:
+        itself = self.distance.self_overall
+        if self.distance.overall is None or itself is None or abs(itself) > UNCERTAIN:
             rank_zero_warn(
-                "ObjectiveDistanceMonitor: the objective distance is unresolved, because batch noise hides the "
-                f"gradients: raise batches={self.batches}."
+                f"ObjectiveDistanceMonitor: the {self.distance}. The latter should be about 0, so batch noise blurs "
+                f"the former: raise batches={self.batches}."
             )
         for logger in trainer.loggers:
-            logger.log_metrics(row, step=0)
+            logger.log_metrics(_row(self.distance), step=0)
 
     def _quarters(self, trainer: pl.Trainer) -> list[list[Batch]]:
         loader, needed = first_validation_loader(trainer), 4 * self.batches

@@ -62,7 +62,7 @@ def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, st
 
 
 def test_the_control_is_one_more_option_and_a_seed_repeats(backbone: dict[str, str], tmp_path: Path) -> None:
-    options = (f"--model.backbone={backbone['neox']}", "--trainer.callbacks+=depthcb.EqualStep", "--data.val_rows=32",
+    options = (f"--model.backbone={backbone['neox']}", "--trainer.callbacks+=depthcb.EqualStep", "--data.val_rows=64",
                "--model.optimizer=sgd", "--model.lr=0.1", "--data.batch_size=8")  # fmt: skip
     results = []
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         tokenizer.save_pretrained(folder)
         found[family] = str(folder)
     return found
+
+
+# Random networks on a handful of texts: what is warned about is what they have.
+pytestmark = pytest.mark.filterwarnings("ignore:.*batch noise blurs.*")
 
 
 def measure(module: Any, data: Any, batches: int = 1) -> tuple[ObjectiveDistanceMonitor, Rows]:
@@ -106,6 +111,17 @@ def test_what_cannot_be_measured_is_refused_before_training(folders: dict[str, s
         measure(SequenceClassification(folders["roberta"], num_labels=8), LabelledText(folders["roberta"], **SMALL))
     with pytest.raises(ValueError, match="batches must be at least 1, not 0"):
         ObjectiveDistanceMonitor(batches=0)
+
+
+def test_noise_is_warned_about_and_more_texts_silence_it(folders: dict[str, str]) -> None:
+    options = SMALL | {"val_rows": 256}
+    one_masked_token = LabelledText(folders["bert"], **(options | {"batch_size": 1, "max_length": 8}))
+    with pytest.warns(UserWarning, match=r"to itself on other data .* raise batches=1"):
+        measure(SequenceClassification(folders["bert"], num_labels=8), one_masked_token)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*batch noise blurs.*")
+        packed = PackedText(folders["gpt2"], block_size=32, **options)
+        assert measure(CausalLM(folders["gpt2"]), packed, batches=8)[0].distance is not None
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
