@@ -106,6 +106,7 @@ class EqualStep(OptimizerStepCallback):
         #: Mean ratio of each layer over the logged steps: what the optimizer wanted, and what came of it.
         self.mean_wanted, self.mean_realised = MeanRatios(0), MeanRatios(0)
         self._steps_made = 0
+        self._unlogged: LoggedStep | None = None
 
     @property
     def state_key(self) -> str:
@@ -126,7 +127,7 @@ class EqualStep(OptimizerStepCallback):
         _check_weights(groups, trainer.optimizers)
         self._steps = LayerSteps(list(groups.values()))
         self._broken: Tensor | None = None
-        self._unlogged: LoggedStep | None = None
+        self._unlogged = None  # what an exception left
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or another model
