@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -294,14 +295,12 @@ def _load(dataset: str, config: str | None) -> DatasetDict:
     if not path.exists() and (path.suffix in _READERS or dataset.startswith((".", "/", "~"))):
         raise ValueError(f"There is no file or folder {dataset!r}: give another path, a hub id, or 'python'.")
     try:
-        try:
-            return _load_named(dataset, config)
-        except (OSError, ValueError):
-            name, _, inner = dataset.partition("/")
-            if config is not None or not inner or path.exists():
-                raise
-            return _load_named(name, inner)  # "glue/sst2"
+        return _load_named(dataset, config)
     except (OSError, ValueError, RuntimeError) as cause:
+        name, _, inner = dataset.partition("/")
+        if config is None and inner and not path.exists():
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                return _load_named(name, inner)  # "glue/sst2"
         raise ValueError(
             f"The data set {dataset!r} is neither a local file or folder nor was it found on the hub ({cause}): take "
             "'python', or give a path, or a hub id on a machine that reaches the hub."
