@@ -51,7 +51,7 @@ def test_every_objective_on_every_family_lowers_its_validation_loss(kind: str, n
     pl.seed_everything(0, verbose=False)
     module = objective(name, lr=5e-4)
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        max_steps=STEPS, val_check_interval=STEPS, check_val_every_n_epoch=None, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     before = trainer.validate(module, data, verbose=False)[0]["val/loss"]
