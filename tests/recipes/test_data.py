@@ -430,7 +430,7 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str
 def test_a_tokenizer_without_a_pad_token_is_refused_where_rows_are_padded() -> None:
     tokenizer = load_tokenizer("smollm2-135m")
     tokenizer.pad_token = None
-    with pytest.raises(ValueError, match=r"has no pad token: set its pad_token"):
+    with pytest.raises(ValueError, match=r"has no pad token: set tokenizer\.pad_token"):
         Completions(tokenizer).collate([{"input_ids": [5, 6]}, {"input_ids": [7]}])
 
 
