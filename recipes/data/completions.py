@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from recipes.corpus import completions, python_corpus
-from recipes.data.text_data import IGNORED, TextData, end_of_text, plain_ids
+from recipes.data.text_data import TextData, end_of_text, plain_ids
+from recipes.objective import IGNORED
 
 
 class Completions(TextData):

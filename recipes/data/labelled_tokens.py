@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.corpus import TOKEN_KINDS, python_corpus, python_tokens
 from recipes.data.labelled import LabelledData
-from recipes.data.text_data import IGNORED
+from recipes.objective import IGNORED
 
 
 class LabelledTokens(LabelledData):

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from recipes.backbones import load_tokenizer
 from recipes.corpus import in_hashed_order, split_by_file
 from recipes.kept import cache_folder, digest, kept
+from recipes.objective import IGNORED
 
-IGNORED = -100  # the label that cross-entropy leaves out
 _CODING = 1  # raised by hand when the same rows come to be tokenised in another way
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
