@@ -1,4 +1,4 @@
-"""The front door: ``depthcb demo``, ``fit``, ``compare``, ``pretrain``, ``recipes`` and ``backbones``."""
+"""The front door: every ``depthcb`` command."""
 
 from __future__ import annotations
 
@@ -57,6 +57,25 @@ def _parser() -> argparse.ArgumentParser:
         description="Options are those of LightningCLI: --config FILE, --model.backbone NAME, --trainer.max_steps N …",
         add_help=False,
     )
+    report = commands.add_parser(
+        "report",
+        help="one page on a run, or on several side by side",
+        description="Writes one self-contained HTML page: profiles, step ratios, slopes, numbers and provenance.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds some")
+    report.add_argument("--out", type=Path, default=Path("depthcb-report.html"), help="the page (default: %(default)s)")
+    show = commands.add_parser(
+        "show", help="the latest profile of a run in the terminal", description="Prints a bar a layer."
+    )
+    show.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds some")
+    workspace = commands.add_parser(
+        "workspace",
+        help="a view of the depth profiles in a W&B project",
+        description="Saves a workspace view 'Depth profiles' in a W&B project and prints its address.",
+    )
+    workspace.add_argument("--entity", required=True, help="the W&B user or team")
+    workspace.add_argument("--project", required=True, help="the W&B project; it must exist")
+    workspace.add_argument("--dry-run", action="store_true", help="print the view's specification and save nothing")
     pretrain = commands.add_parser(
         "pretrain",
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
@@ -100,6 +119,36 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from depthcb.report import write_html
+    from depthcb.run import read_runs
+
+    write_html(read_runs(*args.runs), args.out)
+    print(f"{args.out} (open it in a browser)")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from depthcb.report import print_bars
+    from depthcb.run import read_runs
+
+    for run in read_runs(*args.runs):
+        print_bars(run, Console())
+    return 0
+
+
+def _workspace(args: argparse.Namespace) -> int:
+    from depthcb.workspace import save, specification
+
+    if args.dry_run:
+        print(specification(args.entity, args.project))
+    else:
+        print(save(args.entity, args.project))
+    return 0
+
+
 def _pretrain(args: argparse.Namespace) -> int:
     from recipes.mini_zoo import load_or_pretrain
 
@@ -129,6 +178,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "fit": _fit,
     "compare": _compare,
+    "report": _report,
+    "show": _show,
+    "workspace": _workspace,
     "pretrain": _pretrain,
     "recipes": _recipes,
     "backbones": _backbones,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Interval = tuple[float, float]
 FloatArray = npt.NDArray[np.float64]
@@ -165,6 +169,46 @@ class Profile:
     def load(cls, path: str | Path) -> Profile:
         """Reads a file that `save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws the curve with its band, onto ``ax`` or a new figure; returns the axes."""
+        return Profiles([self]).plot(ax)
+
+    def _repr_html_(self) -> str:
+        return Profiles([self])._repr_html_()
+
+
+class Profiles(list[Profile]):
+    """The profiles of one measure, oldest first: a list that notebooks draw.
+
+    Example:
+        >>> from depthcb import Profile
+        >>> p = Profile((0.0, 0.1, 0.2), ("h.0", "h.1", "h.2"), "cka")
+        >>> Profiles([p, p]).plot().get_title()
+        'change at step 0  (pale: 1 earlier)'
+    """
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws all curves, the last one emphasised and with its band; needs matplotlib.
+
+        Args:
+            ax: Where to; None makes a new figure.
+
+        Returns:
+            The axes that were drawn on.
+        """
+        from depthcb.report.curves import draw_curves, new_axes
+
+        ax = new_axes() if ax is None else ax
+        draw_curves(ax, self)
+        return ax
+
+    def _repr_html_(self) -> str:
+        try:
+            from depthcb.report.curves import profiles_html
+        except ModuleNotFoundError:  # without matplotlib a notebook shows the list's own text
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        return profiles_html(self)
 
 
 def relative_depth(layers: int) -> FloatArray:

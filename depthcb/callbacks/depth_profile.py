@@ -13,15 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.callbacks.step_events import damage_named, logged_step, refuse_sharding
+from depthcb.callbacks.logged import log_pictures, logged_step, open_record, record_row
+from depthcb.callbacks.step_events import damage_named, refuse_sharding
+from depthcb.glossary import LOW_RANK, MEASURES
 from depthcb.probe import Forward, Probe, Recording, Rows
-from depthcb.profile import DERIVED, Profile
+from depthcb.profile import DERIVED, Profile, Profiles
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures
 from depthcb.stack import LayerStack, half_dtypes
-
-#: Layers whose reference has fewer directions than this are named in a warning [ours].
-LOW_EFFECTIVE_RANK = 5
 
 
 class DepthProfile(Callback):
@@ -96,11 +95,12 @@ class DepthProfile(Callback):
         #: The recorded pretrained side, known from train start on.
         self.reference: Reference | None = None
         #: All profiles so far, by measure.
-        self.profiles_by_measure: dict[str, list[Profile]] = {m.name: [] for m in self.measures}
+        self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
         self._validations = 0
+        self._unpublished, self._drawn = False, True
 
     @property
-    def profiles(self) -> list[Profile]:
+    def profiles(self) -> Profiles:
         """The first measure's profiles so far, oldest first."""
         return self.profiles_by_measure[self.measures[0].name]
 
@@ -128,6 +128,7 @@ class DepthProfile(Callback):
                 self.reference = Reference.record(self._probe, pl_module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
         self._warn_half(pl_module)
+        self._open_record(trainer, pl_module, self.reference)
         self.seconds += time.perf_counter() - start
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,8 +145,28 @@ class DepthProfile(Callback):
             self.profiles_by_measure[measure].append(profile)
             # Every rank computes the same figures; saying so keeps Lightning from warning about each key. Their maximum
             # is the figure itself, at half the collectives of a mean.
-            pl_module.log_dict(_row(f"{self.name}/{measure}", profile), sync_dist=True, reduce_fx="max")
+            shown = f"{self.name}/{measure}/slope" if measure == self.measures[0].name else None
+            for key, value in _row(f"{self.name}/{measure}", profile).items():
+                pl_module.log(key, value, prog_bar=key == shown, sync_dist=True, reduce_fx="max")
+        self._unpublished = True
         self.seconds += time.perf_counter() - start
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._unpublished:
+            return
+        self._unpublished = False
+        start = time.perf_counter()
+        record_row(self, trainer, self._record(len(self.profiles) - 1) | {"metrics": self._other_metrics(trainer)})
+        self._drawn = deserves_pictures(len(self.profiles))
+        if self._drawn:
+            self._log_pictures(trainer)
+        self.seconds += time.perf_counter() - start
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.profiles and not self._drawn:
+            self._log_pictures(trainer)
+        end = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
+        record_row(self, trainer, {"step": logged_step(trainer), "end": end})
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -160,7 +181,7 @@ class DepthProfile(Callback):
             self.reference = None if reference is None else Reference.from_state_dict(reference)
             for measure in self.profiles_by_measure:
                 saved = state_dict["profiles"].get(measure, [])
-                self.profiles_by_measure[measure] = [Profile.from_json(p) for p in saved]
+                self.profiles_by_measure[measure] = Profiles(map(Profile.from_json, saved))
             self._validations = int(state_dict["validations"])
 
     def _collect(self, trainer: pl.Trainer) -> Probe:
@@ -170,6 +191,42 @@ class DepthProfile(Callback):
         elif trainer.val_dataloaders is None:
             rank_zero_warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
         return Probe.collect(source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward)
+
+    def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reference: Reference) -> None:
+        self._began, self._unpublished = time.perf_counter(), False  # whatever an earlier fit left
+        settings = {
+            "layers": reference.layer_names,
+            "measures": {m.name: MEASURES[m.name].definition for m in self.measures},
+            "rows": self.rows,
+            "probe_rows": len(reference.examples),
+            "probe_hash": reference.probe_hash,
+            "causal": reference.causal,
+            "effective_rank": reference.effective_rank,
+        }
+        open_record(self, trainer, pl_module, settings)
+        for i in range(len(self.profiles) if trainer.global_step else 0):  # a resumed run may have another folder
+            record_row(self, trainer, self._record(i))
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """The index-th measurement, as the run's record holds it."""
+        profiles = {m: ps[index] for m, ps in self.profiles_by_measure.items()}
+        first = profiles[self.measures[0].name]
+        return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
+
+    def _other_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """What was logged by others, as it stands at the end of a validation."""
+        known = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        return {key: value for key, value in known.items() if not key.startswith(f"{self.name}/")}
+
+    def _log_pictures(self, trainer: pl.Trainer) -> None:
+        self._drawn = True
+        try:
+            log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
+        except ModuleNotFoundError as error:
+            rank_zero_warn(
+                f"DepthProfile {self.name!r}: {error.name} is not installed, so loggers get scalars and no pictures: "
+                "pip install 'depthcb[wandb]'."
+            )
 
     def _check_reference(self, reference: Reference) -> None:
         if reference.layer_names != self._stack.names:
@@ -191,10 +248,10 @@ class DepthProfile(Callback):
 
     def _warn_low_rank(self, reference: Reference) -> None:
         pairs = zip(reference.layer_names, reference.effective_rank, strict=True)
-        low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_EFFECTIVE_RANK]
+        low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_RANK]
         if low and any(m.name == "cka" for m in self.measures):
             rank_zero_warn(
-                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_EFFECTIVE_RANK} directions (effective "
+                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective "
                 f"rank) in {', '.join(low)}: read cka_normalized beside it."
             )
 
@@ -205,6 +262,15 @@ class DepthProfile(Callback):
                 f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that: "
                 "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
             )
+
+
+def deserves_pictures(measurements: int) -> bool:
+    """Whether pictures go with this measurement: all of the first 32, then every 2nd, 4th, ... as the run doubles.
+
+    So a run of a million validations sends 270 times two files: W&B takes some 1,000 a run.
+    """
+    every: int = 2 ** max(0, (measurements - 1).bit_length() - 5)
+    return measurements % every == 0
 
 
 @contextlib.contextmanager

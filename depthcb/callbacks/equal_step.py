@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
-from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row, logged_step
+from depthcb.callbacks.logged import is_log_step, log_row, logged_step, open_record
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
@@ -133,6 +134,8 @@ class EqualStep(OptimizerStepCallback):
         if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or another model
             self.mean_wanted, self.mean_realised = MeanRatios(len(self.names)), MeanRatios(len(self.names))
             self._steps_made = 0
+        settings = {"layers": self.names, "target": self.target, "outside": self.outside}
+        open_record(self, trainer, pl_module, settings)
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
@@ -237,7 +240,7 @@ class EqualStep(OptimizerStepCallback):
         for i, r, s, actual in rows:
             label = self._labels[i]
             values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
-        log_row(trainer, {f"{self.name}/{key}": value for key, value in values.items()}, logged.step)
+        log_row(self, trainer, {f"{self.name}/{key}": value for key, value in values.items()}, logged.step)
         self.mean_wanted.note({i: r for i, r, _, _ in rows})
         self.mean_realised.note({i: actual for i, _, _, actual in rows})
 

@@ -102,20 +102,3 @@ def damage_named(callback: Callback) -> Iterator[None]:
         raise ValueError(
             f"The checkpoint's state of {callback.state_key} is damaged ({error!r}): resume from another checkpoint."
         ) from error
-
-
-def logged_step(trainer: pl.Trainer) -> int:
-    """The step that Lightning stamps on the metrics logged now: ``trainer.global_step`` counts every optimizer."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether Lightning logs the training batch that is running now."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
-    return every > 0 and (logged_step(trainer) + 1) % every == 0
-
-
-def log_row(trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
-    """Hands one row to every logger of the Trainer."""
-    for logger in trainer.loggers:
-        logger.log_metrics(row, step=step)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules, effective_weights
-from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named, is_log_step, log_row, logged_step
+from depthcb.callbacks.logged import is_log_step, log_row, logged_step, open_record
+from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 
@@ -68,6 +69,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
             self.mean = MeanRatios(len(self.names))
+        open_record(self, trainer, pl_module, {"layers": self.names})
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
@@ -92,7 +94,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
             return
         row = {f"{self.name}/L{i:02d}": ratio for i, ratio in updated.items()}
         row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
-        log_row(trainer, row, logged_step(trainer))
+        log_row(self, trainer, row, logged_step(trainer))
         self.mean.note(updated)
 
     def _measure(self, done: list[int]) -> Tensor:

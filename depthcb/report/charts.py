@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from depthcb.report.summary import MEASURES, RATIO_UNIT, STYLES, UNITS, Arm, Pair, Values, log_axis, tick_step
+from depthcb.glossary import MEASURES, RATIO_UNIT
+from depthcb.profile import Profile, relative_depth
+from depthcb.report.groups import Group, label, last, log_axis, null_change
+from depthcb.report.style import PALE, line_style, thinned, tick_step
+from depthcb.run import Run
+
+#: Most validations on a slider, and most columns of a heatmap; of more, evenly spaced ones are shown.
+MOST_VALIDATIONS, MOST_COLUMNS = 100, 300
+Values = Sequence[float | None]
+
 
 # The page's style sheet colours text and grids by light or dark mode. These greys remain for exported pictures.
-_GREY = "#767676"
-
-
 def _layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
     fig.update_layout(
         template="none",
@@ -22,89 +29,117 @@ def _layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)"},
-        font={"color": _GREY, "family": "system-ui, sans-serif", "size": 13},
-        hoverlabel={"bgcolor": "#222222", "bordercolor": _GREY, "font": {"color": "#ffffff"}},
+        font={"color": PALE, "family": "system-ui, sans-serif", "size": 13},
+        hoverlabel={"bgcolor": "#222222", "bordercolor": PALE, "font": {"color": "#ffffff"}},
         margin={"l": 75, "r": 20, "t": 45, "b": 50},
         legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0},
         **more,
     )
     fig.update_annotations(font={"size": 14})
-    fig.update_xaxes(gridcolor=_GREY, zeroline=False, automargin=True)
-    fig.update_yaxes(gridcolor=_GREY, zeroline=False, automargin=True, exponentformat="e")
+    fig.update_xaxes(gridcolor=PALE, zeroline=False, automargin=True)
+    fig.update_yaxes(gridcolor=PALE, zeroline=False, automargin=True, exponentformat="e")
     return fig
 
 
-def _layer_axis(layers: Sequence[str]) -> dict[str, Any]:
-    ticks = {"tick0": 0, "dtick": tick_step(len(layers)), "range": [-0.5, len(layers) - 0.5]}
+def _alike(group: Group) -> bool:
+    """Whether all runs have equally many layers; where not, they share relative depth alone."""
+    return len({len(run.layers) for run in group.runs if run.layers}) <= 1
+
+
+def _layer_axis(group: Group) -> dict[str, Any]:
+    if not _alike(group):
+        return {"title": {"text": "relative depth (0 = input side)"}, "range": [-0.02, 1.02]}
+    count = len(group.layers)
+    ticks = {"tick0": 0, "dtick": tick_step(count), "range": [-0.5, count - 0.5]}
     return {"title": {"text": "layer (0 = input side)"}, **ticks}
 
 
-def _line(values: Values, arm: Arm, layers: Sequence[str], **more: Any) -> go.Scatter:
-    style = STYLES[arm.control]
+def _depth(group: Group, layers: int) -> list[float]:
+    """Where a run's layers stand on the axis."""
+    return list(range(layers)) if _alike(group) else relative_depth(layers).tolist()
+
+
+def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
+    """A run's line over its layers."""
+    style, run = line_style(index), group.runs[index]
     trace = {
-        "x": list(range(len(layers))),
-        "y": list(values),
-        "customdata": [html.escape(name) for name in layers],
-        "name": arm.label,
-        "legendgroup": arm.control,
+        "x": _depth(group, len(y)),
+        "y": list(y),
+        "customdata": [html.escape(name) for name in run.layers],
+        "name": html.escape(label(run, group)),
+        "legendgroup": run.name,
         "mode": "lines+markers",
-        "line": {"color": style.color, "width": 2},
+        "line": {"color": style.color, "width": 2, "dash": style.dash},
         "marker": {"symbol": style.symbol, "size": 7},
         "hovertemplate": "%{y:.4g} (%{customdata})",
     }
     return go.Scatter(trace | more)
 
 
-def profile_chart(pair: Pair, layers: Sequence[str]) -> go.Figure:
-    """Both measures side by side, with a slider over the validations of either arm."""
-    steps = sorted({p.step for arm in pair.arms for profiles in arm.profiles.values() for p in profiles})
-    drawn = [(m, arm) for m in MEASURES for arm in pair.arms if arm.last(m)]
-    fig = make_subplots(1, 2, subplot_titles=list(MEASURES.values()), horizontal_spacing=0.1)
-    for measure, arm in drawn:
-        col = 1 + list(MEASURES).index(measure)
-        for trace in _profile_traces(measure, arm, steps[-1], layers):
-            trace.showlegend = bool(trace.showlegend) and (col == 1 or ("cka", arm) not in drawn)
-            fig.add_trace(trace, 1, col)
-    ys = [[y for measure, arm in drawn for y in _profile_ys(measure, arm, step, len(layers))] for step in steps]
-    slider_steps = [
-        {"method": "restyle", "label": str(step), "args": [{"y": y}]} for step, y in zip(steps, ys, strict=True)
-    ]
+def slider_steps(group: Group) -> list[int]:
+    """The steps at which some run was measured; of very many, evenly spaced ones."""
+    steps = sorted({p.step for run in group.runs for profiles in run.profiles.values() for p in profiles})
+    return thinned(steps, MOST_VALIDATIONS)
+
+
+def profile_chart(group: Group) -> go.Figure:
+    """All measures, with a slider over the validations of all runs."""
+    steps, measures = slider_steps(group), group.measures
+    drawn = [(m, i) for m in measures for i, run in enumerate(group.runs) if last(run, m)]
+    columns = min(2, len(measures))
+    titles = [MEASURES[m].title for m in measures]
+    rows = math.ceil(len(measures) / columns)
+    fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.25 / rows)
+    named: set[int] = set()
+    for measure, i in drawn:
+        row, col = divmod(measures.index(measure), columns)
+        for trace in _profile_traces(measure, group, i, steps[-1]):
+            trace.showlegend = bool(trace.showlegend) and i not in named
+            fig.add_trace(trace, 1 + row, 1 + col)
+        named.add(i)
+    ys = [[y for measure, i in drawn for y in _profile_ys(measure, group.runs[i], step)] for step in steps]
     slider = {
         "active": len(steps) - 1,
         "currentvalue": {"prefix": "validation at step "},
         "pad": {"t": 60},
-        "steps": slider_steps,
+        "steps": [{"method": "restyle", "label": str(s), "args": [{"y": y}]} for s, y in zip(steps, ys, strict=True)],
     }
-    fig.update_xaxes(_layer_axis(layers))
+    fig.update_xaxes(_layer_axis(group))
     fig.update_yaxes(rangemode="tozero")
-    for col, measure in enumerate(MEASURES, start=1):
-        fig.update_yaxes(title={"text": UNITS[measure]}, row=1, col=col)
-    return _layout(fig, 540, sliders=[slider], hovermode="x unified")
+    for index, measure in enumerate(measures):
+        row, col = divmod(index, columns)
+        fig.update_yaxes(title={"text": MEASURES[measure].unit}, row=1 + row, col=1 + col)
+    return _layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified")
 
 
-def _profile_traces(measure: str, arm: Arm, step: int, layers: Sequence[str]) -> list[go.Scatter]:
-    band, change, null = _profile_ys(measure, arm, step, len(layers))
-    x = list(range(len(layers)))
-    color = STYLES[arm.control].color
-    dashed = {"color": color, "width": 1.2, "dash": "dash"}
+def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
+    run, color = group.runs[index], line_style(index).color
+    band, change, null = _profile_ys(measure, run, step)
+    x = _depth(group, len(change))
     filled: dict[str, Any] = {"x": x + x[::-1], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     filled |= {"fill": "toself", "fillcolor": _rgba(color, 0.22), "hovertemplate": None, "customdata": None}
-    return [
-        _line(band, arm, layers, showlegend=False, **filled),
-        _line(change, arm, layers, showlegend=True),
-        _line(null, arm, layers, showlegend=True, mode="lines", line=dashed, name=f"null of {arm.name}, end of fit"),
+    traces = [
+        _line(band, group, index, showlegend=False, **filled),
+        _line(change, group, index, showlegend=True),
     ]
+    if run.null:
+        dashed = {"color": color, "width": 1.2, "dash": "dash"}
+        name = html.escape(f"null of {label(run, group)}, end of fit")
+        traces.append(_line(null, group, index, showlegend=True, mode="lines", line=dashed, name=name))
+    return traces
 
 
-def _profile_ys(measure: str, arm: Arm, step: int, layers: int) -> list[Values]:
-    """Band, change and null at a step; nothing where the arm was not measured. The null belongs to the last one."""
+def _profile_ys(measure: str, run: Run, step: int) -> list[Values]:
+    """Band, change and null (which belongs to the last one) at a step; nothing where the run was not measured then."""
+    layers = len(run.layers)
     nothing: Values = [None] * layers
-    profile = {p.step: p for p in arm.profiles[measure]}.get(step)
+    profile = {p.step: p for p in run.profiles[measure]}.get(step)
     if profile is None:
-        return [[None] * 2 * layers, nothing, nothing]
-    band = [None] * 2 * layers if profile.band is None else [*profile.band[0], *reversed(profile.band[1])]
-    null = arm.null_change(measure) if profile == arm.last(measure) else ()
-    return [band, profile.change, null or nothing]
+        ys: list[Values] = [[None] * 2 * layers, nothing, nothing]
+    else:
+        band = [None] * 2 * layers if profile.band is None else [*profile.band[0], *reversed(profile.band[1])]
+        ys = [band, profile.change, (profile == last(run, measure) and null_change(run, measure)) or nothing]
+    return ys if run.null else ys[:2]
 
 
 def _rgba(color: str, alpha: float) -> str:
@@ -112,51 +147,130 @@ def _rgba(color: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
-def heatmaps(pair: Pair, layers: Sequence[str]) -> go.Figure:
-    """Layer x validation, a row per measure and a column per arm; the arms of a measure share their colours."""
-    cells = [(m, arm) for m in MEASURES for arm in pair.arms]
-    titles = [f"{MEASURES[m]}, {arm.label if arm.last(m) else arm.name + ': not measured'}" for m, arm in cells]
-    fig = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.2)
-    for i, (measure, arm) in enumerate(cells):
-        if arm.last(measure) is None:
-            continue
-        profiles = list({p.step: p for p in arm.profiles[measure]}.values())
-        trace = go.Heatmap(
-            x=[str(p.step) for p in profiles],
-            y=list(range(len(layers))),
-            z=[list(row) for row in zip(*(p.change for p in profiles), strict=True)],
-            customdata=[[html.escape(name)] * len(profiles) for name in layers],
-            hovertemplate="%{customdata}<br>step %{x}: %{z:.4g}<extra></extra>",
-            coloraxis=("coloraxis", "coloraxis2")[i // 2],
-        )
-        fig.add_trace(trace, 1 + i // 2, 1 + i % 2)
-    bar = {"len": 0.42, "thickness": 12, "exponentformat": "e", "outlinewidth": 0}
-    colors = {"colorscale": "Cividis", "cmin": 0}
-    fig.update_xaxes(type="category", title={"text": "validation at step"}, nticks=12, showgrid=False)
-    fig.update_yaxes(title={"text": "layer"}, tick0=0, dtick=2 * tick_step(len(layers)), showgrid=False)
-    return _layout(
-        fig, 640, coloraxis=colors | {"colorbar": bar | {"y": 0.8}}, coloraxis2=colors | {"colorbar": bar | {"y": 0.2}}
+def heatmaps(group: Group) -> go.Figure:
+    """Layer x validation, a row per run and a column per measure; the runs of a measure share their colours."""
+    measures, runs = group.measures, group.runs
+    titles = [_cell_title(MEASURES[m].title, run, group, bool(last(run, m))) for run in runs for m in measures]
+    fig = _grid(len(runs), len(measures), titles)
+    for row, run in enumerate(runs):
+        for col, measure in enumerate(measures):
+            profiles = thinned(run.profiles.get(measure, []), MOST_COLUMNS)
+            if profiles:
+                changes = [p.change for p in profiles]
+                trace = _heatmap([p.step for p in profiles], changes, run.layers, f"coloraxis{col + 1 if col else ''}")
+                fig.add_trace(trace, 1 + row, 1 + col)
+    axes = {
+        f"coloraxis{c + 1 if c else ''}": _colors(c, len(measures), len(runs), cmin=0) for c in range(len(measures))
+    }
+    fig.update_xaxes(title={"text": "validation at step"})
+    return _layout(fig, 120 + 280 * len(runs), **axes)
+
+
+def ratio_heatmaps(group: Group) -> go.Figure:
+    """Step ratio, layer x step, one panel a run, on one logarithmic colour scale."""
+    runs = group.runs
+    titles = [_cell_title("step ratio", run, group, bool(run.step_ratio.steps)) for run in runs]
+    columns = min(2, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    fig = _grid(rows, columns, titles)
+    for index, run in enumerate(runs):
+        if run.step_ratio.steps:
+            pairs = thinned(list(zip(run.step_ratio.steps, run.step_ratio.ratios, strict=True)), MOST_COLUMNS)
+            logs = [[math.log10(r) if r else None for r in ratios] for _, ratios in pairs]
+            trace = _heatmap([s for s, _ in pairs], logs, run.layers, "coloraxis", [list(r) for _, r in pairs])
+            row, col = divmod(index, columns)
+            fig.add_trace(trace, 1 + row, 1 + col)
+    known = [math.log10(r) for run in runs for ratios in run.step_ratio.ratios for r in ratios if r]
+    ticks = [(digit, e) for e in range(math.floor(min(known)), math.ceil(max(known)) + 1) for digit in (1, 2, 5)]
+    bar = {"tickvals": [e + math.log10(digit) for digit, e in ticks], "ticktext": [f"{d}e{e}" for d, e in ticks]}
+    bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
+    colors = _colors(0, 1, rows)
+    fig.update_xaxes(title={"text": "step"})
+    return _layout(fig, 120 + 280 * rows, coloraxis=colors | {"colorbar": colors["colorbar"] | bar})
+
+
+def _cell_title(what: str, run: Run, group: Group, there: bool) -> str:
+    return html.escape(f"{what}, {label(run, group)}" if there else f"{what}, {run.name}: not measured")
+
+
+def _grid(rows: int, columns: int, titles: Sequence[str]) -> go.Figure:
+    """Panels of layer x step, layers upwards."""
+    fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.38 / rows)
+    fig.update_xaxes(type="category", nticks=10, showgrid=False)
+    fig.update_yaxes(title={"text": "layer"}, showgrid=False)
+    return fig
+
+
+def _heatmap(
+    steps: Sequence[int], columns: Sequence[Values], layers: Sequence[str], axis: str, shown: Any = None
+) -> go.Heatmap:
+    """One panel: a column a step, as given; ``shown`` are the figures for the reader where colours are of others."""
+    count = len(columns[0])
+    names = [html.escape(layers[i]) if i < len(layers) else f"L{i:02d}" for i in range(count)]
+    figures = [list(row) for row in zip(*(shown or columns), strict=True)]
+    return go.Heatmap(
+        x=[str(step) for step in steps],
+        y=list(range(count)),
+        z=[list(row) for row in zip(*columns, strict=True)],
+        customdata=[[[name, figure] for figure in row] for name, row in zip(names, figures, strict=True)],
+        hovertemplate="%{customdata[0]}<br>step %{x}: %{customdata[1]:.4g}<extra></extra>",
+        coloraxis=axis,
     )
 
 
-def training_chart(pair: Pair, layers: Sequence[str]) -> go.Figure:
-    """Mean step ratio per layer, with what the optimizer wanted before the control, and the validation loss."""
-    fig = make_subplots(1, 2, subplot_titles=["mean step ratio per layer", "validation loss"], horizontal_spacing=0.1)
-    for arm in pair.arms:
-        if arm.step_ratio:
-            fig.add_trace(_line(arm.step_ratio, arm, layers, name=arm.name), 1, 1)
-        if arm.wanted_ratio and arm.wanted_ratio != arm.step_ratio:
-            dotted = {"color": STYLES[arm.control].color, "width": 1.5, "dash": "dot"}
-            wanted = {"name": f"wanted by the optimizer in the {arm.name} run", "mode": "lines", "line": dotted}
-            fig.add_trace(_line(arm.wanted_ratio, arm, layers, **wanted), 1, 1)
-        steps, losses = [s for s, _ in arm.val_loss], [loss for _, loss in arm.val_loss]
-        more = {"x": steps, "customdata": None, "hovertemplate": "%{y:.4g}", "showlegend": not arm.step_ratio}
-        if steps:
-            fig.add_trace(_line(losses, arm, layers, name=arm.name, **more), 1, 2)
-    log = log_axis(pair.arms, *(arm.wanted_ratio for arm in pair.arms))
-    fig.update_xaxes(_layer_axis(layers), row=1, col=1)
-    fig.update_xaxes(title={"text": "step"}, row=1, col=2)
+def _colors(column: int, columns: int, rows: int, **more: Any) -> dict[str, Any]:
+    """A colour scale that colour-blind people can read, its bar at the right of its column."""
+    width = (1 - 0.12 * (columns - 1)) / columns
+    bar = {"x": column * (width + 0.12) + width, "len": 1 / rows, "y": 1, "yanchor": "top", "thickness": 12}
+    return {"colorscale": "Cividis", "colorbar": bar | {"exponentformat": "e", "outlinewidth": 0, "xpad": 4}, **more}
+
+
+def progress_chart(group: Group) -> go.Figure:
+    """Slope over the steps with its interval, mean step ratio of each layer, and validation loss where there is one."""
+    losses = [loss_of(run) for run in group.runs]
+    panels = ["slope", "mean step ratio per layer", *(["validation loss"] if any(losses) else [])]
+    fig = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.1)
+    for i, run in enumerate(group.runs):
+        _add_slopes(fig, group, i)
+        ratio, wanted = run.step_ratio.mean, run.wanted_ratio.mean
+        if ratio:
+            fig.add_trace(_line(ratio, group, i, showlegend=False), 1, 2)
+        if wanted and wanted != ratio:
+            dotted = {"color": line_style(i).color, "width": 1.5, "dash": "dot"}
+            name = html.escape(f"wanted by the optimizer in {label(run, group)}")
+            fig.add_trace(_line(wanted, group, i, name=name, mode="lines", line=dotted), 1, 2)
+        if losses[i]:
+            fig.add_trace(_over_steps(losses[i], group, i), 1, 3)
+            fig.update_yaxes(title={"text": "loss"}, row=1, col=3)
+    for col in (1, 3)[: len(panels) - 1]:
+        fig.update_xaxes(title={"text": "step"}, row=1, col=col)
+    fig.update_xaxes(_layer_axis(group), row=1, col=2)
+    log = log_axis(*(ratios.mean for run in group.runs for ratios in (run.step_ratio, run.wanted_ratio)))
     axis: dict[str, Any] = {"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"}
-    fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=1, **axis)
-    fig.update_yaxes(title={"text": "loss"}, row=1, col=2)
+    fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, **axis)
+    fig.update_yaxes(title={"text": "change per whole depth"}, row=1, col=1)
     return _layout(fig, 430, hovermode="x unified")
+
+
+def loss_of(run: Run) -> list[tuple[int, float]]:
+    """The validation loss at each measurement: the first metric with both words in its name."""
+    found = [points for key, points in run.metrics.items() if "val" in key and "loss" in key]
+    return found[0] if found else []
+
+
+def _add_slopes(fig: go.Figure, group: Group, index: int) -> None:
+    run = group.runs[index]
+    profiles: list[Profile] = thinned(run.profiles.get(group.measures[0], []), MOST_COLUMNS) if group.measures else []
+    if not profiles:
+        return
+    known = [(p.step, *p.slope_interval) for p in profiles if p.slope_interval is not None]
+    x, low, high = [s for s, _, _ in known], [a for _, a, _ in known], [b for _, _, b in known]
+    fill: dict[str, Any] = {"fill": "toself", "fillcolor": _rgba(line_style(index).color, 0.22), "line": {"width": 0}}
+    fill |= {"mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False, "customdata": None}
+    fig.add_trace(_line([*low, *reversed(high)], group, index, **(fill | {"x": [*x, *reversed(x)]})), 1, 1)
+    fig.add_trace(_over_steps([(p.step, p.slope) for p in profiles], group, index, showlegend=True), 1, 1)
+
+
+def _over_steps(points: Sequence[tuple[int, float]], group: Group, index: int, showlegend: bool = False) -> go.Scatter:
+    more = {"x": [step for step, _ in points], "customdata": None, "hovertemplate": "%{y:.4g}"}
+    return _line([value for _, value in points], group, index, showlegend=showlegend, **more)

@@ -1,4 +1,4 @@
-"""The figure: one row of panels per optimizer."""
+"""The figure of several runs: one row of panels per group."""
 
 from __future__ import annotations
 
@@ -8,90 +8,83 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from depthcb.report.summary import (
-    MEASURES,
-    RATIO_UNIT,
-    STYLES,
-    UNITS,
-    Arm,
-    Pair,
-    Summary,
-    context,
-    headline,
-    log_axis,
-    read_pairs,
-    tick_step,
-)
+from depthcb.glossary import MEASURES, RATIO_UNIT
+from depthcb.report.groups import Group, context, groups, headline, label, last, log_axis, null_change
+from depthcb.report.style import decorate, layer_axis, line_style
+from depthcb.run import Run
 
 
-def write_png(summary: Summary, path: str | Path) -> None:
+def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
     """Writes `figure` as a PNG.
 
     Args:
-        summary: What the demo writes to ``summary.json``.
+        runs: What to draw.
         path: The file; its folder must exist.
+        title: A small line above everything.
     """
-    figure(summary).savefig(path, format="png", dpi=150)
+    figure(runs, title).savefig(path, format="png", dpi=150)
 
 
-def figure(summary: Summary) -> Figure:
-    """One row of panels per optimizer: change, normalised change and step ratio of each layer under both arms."""
-    pairs = read_pairs(summary)
-    rows = pairs if any(pair.measured for pair in pairs) else []
-    fig = Figure(figsize=(15, 0.6 + 5.1 * len(rows) if rows else 3), layout="constrained", facecolor="white")
-    origin = (summary.get("backbone"), f"depthcb {summary.get('depthcb')}", summary.get("created"))
-    fig.suptitle(_plain(" · ".join(str(o) for o in origin)), fontsize=10, color="#555555")
-    if not rows:
-        names = ", ".join(str(a.get("name")) for a in summary.get("arms") or ()) or "no arm was started"
+def figure(runs: Sequence[Run], title: str = "") -> Figure:
+    """One row of panels per group of runs: each layer's change by each measure, and its mean step ratio."""
+    found = [group for group in groups(runs) if group.measures]
+    fig = Figure(figsize=(15, 0.6 + 5.1 * len(found) if found else 3), layout="constrained", facecolor="white")
+    fig.suptitle(_plain(title), fontsize=10, color="#555555")
+    if not found:
+        names = ", ".join(run.name for run in runs) or "no run was started"
         fig.text(0.5, 0.45, _plain(f"No depth profile was measured ({names})."), ha="center", fontsize=13)
         return fig
     fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
-    subfigures = fig.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    for sub, pair in zip(subfigures, rows, strict=True):
-        _draw_pair(sub, pair, len(summary["layers"]))
+    subfigures = fig.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for sub, group in zip(subfigures, found, strict=True):
+        _draw_group(sub, group)
     return fig
 
 
-def _draw_pair(sub: SubFigure, pair: Pair, layers: int) -> None:
-    lines = [line for text in context(pair) for line in textwrap.wrap(text, 170)]
-    sub.suptitle(_plain("\n".join([headline(pair), *lines])), fontsize=11)
-    axes = sub.subplots(1, 3)
-    for ax, measure in zip(axes, MEASURES, strict=False):
-        _draw_change(ax, pair, measure)
-    _draw_ratio(axes[2], pair)
+def _draw_group(sub: SubFigure, group: Group) -> None:
+    lines = [line for text in [headline(group), *context(group)] for line in textwrap.wrap(text, 170)]
+    sub.suptitle(_plain("\n".join(lines)), fontsize=11)
+    axes = sub.subplots(1, len(group.measures) + 1)
+    for ax, measure in zip(axes, group.measures, strict=False):
+        _draw_change(ax, group, measure)
+    _draw_ratio(axes[-1], group)
     for ax in axes:
-        _finish(ax, layers)
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        layer_axis(ax, len(group.layers))
+        decorate(ax)
+        if not ax.lines:
+            ax.set_yticks([])
+    handles = {text: h for ax in axes for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
         sub.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def _draw_change(ax: Axes, pair: Pair, measure: str) -> None:
+def _draw_change(ax: Axes, group: Group, measure: str) -> None:
     absent = []
-    for arm in pair.arms:
-        last, null, style = arm.last(measure), arm.null_change(measure), STYLES[arm.control]
-        if last is None:
-            absent.append(arm.name)
+    for i, run in enumerate(group.runs):
+        profile, null, color = last(run, measure), null_change(run, measure), line_style(i).color
+        if profile is None:
+            absent.append(label(run, group))
             continue
-        x = range(len(last.change))
-        if last.band is not None:
-            ax.fill_between(x, *last.band, color=style.color, alpha=0.2, linewidth=0)
-        _draw_arm(ax, last.change, arm)
-        if null:
-            dashes = (style.dash_offset, (5, 5))
-            ax.plot(x, null, color=style.color, lw=1, ls=dashes, label=f"null of {arm.name} (random directions)")
-    _name(ax, f"{MEASURES[measure]} per layer, with 95 % band", UNITS[measure], absent)
+        x = range(len(profile.change))
+        if profile.band is not None:
+            ax.fill_between(x, *profile.band, color=color, alpha=0.2, linewidth=0)
+        _draw_run(ax, profile.change, i, label(run, group))
+        if null:  # the offset makes the dashes of nulls that coincide (often at 0) alternate, so that all stay visible
+            dashes = (5 * i, (5, 5))
+            ax.plot(x, null, color=color, lw=1, ls=dashes, label=f"null of {label(run, group)} (random directions)")
+    _name(ax, f"{MEASURES[measure].title} per layer, with 95 % band", MEASURES[measure].unit, absent)
     _from_zero(ax)
 
 
-def _draw_ratio(ax: Axes, pair: Pair) -> None:
-    for arm in pair.arms:
-        if arm.step_ratio:
-            _draw_arm(ax, arm.step_ratio, arm)
-    _name(ax, "mean step ratio per layer", RATIO_UNIT, [arm.name for arm in pair.arms if not arm.step_ratio])
-    if not log_axis(pair.arms):
+def _draw_ratio(ax: Axes, group: Group) -> None:
+    for i, run in enumerate(group.runs):
+        if run.step_ratio.mean:
+            _draw_run(ax, run.step_ratio.mean, i, label(run, group))
+    absent = [label(run, group) for run in group.runs if not run.step_ratio.mean]
+    _name(ax, "mean step ratio per layer", RATIO_UNIT, absent)
+    if not log_axis(*(run.step_ratio.mean for run in group.runs)):
         _from_zero(ax)
         return
     ax.set_yscale("log")
@@ -100,12 +93,12 @@ def _draw_ratio(ax: Axes, pair: Pair) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_arm(ax: Axes, values: Sequence[float], arm: Arm) -> None:
-    style = STYLES[arm.control]
-    face = style.color if style.marker == "o" else "white"
-    ax.plot(
-        range(len(values)), values, color=style.color, marker=style.marker, ms=4.5, mfc=face, lw=1.6, label=arm.label
-    )
+def _draw_run(ax: Axes, values: Sequence[float | None], index: int, name: str) -> None:
+    style = line_style(index)
+    face = "white" if style.symbol.endswith("-open") else style.color
+    y = [float("nan") if v is None else v for v in values]
+    dash = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}[style.dash]
+    ax.plot(range(len(y)), y, color=style.color, marker=style.marker, ms=4.5, mfc=face, lw=1.6, ls=dash, label=name)
 
 
 def _name(ax: Axes, title: str, unit: str, absent: Sequence[str]) -> None:
@@ -117,25 +110,6 @@ def _from_zero(ax: Axes) -> None:
     """A linear axis that shows 0, and a little below it so that a line at 0 is not hidden by the frame."""
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.03 * high), 1.04 * high)
-
-
-def _finish(ax: Axes, layers: int) -> None:
-    ax.set_xlim(-0.5, layers - 0.5)
-    ax.set_xticks(range(0, layers, tick_step(layers)))
-    ax.set_xlabel("layer  (0 = input side)")
-    ax.yaxis.set_major_formatter(FuncFormatter(_tick_text))  # matplotlib's own puts a factor above the axis
-    ax.grid(color="#dddddd", lw=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    if not ax.lines:
-        ax.set_yticks([])
-
-
-def _tick_text(value: float, _: int | None) -> str:
-    if abs(value) >= 1e-3 or value == 0:
-        return f"{value:.4g}"
-    digits, exponent = f"{value:.3e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _plain(text: str) -> str:

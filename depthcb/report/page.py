@@ -1,69 +1,40 @@
-"""One self-contained page."""
+"""One self-contained page on one run or several."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
 
-from depthcb.report.charts import heatmaps, profile_chart, training_chart
-from depthcb.report.summary import (
-    MEASURES,
-    MISSING,
-    Arm,
-    Pair,
-    Summary,
-    arm_line,
+from depthcb.glossary import COLUMNS, MEASURES, VERDICTS
+from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
+from depthcb.report.groups import (
+    Group,
     context,
+    groups,
     headline,
+    label,
+    last,
     layer_rows,
-    read_pairs,
-    show,
-    show_interval,
+    null_slope,
+    run_line,
 )
+from depthcb.report.style import MISSING, show, show_interval
+from depthcb.run import Run
 
-_MEANINGS = {
-    "none": "The standard run shows no slope that could be explained.",
-    "collapses": "With equal steps in every layer the slope is not told from 0.",
-    "reverses": "With equal steps in every layer the slope has the opposite sign.",
-    "weakens": "With equal steps in every layer part of the slope remains.",
-    "persists": "With equal steps in every layer the slope stays.",
-}
 _CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
     "responsive": True,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
-
-_HALVES = "over random halves of the probe: it covers which rows the probe happened to hold, not training seeds."
-_DEFINITIONS = {
-    "layer": "Position in the stack, 0 at the input side, and the module's name.",
-    "change": "1 - linear CKA of the layer's activations on the probe, pretrained model against now. 0 is unchanged, "
-    "about 1 unrelated. No unit.",
-    "normalised change": "The change after every row is centred and scaled to length 1, so that one large direction "
-    "cannot rule it. No unit.",
-    "step ratio": "Length of the optimizer's step over the length of the layer's weights, mean over the fit. No unit.",
-    "effective rank": "How many directions of the layer's activations CKA really sees. Below 5 (marked !) its change "
-    "rests on a handful of them. Unit: directions.",
-    "arm": "Optimizer and control of the run.",
-    "measure": "Plain or normalised change, at the last validation.",
-    "slope": "Least-squares slope of change on relative depth. Unit: change per whole depth, input to output side.",
-    "95 % interval": f"Of the slope, {_HALVES}",
-    "relative slope": "Slope over mean change. Unit: mean changes per whole depth.",
-    "95 % interval, relative": f"Of the relative slope, {_HALVES}",
-    "Spearman": "Rank correlation of change with depth, from -1 to 1.",
-    "centre": "Centre of mass of the change in relative depth: 0 is the input side, 1 the output side.",
-    "width": "How many layers share the change: 1 if all do alike, 1/L if a single one of L does.",
-    "null relative slope": "Relative slope after random noise of the same size was added to the pretrained weights "
-    "instead of training, mean over seeds. A run with no more slope than this shows nothing about training.",
-}
+_SLOPES = list(COLUMNS)[list(COLUMNS).index("run") :]
 # No request can leave the page, whatever a script in it may try; plotly needs inline scripts, styles and data images.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
@@ -81,7 +52,11 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); vertical-align: bottom; white-space: normal; }
 th[title] { text-decoration: underline dotted; cursor: help; }
-th.text, td.text { text-align: left; } caption { text-align: left; padding: .3rem 0; }
+th.text, td.text { text-align: left; } tr.differs td { font-weight: 600; }
+tr.differs td:first-child::after { content: " *"; }
+.settings td { max-width: 30rem; overflow-wrap: anywhere; white-space: normal; }
+.settings td:first-child { white-space: nowrap; }
+caption { text-align: left; padding: .3rem 0; }
 .js-plotly-plot svg text:not(.hoverlayer *) { fill: var(--ink) !important; }
 .js-plotly-plot .spikeline { stroke: var(--soft) !important; stroke-width: 1px !important; }
 .js-plotly-plot .gridlayer path { stroke: var(--line) !important; }
@@ -91,57 +66,58 @@ th.text, td.text { text-align: left; } caption { text-align: left; padding: .3re
 """
 
 
-def write_html(summary: Summary, path: str | Path) -> None:
-    """Writes one page that holds everything, the summary included, and asks the network for nothing.
+def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
+    """Writes one page that holds everything, the runs' figures included, and asks the network for nothing.
 
     Args:
-        summary: What the demo writes to ``summary.json``; `read_summary` gives it back.
+        runs: What to show; `read_html` gives them back.
         path: The file; its folder must exist.
+        title: The page's title, by default the run's name, or how many there are.
+
+    Example:
+        >>> from depthcb.run import read_runs
+        >>> write_html(read_runs("lightning_logs"), "depthcb-report.html")  # doctest: +SKIP
     """
-    title = html.escape(f"Depth profile of {summary.get('backbone')}")
+    title = html.escape(
+        title or (f"Depth profile of {runs[0].name}" if len(runs) == 1 else f"{len(runs)} depth profiles")
+    )
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     # No "<" at all: a script element ends at "</script", but "<!--" would change where the browser looks for it.
-    data = json.dumps(summary).replace("<", "\\u003c")
-    origin = html.escape(f"depthcb {summary.get('depthcb')}, {summary.get('created')}")
-    body = "\n".join([f'<h1>{title}</h1><p class="soft">{origin}</p>', *_sections(summary)])
+    data = json.dumps([run.to_dict() for run in runs]).replace("<", "\\u003c")
+    body = "\n".join([f"<h1>{title}</h1>", *_sections(runs)])
     page = (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
-        f'<script type="application/json" id="depthcb-summary">{data}</script>\n'
+        f'<script type="application/json" id="depthcb-runs">{data}</script>\n'
         f"<main>{body}</main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8", errors="replace")
 
 
-def read_summary(path: str | Path) -> dict[str, Any]:
-    """The summary that `write_html` put into a page (as JSON has it: tuples come back as lists).
+def read_html(path: str | Path) -> list[Run]:
+    """The runs that `write_html` put into a page, every figure as it was.
 
     Raises:
         ValueError: The page carries none.
     """
     page = Path(path).read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="depthcb-summary">([^<]*)</script>', page)
+    found = re.search(r'<script type="application/json" id="depthcb-runs">([^<]*)</script>', page)
     if found is None:
-        raise ValueError(f"{path} is not a depthcb report: no embedded summary was found in it.")
-    summary: dict[str, Any] = json.loads(found[1])
-    return summary
+        raise ValueError(f"{path} is not a depthcb report: no runs were found in it.")
+    return [Run.from_dict(fields) for fields in json.loads(found[1])]
 
 
-def _sections(summary: Summary) -> list[str]:
-    pairs, layers = read_pairs(summary), list(summary.get("layers") or ())
-    charts = _Charts()
-    verdicts = "".join(map(_verdict_card, pairs)) or "<p>No arm was started.</p>"
-    optimizers = [_optimizer_section(pair, layers, summary, charts) for pair in pairs]
-    facts = ("settings", "versions", "corpus")
-    tables = "".join(_facts_table(name, summary.get(name) or {}) for name in facts) + _times_table(summary)
+def _sections(runs: Sequence[Run]) -> list[str]:
+    found, charts = groups(runs), _Charts()
+    verdicts = "".join(map(_verdict_card, found)) or "<p>No run was started.</p>"
     return [
-        f"<h2>Verdict</h2>{verdicts}",
-        *optimizers,
-        f"<h2>Slopes at the last validation</h2>{_slopes_table(pairs)}",
-        f"<h2>Settings and provenance</h2>{tables}",
+        f"<h2>{'Verdict' if any(group.paired for group in found) else 'Summary'}</h2>{verdicts}",
+        *(_group_section(group, charts) for group in found),
+        f"<h2>Slopes at the last validation</h2>{_slopes_table(found)}" if found else "",
+        f"<h2>Settings and provenance</h2>{_settings_table(runs)}" if found else "",
     ]
 
 
@@ -159,68 +135,106 @@ class _Charts:
         return f'<h3>{html.escape(title)}</h3><div class="wide">{chart}</div>'
 
 
-def _verdict_card(pair: Pair) -> str:
-    meaning = _MEANINGS.get(str(pair.verdict["verdict"]), "") if pair.verdict else ""
-    lines = [*context(pair), *(arm_line(pair, arm) for arm in pair.arms)]
+def _verdict_card(group: Group) -> str:
+    meaning = VERDICTS[group.verdict.verdict] if group.verdict else ""
+    lines = [*context(group), *(run_line(run, group) for run in group.runs)]
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines if line)
-    return f'<div class="verdict"><h3>{html.escape(headline(pair))}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
+    return f'<div class="verdict"><h3>{html.escape(headline(group))}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
 
 
-def _optimizer_section(pair: Pair, layers: Sequence[str], summary: Summary, charts: _Charts) -> str:
-    parts = [f"<h2>{html.escape(pair.title)}</h2>"]
-    if pair.measured:
+def _group_section(group: Group, charts: _Charts) -> str:
+    parts = [f"<h2>{html.escape(group.title)}</h2>"]
+    if group.measures:
         note = "The axes rescale with the slider, so that each shape can be seen; the colours below do not."
-        parts += [charts(profile_chart(pair, layers), "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
-        parts += [charts(heatmaps(pair, layers), "Change of each layer over training")]
+        if len(slider_steps(group)) == 1:
+            note = "One validation so far: nothing to slide through yet."
+        parts += [charts(profile_chart(group), "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
+        parts += [charts(heatmaps(group), "Change of each layer over training")]
     else:
         parts += ["<p>No depth profile was measured.</p>"]
-    if any(arm.step_ratio or arm.val_loss for arm in pair.arms):
-        parts += [charts(training_chart(pair, layers), "Step ratios and loss")]
-    return "".join([*parts, "<h3>Layers</h3>", _layers_table(pair, layers, summary.get("effective_rank"))])
+    ratios = [run for run in group.runs if run.step_ratio.steps]
+    if ratios or group.measures or any(loss_of(run) for run in group.runs):
+        parts += [charts(progress_chart(group), "Slope, step ratios and loss")]
+    if ratios:
+        parts += [charts(ratio_heatmaps(group), "Step ratio of each layer over training")]
+    if group.layers:
+        parts += ["<h3>Layers</h3>", _layers_table(group)]
+    return "".join(parts)
 
 
-def _table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], text: int = 1, caption: str = "") -> str:
-    """A table whose first ``text`` columns hold words; ``head`` pairs each title with a name in the definitions."""
+def _table(
+    head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], text: int = 1, differs: Sequence[bool] = ()
+) -> str:
+    """A table whose first ``text`` columns hold words; ``head`` pairs each title with its definition."""
 
     def cell(tag: str, i: int, content: str, hover: str = "") -> str:
         marks = (' class="text"' if i < text else "") + (f' title="{html.escape(hover)}"' if hover else "")
         return f"<{tag}{marks}>{html.escape(content)}</{tag}>"
 
-    top = "".join(cell("th", i, title, _DEFINITIONS.get(name, "")) for i, (title, name) in enumerate(head))
-    lines = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
-    named = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide tall"><table>{named}<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    top = "".join(cell("th", i, title, hover) for i, (title, hover) in enumerate(head))
+    kind = ' class="settings"' if differs else ""
+    marks = [' class="differs"' if marked else "" for marked in differs] or [""] * len(rows)
+    lines = [
+        f"<tr{mark}>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>"
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide tall"><table{kind}>{body}</table></div>'
 
 
-def _layers_table(pair: Pair, layers: Sequence[str], ranks: Sequence[float] | None) -> str:
-    paired = [(f"{name}, {arm.name}", name) for name in (*MEASURES.values(), "step ratio") for arm in pair.arms]
-    head = [("", ""), ("layer", "layer"), *paired, ("effective rank", "effective rank")]
-    return _table(head, layer_rows(pair, layers, ranks), text=2)
+def _layers_table(group: Group) -> str:
+    names = [label(run, group) for run in group.runs]
+    head = [("", ""), ("layer", COLUMNS["layer"])]
+    head += [(f"{MEASURES[m].title}, {name}", MEASURES[m].definition) for m in group.measures for name in names]
+    head += [(f"step ratio, {name}", COLUMNS["step ratio"]) for name in names]
+    head += [("effective rank", COLUMNS["effective rank"])]
+    return _table(head, layer_rows(group, group.measures), text=2)
 
 
-def _slopes_table(pairs: Sequence[Pair]) -> str:
-    names = [name for name in _DEFINITIONS if list(_DEFINITIONS).index(name) >= list(_DEFINITIONS).index("arm")]
-    rows = [_slope_row(pair, arm, measure) for pair in pairs for arm in pair.arms for measure in MEASURES]
-    return _table([(name, name) for name in names], rows, text=2)
+def _slopes_table(found: Sequence[Group]) -> str:
+    rows = [_slope_row(run, measure) for group in found for run in group.runs for measure in group.measures or ["cka"]]
+    return _table([(name, COLUMNS[name]) for name in _SLOPES], rows, text=3)
 
 
-def _slope_row(pair: Pair, arm: Arm, measure: str) -> list[str]:
-    start, p = [f"{pair.title} {arm.label}", MEASURES[measure]], arm.last(measure)
+def _slope_row(run: Run, measure: str) -> list[str]:
+    start, p = [run.name, run.control, MEASURES[measure].title], last(run, measure)
     if p is None:
-        return [start[0], f"{start[1]}: not measured", *[MISSING] * 8]
-    null = pair.null_slope(arm) if measure == "cka" else arm.null_relative_slope(measure)
-    signed = [show(v, "+.3g") for v in (p.slope, p.relative_slope, p.spearman, null)]
+        return [*start[:2], f"{start[2]}: not measured", *[MISSING] * (len(_SLOPES) - 3)]
+    signed = [show(v, "+.3g") for v in (p.slope, p.relative_slope, p.spearman, null_slope(run, measure))]
     intervals = [show_interval(i).strip() or MISSING for i in (p.slope_interval, p.relative_slope_interval)]
-    shape = [show(p.centre), show(p.width)]
+    shape = [show(p.centre), show(p.width), show(p.mean)]
     return [*start, signed[0], intervals[0], signed[1], intervals[1], signed[2], *shape, signed[3]]
 
 
-def _facts_table(name: str, facts: Summary) -> str:
-    return _table([(name, ""), ("value", "")], [[str(key), str(value)] for key, value in facts.items()], text=2)
+def _settings_table(runs: Sequence[Run]) -> str:
+    """One row a setting, one column a run; what differs between them is marked."""
+    columns = [dict(_facts(run)) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs comes first
+    head = [("setting", "Rows marked * differ between the runs."), *((run.name, "") for run in runs)]
+    return _table(head, rows, text=1 + len(runs), differs=[len(set(row[1:])) > 1 for row in rows])
 
 
-def _times_table(summary: Summary) -> str:
-    names = ("run_dir", "finished", "seconds", "probe_seconds")
-    head = [("arm", "arm"), ("folder", ""), ("finished", ""), ("seconds", ""), ("of which probe, seconds", "")]
-    rows = [[str(a.get("name")), *(str(a.get(n, MISSING)) for n in names)] for a in summary.get("arms") or ()]
-    return _table(head, rows, text=3)
+def _facts(run: Run) -> Iterable[tuple[str, str]]:
+    yield "finished", "yes" if run.finished else "no"
+    for record in run.records.values():
+        if record.fit:  # each callback's record has the same
+            yield from _flat("", record.fit)
+            yield from _flat("", record.provenance)
+            break
+    for name, record in run.records.items():
+        yield from _flat(name, {k: v for k, v in record.settings.items() if k not in ("effective_rank", "measures")})
+        yield from _flat(name, record.end or {})
+
+
+def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    """Nested settings as ``a.b`` and their text."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, (list, tuple)) and any(isinstance(inner, Mapping) for inner in value):
+        for i, inner in enumerate(value):
+            yield from _flat(f"{prefix}[{i}]" if len(value) > 1 else prefix, inner)
+    else:
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,51 +1,84 @@
-"""Tables and verdicts in the terminal."""
+"""Tables, verdicts and bars in the terminal."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import rich.box
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthcb.report.summary import LOW_RANK, Pair, Summary, arm_line, context, headline, layer_rows, read_pairs
+from depthcb.glossary import LOW_RANK, MEASURES
+from depthcb.report.groups import Group, context, groups, headline, last, layer_rows, run_line
+from depthcb.report.style import BLUE, show, show_interval
+from depthcb.run import Run
+
+_SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
 
-def print_summary(summary: Summary, console: Console) -> None:
-    """Prints, for each optimizer, a table of the layers, a line for each arm and the verdict with its context.
+def print_runs(runs: Sequence[Run], console: Console) -> None:
+    """Prints, for each group of runs, a table of the layers, a line for each run and the verdict with its context.
 
     Args:
-        summary: What the demo writes to ``summary.json``.
-        console: Where to; 80 columns are enough.
+        runs: What to print.
+        console: Where to; 80 columns are enough for a pair.
     """
-    pairs = read_pairs(summary)
-    if not pairs:
-        console.print(Text("No arm was started."))
-    for pair in pairs:
-        console.print(_terminal_table(pair, summary))
-        for arm in pair.arms:
-            console.print(_hanging(arm_line(pair, arm), console))
-        console.print(Text(headline(pair), style="bold"))
-        for line in filter(None, context(pair)):
+    if not runs:
+        console.print(Text("No run was started."))
+    for group in groups(runs):
+        console.print(_layers_table(group))
+        for run in group.runs:
+            console.print(_hanging(run_line(run, group), console))
+        console.print(Text(headline(group), style="bold"))
+        for line in filter(None, context(group)):
             console.print(_hanging(f"  {line}", console))
         console.print()
 
 
+def print_bars(run: Run, console: Console) -> None:
+    """Prints the latest profile of a run as a bar a layer, by the first measure.
+
+    Args:
+        run: The run.
+        console: Where to.
+    """
+    profile = last(run, next(iter(run.profiles), ""))
+    if profile is None:
+        console.print(Text(f"{run.name}: no depth profile was measured yet."))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(12, console.width // 3))
+    table.add_column(justify="right")
+    table.add_column(ratio=1)
+    top = max(profile.change) or 1.0
+    for name, change in zip(profile.layer_names, profile.change, strict=True):
+        table.add_row(Text(name), show(change), Bar(top, 0, change, color=BLUE))
+    console.print(Text(f"{run.name}, {run.control}: {MEASURES[profile.measure].title} at step {profile.step}", "bold"))
+    console.print(table)
+    slope = f"slope {profile.slope:+.3g}{show_interval(profile.slope_interval)} per whole depth"
+    console.print(Text(f"{slope}, {MEASURES[profile.measure].unit}, {profile.rows} rows"))
+
+
 def _hanging(line: str, console: Console) -> Text:
-    """A line whose continuations are set in, so that each arm keeps one visible start."""
+    """A line whose continuations are set in, so that each run keeps one visible start."""
     return Text(textwrap.fill(line, console.width, subsequent_indent="    "))
 
 
-def _terminal_table(pair: Pair, summary: Summary) -> Table:
-    title = Text(f"{summary.get('backbone')}, {pair.title}")
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def _layers_table(group: Group) -> Table:
+    measures = [m for m in ("cka", "cka_normalized") if m in group.measures] or group.measures[:2]
+    table = Table(
+        title=Text(group.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("layer", no_wrap=True)
-    for name in ("change", "normal.", "step"):
-        for arm in ("standard", "eq.-step"):
-            table.add_column(f"{name}\n{arm}", justify="right", no_wrap=True)
+    for name in [*(MEASURES[m].title.replace("normalised change", "normal.") for m in measures), "step"]:
+        for run in group.runs:
+            short = _SHORT[run.control] if group.paired else run.name
+            table.add_column(Text(f"{name}\n{short}"), justify="right", no_wrap=True)
     table.add_column("eff.\nrank", justify="right", no_wrap=True)
-    rows = layer_rows(pair, list(summary.get("layers") or ()), summary.get("effective_rank"))
+    rows = layer_rows(group, measures)
     for _, name, *figures in rows:
         table.add_row(Text(name if len(name) <= 10 else f"…{name[-9:]}"), *figures)
     if any(row[-1].endswith("!") for row in rows):

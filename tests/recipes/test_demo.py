@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -14,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from depthcb import Profile
-from depthcb.report import read_summary
+from depthcb.report import read_html
+from depthcb.report.charts import loss_of
+from depthcb.report.groups import groups
+from depthcb.run import Run, read_runs
 from recipes.demo import QUICK, Settings, run_demo
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
@@ -35,44 +35,45 @@ def wandb_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def check_outcome(out: Path, settings: Settings) -> dict[str, Any]:
+def check_outcome(out: Path, settings: Settings) -> list[Run]:
     """Everything that a finished demo must have left."""
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert [arm["name"] for arm in summary["arms"]] == ARMS
-    assert all(arm["finished"] for arm in summary["arms"])
+    runs = {run.name: run for run in read_runs(out)}
+    assert sorted(runs) == sorted(ARMS)
+    assert all(run.finished for run in runs.values())
     validations = settings.steps // settings.validate_every
-    layers = len(summary["layers"])
-    for arm in summary["arms"]:
+    for name, run in runs.items():
         for measure in ("cka", "cka_normalized"):
-            profiles = [Profile.from_dict(p) for p in arm["profiles"][measure]]
+            profiles = run.profiles[measure]
             assert len(profiles) == validations
             assert profiles[-1].step == settings.steps - 1
             assert min(profiles[-1].change) > 0
             assert profiles[-1].slope_interval is not None
-            assert len(arm["null"][measure]) == settings.null_seeds
-        ratios = np.array(arm["step_ratio"])
-        assert ratios.shape == (layers,)
-        if arm["control"] == "equal_step":
-            assert ratios.max() / ratios.min() < 1 + 1e-3
-        assert len(arm["val_loss"]) == validations
-        assert 0 < arm["probe_seconds"] < arm["seconds"]
-        with open(out / arm["run_dir"] / "metrics.csv", encoding="utf-8") as file:
+            assert len(run.null[measure]) == settings.null_seeds
+        assert len(run.step_ratio.mean) == len(run.layers)
+        assert len(run.step_ratio.steps) == settings.steps
+        if run.control == "equal-step":
+            assert run.step_ratio.spread < 1 + 1e-3
+        assert len(loss_of(run)) == validations
+        end = run.records["depth"].end
+        assert 0 < end["probe_seconds"] < end["seconds"]
+        with open(out / name / "metrics.csv", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["depth/cka/slope"]]
         assert [float(row["depth/cka/slope"]) for row in rows] == pytest.approx(
-            [p["slope"] for p in arm["profiles"]["cka"]], rel=1e-5
+            [p.slope for p in run.profiles["cka"]], rel=1e-5
         )
-        run = wandb_run(out / arm["run_dir"])
-        assert run["summary"]["depth/cka/slope"] == pytest.approx(arm["profiles"]["cka"][-1]["slope"], rel=1e-5)
-        assert run["config"]["control"] == arm["control"]
-    assert [v["optimizer"] for v in summary["verdicts"]] == ["adamw", "sgd"]
-    for verdict in summary["verdicts"]:
-        assert verdict["verdict"] in ("none", "collapses", "reverses", "weakens", "persists")
-        assert verdict["spread"] > 1
-        assert all(math.isfinite(s) for s in verdict["null_relative_slope"].values())
+        logged = wandb_run(out / name)
+        assert logged["summary"]["depth/cka/slope"] == pytest.approx(run.profiles["cka"][-1].slope, rel=1e-5)
+        assert logged["config"]["depthcb_control"] == run.control == name.partition("-")[2]
+    pairs = groups(list(runs.values()))
+    assert [group.title for group in pairs] == ["AdamW", "SGD"]
+    assert all(group.verdict.spread > 1 for group in pairs)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert [Run.from_dict(fields) for fields in summary["runs"]] == list(runs.values())
+    assert [v["verdict"] for v in summary["verdicts"]] == [group.verdict.verdict for group in pairs]
     with Image.open(out / "profiles.png") as picture:
         assert min(picture.size) > 500
-    assert read_summary(out / "report.html") == summary
-    return summary
+    assert read_html(out / "report.html") == list(runs.values())
+    return list(runs.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
@@ -80,18 +81,17 @@ def test_a_short_quick_demo(tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, steps=4, validate_every=2, probe_rows=16, probe_length=32, val_blocks=8)
     with open(tmp_path / "screen.txt", "w", encoding="utf-8") as screen:
         run_demo(settings, tmp_path / "out", Console(file=screen, width=80))
-    summary = check_outcome(tmp_path / "out", settings)
-    assert "SmolLM2" not in summary["backbone"]
+    runs = check_outcome(tmp_path / "out", settings)
     text = (tmp_path / "screen.txt").read_text(encoding="utf-8")
-    for verdict in summary["verdicts"]:
-        assert verdict["verdict"] in text
-        assert f"{verdict['spread']:.3g}x" in text
+    for group in groups(runs):
+        assert group.verdict.verdict in text
+        assert f"{group.verdict.spread:.3g}x" in text
     for file in ("profiles.png", "report.html", "summary.json", "wandb sync"):
         assert file in text
     # A demo that cannot start leaves the earlier one as it is, and a folder with something else is left alone.
     with pytest.raises(ValueError, match="no-such-model"):
         run_demo(dataclasses.replace(settings, backbone="./no-such-model"), tmp_path / "out", Console(quiet=True))
-    assert check_outcome(tmp_path / "out", settings) == summary
+    assert check_outcome(tmp_path / "out", settings) == runs
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("keep me")
     with pytest.raises(ValueError, match="holds no earlier demo: choose another"):
@@ -120,11 +120,10 @@ def test_an_interrupted_demo_leaves_what_it_measured(tmp_path: Path) -> None:
     assert demo.returncode == 130, text
     assert "Interrupted: what was measured so far follows." in text
     assert "Traceback" not in text
-    summary = read_summary(out / "report.html")
-    assert summary == json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert [arm["finished"] for arm in summary["arms"]] == [True, False]
-    assert min(summary["arms"][0]["profiles"]["cka"][-1]["change"]) > 0
-    assert summary["verdicts"] == []
+    equal, standard = read_html(out / "report.html")
+    assert [standard.finished, equal.finished] == [True, False]
+    assert min(standard.profiles["cka"][-1].change) > 0
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdicts"] == []
     assert (out / "profiles.png").stat().st_size > 10_000
 
 
@@ -142,12 +141,12 @@ def test_the_demo(tmp_path: Path) -> None:
     """In a process of its own, as a user runs it, with all cores."""
     command = [str(Path(sys.executable).with_name("depthcb")), "demo", "--out", str(tmp_path / "out")]
     subprocess.run(command, check=True)
-    summary = check_outcome(tmp_path / "out", Settings())
-    assert len(summary["layers"]) == 30
-    spreads = {v["optimizer"]: v["spread"] for v in summary["verdicts"]}
-    assert spreads["sgd"] > 2 > spreads["adamw"], "with SGD the control bites, with AdamW it has little to do"
-    probing = sum(arm["probe_seconds"] + arm["null_seconds"] for arm in summary["arms"])
-    assert probing < sum(arm["seconds"] + arm["null_seconds"] for arm in summary["arms"]) / 4
-    for arm in summary["arms"]:
-        losses = [loss for _, loss in arm["val_loss"]]
+    runs = check_outcome(tmp_path / "out", Settings())
+    assert {len(run.layers) for run in runs} == {30}
+    spreads = {group.title: group.verdict.spread for group in groups(runs)}
+    assert spreads["SGD"] > 2 > spreads["AdamW"], "with SGD the control bites, with AdamW it has little to do"
+    ends = [run.records["depth"].end for run in runs]
+    assert sum(end["probe_seconds"] for end in ends) < sum(end["seconds"] for end in ends) / 4
+    for run in runs:
+        losses = [loss for _, loss in loss_of(run)]
         assert losses[-1] < losses[0], "a fit that does not learn says nothing about fine-tuning"

@@ -1,0 +1,189 @@
+"""Runs that are looked at together, and the words for what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from depthcb.glossary import LOW_RANK
+from depthcb.profile import Profile
+from depthcb.report.style import MISSING, show, show_interval
+from depthcb.run import Run
+from depthcb.verdict import Verdict, judge
+
+#: Step ratios whose largest is more than this many times their smallest get a log axis.
+LOG_ABOVE = 3.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs on one chart.
+
+    Args:
+        runs: A standard run and its equal-step twin, in this order; or whatever else is to be compared.
+        paired: Whether they are such a pair.
+    """
+
+    runs: tuple[Run, ...]
+    paired: bool = False
+
+    @property
+    def title(self) -> str:
+        """The optimizer of a pair; the names of other runs."""
+        return _optimizer(self.runs[0]) if self.paired else ", ".join(run.name for run in self.runs)
+
+    @property
+    def measures(self) -> list[str]:
+        """All that some run measured by."""
+        return list(dict.fromkeys(m for run in self.runs for m, profiles in run.profiles.items() if profiles))
+
+    @property
+    def layers(self) -> list[str]:
+        """Layer names of the run with the most layers."""
+        return max((run.layers for run in self.runs), key=len)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What a pair says; None for other runs, or where a run is unfinished, without profiles or an interval."""
+        if not self.paired or not all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs):
+            return None
+        standard, equal = ({m: ps[-1] for m, ps in run.profiles.items()} for run in self.runs)
+        if any(p.relative_slope_interval is None and p.mean > 0 for ps in (standard, equal) for p in ps.values()):
+            return None
+        return judge(standard, equal, self.runs[1].wanted_ratio.spread or math.nan)
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Pairs that differ in the control alone, in the order of their standard runs, then all others together."""
+    alike: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        alike[_all_but_control(run)][run.control].append(run)
+    pairs = [pair for kinds in alike.values() for pair in zip(kinds["standard"], kinds["equal-step"], strict=False)]
+    paired = {id(run) for pair in pairs for run in pair}
+    rest = tuple(run for run in runs if id(run) not in paired)
+    return [*(Group(pair, paired=True) for pair in pairs), *([Group(rest)] if rest else [])]
+
+
+def _all_but_control(run: Run) -> str:
+    """All that a pair shares: what was trained how, from which seed, and what it was measured on."""
+    depth = run.record("DepthProfile")
+    if depth is None:
+        return f"unmeasured {run.name}"
+    measured = {key: depth.settings[key] for key in ("layers", "measures", "rows", "probe_hash")}
+    return json.dumps([measured, depth.fit, depth.provenance["seed"]], sort_keys=True)
+
+
+def _optimizer(run: Run) -> str:
+    names = [o["class"] for record in run.records.values() for o in record.fit.get("optimizers", ())]
+    return " and ".join(dict.fromkeys(names)) or run.name
+
+
+def label(run: Run, group: Group) -> str:
+    """A run's name in a chart: the control in a pair; and how far it came if it did not finish."""
+    name = run.control if group.paired else run.name
+    steps = [p.step for profiles in run.profiles.values() for p in profiles]
+    return name if run.finished or not steps else f"{name} (not finished, last at step {max(steps)})"
+
+
+def last(run: Run, measure: str) -> Profile | None:
+    """The latest profile; None before the first."""
+    profiles = run.profiles.get(measure)
+    return profiles[-1] if profiles else None
+
+
+def null_change(run: Run, measure: str) -> list[float]:
+    """Mean change of each layer over the null's seeds; empty without a null."""
+    draws = run.null.get(measure)
+    return np.mean([p.change for p in draws], axis=0).tolist() if draws else []
+
+
+def null_slope(run: Run, measure: str) -> float | None:
+    """Mean relative slope over the null's seeds."""
+    slopes = [p.relative_slope for p in run.null.get(measure, ())]
+    known = [s for s in slopes if s is not None]
+    return float(np.mean(known)) if known else None
+
+
+def headline(group: Group) -> str:
+    """The verdict, never without the spread that the control removed."""
+    verdict = group.verdict
+    if verdict is not None:
+        removed = f"the control removed a step-ratio spread of {verdict.spread:.3g}x"
+        return f"{group.title}: {verdict.verdict}; {removed}"
+    if not group.paired:
+        return group.title
+    absent = [run.control for run in group.runs if not any(run.profiles.values())]
+    unfinished = [run.control for run in group.runs if run.profiles and not run.finished]
+    why = f"{' and '.join(absent)} not measured" if absent else f"{' and '.join(unfinished)} not finished"
+    if not absent and not unfinished:
+        why = "no interval, or no step ratios"
+    return f"{group.title}: no verdict ({why})"
+
+
+def context(group: Group) -> list[str]:
+    """What must stand beside the verdict: its reason, whether the measures agree, and the null."""
+    verdict = group.verdict
+    if verdict is None:
+        return []
+    agree = "agree" if verdict.measures_agree else "DISAGREE"
+    nulls = ", ".join(f"{run.control} {_null(run, group.measures[0])}" for run in group.runs)
+    return [
+        verdict.reason,
+        f"plain and normalised change {agree} on the sign of the slope",
+        f"relative slope of the null: {nulls}",
+    ]
+
+
+def _null(run: Run, measure: str) -> str:
+    """The null's relative slope, and how much of the measured one random directions would give too."""
+    null, profile = null_slope(run, measure), last(run, measure)
+    measured = profile.relative_slope if profile else None
+    share = f" ({null / measured:.0%} of the run's)" if null is not None and measured else ""
+    return show(null, "+.3g") + share
+
+
+def run_line(run: Run, group: Group) -> str:
+    """Slope, interval, width and null of one run."""
+    measure = group.measures[0] if group.measures else ""
+    p = last(run, measure)
+    if p is None:
+        return f"{label(run, group)}: {MISSING} no depth profile was measured"
+    return (
+        f"{label(run, group)}: slope {p.slope:+.3g}{show_interval(p.slope_interval)}, "
+        f"relative slope {show(p.relative_slope, '+.3g')}{show_interval(p.relative_slope_interval)}, "
+        f"width {show(p.width, '.2f')}, null relative slope {show(null_slope(run, measure), '+.3g')}"
+    )
+
+
+def log_axis(*columns: Iterable[float | None]) -> bool:
+    """Whether step ratios span enough for a log axis; a ratio of 0 has no place on one."""
+    ratios = [r for column in columns for r in column if r is not None and math.isfinite(r)]
+    return bool(ratios) and min(ratios) > 0 and max(ratios) > LOG_ABOVE * min(ratios)
+
+
+def show_rank(value: float | None) -> str:
+    """An effective rank, marked where it is low."""
+    return show(value, ".1f") + (" !" if value is not None and value < LOW_RANK else "")
+
+
+def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
+    """Number, name, changes by each measure, step ratios (of each run) and rank of each layer."""
+    profiles = [last(run, measure) for measure in measures for run in group.runs]
+    columns: list[Sequence[Any]] = [p.change if p else () for p in profiles]
+    columns += [run.step_ratio.mean for run in group.runs]
+    ranks = max((run.effective_rank for run in group.runs), key=len)
+    return [
+        [str(i), name, *(show(_at(column, i)) for column in columns), show_rank(_at(ranks, i))]
+        for i, name in enumerate(group.layers)
+    ]
+
+
+def _at(column: Sequence[float | None], index: int) -> float | None:
+    """One figure of a column that may be missing or short."""
+    return column[index] if index < len(column) else None

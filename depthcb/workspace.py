@@ -1,0 +1,81 @@
+"""A view of the depth profiles in the web application of Weights & Biases, made by ``depthcb workspace``."""
+
+from __future__ import annotations
+
+import wandb_workspaces.workspaces as ws
+from pydantic import TypeAdapter
+from wandb_workspaces.reports.v2 import Layout, LinePlot, MediaBrowser  # type: ignore[attr-defined]  # a star import
+
+from depthcb.glossary import MEASURES, RATIO_UNIT
+
+NAME = "Depth profiles"
+STEP = "trainer/global_step"
+
+
+def workspace(entity: str, project: str) -> ws.Workspace:
+    """The view: pictures and slopes, then layers, then step ratios; standard and equal-step runs in groups.
+
+    Lines are found by regular expressions on the keys that `DepthProfile`, `EqualStep` and `UpdateRatioMonitor` log
+    under their default names, so a model of any depth fits.
+
+    Args:
+        entity: The W&B user or team.
+        project: The W&B project.
+    """
+    curves = [
+        MediaBrowser(
+            title=title, media_keys=[f"depth/{key}"], mode="gallery", gallery_axis="step", layout=Layout(w=12, h=12)
+        )
+        for key, title in (("curves", "Depth profile"), ("heatmap", "Layer x validation"))
+    ]
+    slopes = [_lines("Slope", rf"^depth/({'|'.join(MEASURES)})/slope$", "change per whole depth", width=24)]
+    layers = [
+        _lines(f"{term.title} of each layer", rf"^depth/{name}/L\d+$", term.unit)
+        for name, term in MEASURES.items()
+        if name in ("cka", "cka_normalized")
+    ]
+    shape = [_lines(name, rf"^depth/\w+/{name}$", "") for name in ("relative_slope", "width", "centre", "mean")]
+    ratios = [
+        _lines("Step ratio of each layer", r"^update_ratio/L\d+$", RATIO_UNIT, log=True),
+        _lines("Spread of the step ratios (max / min)", r"^(update_ratio|equal_step)/spread$", "", log=True),
+        _lines("Equal-step: what the optimizer wanted", r"^equal_step/ratio/L\d+$", RATIO_UNIT, log=True),
+        _lines("Equal-step: what each layer got", r"^equal_step/realised/L\d+$", RATIO_UNIT, log=True),
+    ]
+    sections = [
+        ws.Section("Depth profiles", panels=[*curves, *slopes], is_open=True),
+        ws.Section("Change of each layer", panels=layers, is_open=True),
+        ws.Section("Step ratios", panels=ratios, is_open=True),
+        ws.Section("Shape of the profile", panels=shape),
+    ]
+    grouped = ws.RunsetSettings(groupby=[ws.Config("depthcb_control")])
+    return ws.Workspace(entity, project, NAME, sections, ws.WorkspaceSettings(x_axis=STEP), grouped)
+
+
+def specification(entity: str, project: str) -> str:
+    """The view as JSON, without asking any server."""
+    return TypeAdapter(ws.Workspace).dump_json(workspace(entity, project), indent=1).decode()
+
+
+def save(entity: str, project: str) -> str:
+    """Saves the view in the project, which must exist.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: The server did not take it: no login, no such project.
+    """
+    try:
+        return str(workspace(entity, project).save().url)  # type: ignore[no-untyped-call]
+    except Exception as error:  # requests, wandb and GraphQL each raise their own
+        raise ValueError(
+            f"the view was not saved in {entity}/{project} ({' '.join(str(error).split())}): log in with "
+            "`wandb login`, and name a project that exists."
+        ) from error
+
+
+def _lines(title: str, regex: str, unit: str, log: bool = False, width: int = 12) -> LinePlot:
+    """Lines of all metrics that match, over the steps."""
+    return LinePlot(
+        title=title, x=STEP, metric_regex=regex, log_y=log, title_y=unit or None, layout=Layout(w=width, h=10)
+    )
