@@ -10,7 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger
+import wandb
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -57,8 +58,13 @@ def main(folder: Path, world: int, strategy: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     control, watch = EqualStep(), DepthProfile()
-    logger = CSVLogger(folder, name="", version="")
-    module = fit(world, strategy, [control, UpdateRatioMonitor(), watch], logger)
+    loggers: list[Any] = [CSVLogger(folder, name="", version="")]
+    if strategy == "ddp":
+        silent = wandb.Settings(silent=True, console="off", mode="offline")
+        loggers += [WandbLogger(save_dir=folder, settings=silent)]
+    module = fit(world, strategy, [control, UpdateRatioMonitor(), watch], loggers)
+    if strategy == "ddp":
+        loggers[1].experiment.finish()
     seen = {
         "weights": flat(module),
         "unwatched": flat(fit(world, strategy, [EqualStep()], False)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from offline import history
 from support import run_script
 
 
@@ -23,8 +24,18 @@ def run(folder: Path, world: int, strategy: str = "auto") -> tuple[list[dict[str
         return ranks, list(csv.DictReader(file)), done.stdout + done.stderr
 
 
-def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
-    (alone,), rows_alone, _ = run(tmp_path / "one", 1)
+Alone = tuple[dict[str, Any], list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """What a single process saw, and its rows."""
+    (alone,), rows, _ = run(tmp_path_factory.mktemp("one") / "run", 1)
+    return alone, rows
+
+
+def test_two_processes_agree_with_each_other_and_with_one(one: Alone, tmp_path: Path) -> None:
+    alone, rows_alone = one
     (first, second), rows, output = run(tmp_path / "two", 2, "ddp")
     assert first == second
     assert first["weights"] == first["unwatched"]
@@ -36,11 +47,17 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path: Path) -> Non
         assert steps == [row["step"] for row in rows_alone if row[key]]
         assert len(steps) == len(set(steps)) > 0
     assert "self.log('depth" not in output, "Lightning warned about the profile's own metrics"
+    for key in ("depth/cka/slope", "depth/heatmap._type", "equal_step/target", "update_ratio/spread"):
+        steps = [row["trainer/global_step"] for row in history(tmp_path / "two") if key in row]
+        assert steps == ([3] if key.startswith("depth") else [0, 1, 2, 3]), f"W&B has {key} once"
+    for name, lines in (("depth", 3), ("equal_step", 5), ("update_ratio", 5)):
+        text = (tmp_path / "two" / "depthcb" / f"{name}.jsonl").read_text()
+        assert len(text.splitlines()) == lines, "one process wrote the record"
 
 
-def test_spawned_processes_agree_with_one(tmp_path: Path) -> None:
+def test_spawned_processes_agree_with_one(one: Alone, tmp_path: Path) -> None:
     """The callbacks of the parent stay as they were; weights come back, and what was measured is in the log."""
-    (alone,), rows_alone, _ = run(tmp_path / "one", 1)
+    alone, rows_alone = one
     (parent,), rows, _ = run(tmp_path / "two", 2, "ddp_spawn")
     assert parent["weights"] == parent["unwatched"]
     assert parent["weights"] == pytest.approx(alone["weights"], abs=1e-6)

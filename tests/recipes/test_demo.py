@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from offline import summary as summary_of
 from PIL import Image
 from rich.console import Console
 
@@ -24,15 +24,6 @@ from depthcb.run import Run, read_runs
 from recipes.demo import QUICK, Settings, run_demo
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
-
-
-def wandb_run(folder: Path) -> dict[str, Any]:
-    """Config and summary of the offline run in a folder, read by W&B's own tool."""
-    (path,) = folder.glob("wandb/offline-run-*")
-    wandb = Path(sys.executable).with_name("wandb")
-    command = [str(wandb), "leet", "inspect", "--json", "--summary", str(path)]
-    run: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return run
 
 
 def check_outcome(out: Path, settings: Settings) -> list[Run]:
@@ -61,7 +52,8 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
         assert [float(row["depth/cka/slope"]) for row in rows] == pytest.approx(
             [p.slope for p in run.profiles["cka"]], rel=1e-5
         )
-        logged = wandb_run(out / name)
+        (offline,) = (out / name).glob("wandb/offline-run-*")
+        logged = summary_of(offline)
         assert logged["summary"]["depth/cka/slope"] == pytest.approx(run.profiles["cka"][-1].slope, rel=1e-5)
         assert logged["config"]["depthcb_control"] == run.control == name.partition("-")[2]
     pairs = groups(list(runs.values()))

@@ -1,0 +1,95 @@
+"""Every logger gets the scalars, those that show pictures get pictures, and the progress bar the slope alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from support import TinyLM, fit, logged, seeded
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb.run import read_runs
+
+
+def three() -> list[Any]:
+    return [EqualStep(), UpdateRatioMonitor(), DepthProfile()]
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
+    callbacks = three()
+    fit(seeded(TinyLM), callbacks, logger=TensorBoardLogger(tmp_path, name="tb"), val_check_interval=2)
+    (folder,) = (tmp_path / "tb").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    profiles = callbacks[-1].profiles
+    slopes = events.Scalars("depth/cka/slope")
+    assert [event.step for event in slopes] == [p.step for p in profiles] == [1, 3]
+    assert [event.value for event in slopes] == pytest.approx([p.slope for p in profiles], rel=1e-6)
+    assert [event.step for event in events.Scalars("equal_step/realised/L00")] == [0, 1, 2, 3]
+    for key in ("depth/heatmap", "depth/curves"):
+        images = events.Images(key)
+        assert [image.step for image in images] == [1, 3]
+        assert all((image.width, image.height) == (1120, 420) for image in images)
+        assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in images)
+    (run,) = read_runs(folder)
+    assert run.profiles == callbacks[-1].profiles_by_measure
+
+
+class Remote(Logger):
+    """A logger of another kind: scalars only, and no folder on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        return "remote"
+
+    @property
+    def version(self) -> int:
+        return 7
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert all(isinstance(value, (int, float)) for value in metrics.values())
+        self.rows.append({"step": step, **metrics})
+
+
+def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
+    remote, csv = Remote(), CSVLogger(tmp_path, name="", version="")
+    fit(seeded(TinyLM), three(), logger=[remote, csv], default_root_dir=tmp_path)
+    rows = [{key: value for key, value in row.items() if key != "epoch"} for row in logged(csv)]
+    assert [{k: v for k, v in row.items() if k != "epoch"} for row in remote.rows] == rows
+    (run,) = read_runs(tmp_path)
+    assert run.name == "remote/version_7", "the first logger's name and version, in the Trainer's folder"
+
+
+def test_the_checkpoint_lies_beside_the_record(tmp_path: Path) -> None:
+    keep = ModelCheckpoint()
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    fit(seeded(TinyLM), [*three(), keep], logger=logger, enable_checkpointing=True)
+    assert (Path(keep.best_model_path).parents[1] / "depthcb" / "depth.jsonl").is_file()
+
+
+class Bar(TQDMProgressBar):
+    """Keeps what it shows."""
+
+    shown: dict[str, Any]
+
+    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.shown = dict(trainer.progress_bar_metrics)
+        super().on_train_end(trainer, *args)
+
+
+def test_the_progress_bar_shows_the_slope_and_nothing_more() -> None:
+    bar = Bar()
+    callbacks = [*three(), bar]
+    fit(seeded(TinyLM), callbacks, enable_progress_bar=True)
+    assert bar.shown == {"depth/cka/slope": pytest.approx(callbacks[2].profiles[-1].slope, rel=1e-6)}
