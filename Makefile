@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DEMO ?=
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all browser lint format clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
@@ -12,8 +13,14 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: lint
+test-all: lint browser
 	$(BIN)/python -m pytest -n 2
+
+# The report is looked at in Debian's Chromium; where there is another one, or none can be installed, say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	    { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; } || \
+	    { echo "make test-all needs Chromium: install it, then try again."; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,7 +32,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv depthcb-demo build *.egg-info
+	rm -rf .venv depthcb-demo depthcb-report.html build *.egg-info
 
 # torch first and pinned: resolved together with the rest, a newer build of several GB could be chosen.
 $(READY): pyproject.toml constraints.txt requirements-models.txt

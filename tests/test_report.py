@@ -197,6 +197,15 @@ def test_runs_of_any_number_and_depth_share_a_chart(tmp_path: Path) -> None:
     printed(runs)
 
 
+def test_runs_without_a_null_are_drawn_too(tmp_path: Path) -> None:
+    runs = [Run(run.name, {k: r for k, r in run.records.items() if k != "null"}) for run in make_runs(arms=2)]
+    steps = profile_chart(groups(runs)[0]).layout.sliders[0].steps
+    assert [len(step.args[0]["y"]) for step in steps] == [8] * 8, "band and change of two runs by two measures"
+    report.write_png(runs, tmp_path / "a.png")
+    assert "null of" not in page(runs, tmp_path)
+    assert f"null relative slope {MISSING}" in printed(runs)
+
+
 def test_the_slider_holds_every_validation() -> None:
     standard, equal, *_ = runs = make_runs(12, (8, 5, 0, 0))
     chart = profile_chart(groups(runs)[0])

@@ -40,7 +40,11 @@ class DepthProfile(Callback):
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
     ``depth/cka/width``              share of the layers that the change is spread over
+    ``depth/heatmap``                W&B and TensorBoard: layer x validation, a panel a measure
+    ``depth/curves``                 the same two: the curves of all validations, the latest with its band
     ===============================  ==============================================================================
+
+    In the logger's folder it leaves a record that `depthcb.run.read_runs` and ``depthcb report`` read.
 
     Args:
         probe: What is measured on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...

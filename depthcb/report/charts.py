@@ -23,16 +23,17 @@ Values = Sequence[float | None]
 
 # The page's style sheet colours text and grids by light or dark mode. These greys remain for exported pictures.
 def _layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
+    named = sum(bool(trace.showlegend) for trace in fig.data)
     fig.update_layout(
         template="none",
-        height=height,
+        height=height + 22 * max(0, math.ceil(named / 3) - 2),  # room for the legend's rows
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)"},
         font={"color": PALE, "family": "system-ui, sans-serif", "size": 13},
         hoverlabel={"bgcolor": "#222222", "bordercolor": PALE, "font": {"color": "#ffffff"}},
         margin={"l": 75, "r": 20, "t": 45, "b": 50},
-        legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "traceorder": "normal", "y": 1.12, "yanchor": "bottom", "x": 0},
         **more,
     )
     fig.update_annotations(font={"size": 14})
@@ -109,12 +110,12 @@ def profile_chart(group: Group) -> go.Figure:
     for index, measure in enumerate(measures):
         row, col = divmod(index, columns)
         fig.update_yaxes(title={"text": MEASURES[measure].unit}, row=1 + row, col=1 + col)
-    return _layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified")
+    return _layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
 
 
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
     run, color = group.runs[index], line_style(index).color
-    band, change, null = _profile_ys(measure, run, step)
+    band, change, *null = _profile_ys(measure, run, step)
     x = _depth(group, len(change))
     filled: dict[str, Any] = {"x": x + x[::-1], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     filled |= {"fill": "toself", "fillcolor": _rgba(color, 0.22), "hovertemplate": None, "customdata": None}
@@ -122,15 +123,15 @@ def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[g
         _line(band, group, index, showlegend=False, **filled),
         _line(change, group, index, showlegend=True),
     ]
-    if run.null:
+    if null:
         dashed = {"color": color, "width": 1.2, "dash": "dash"}
         name = html.escape(f"null of {label(run, group)}, end of fit")
-        traces.append(_line(null, group, index, showlegend=True, mode="lines", line=dashed, name=name))
+        traces.append(_line(null[0], group, index, showlegend=True, mode="lines", line=dashed, name=name))
     return traces
 
 
 def _profile_ys(measure: str, run: Run, step: int) -> list[Values]:
-    """Band, change and null (which belongs to the last one) at a step; nothing where the run was not measured then."""
+    """Band, change and, of a run with a null, the null of its last profile; nothing where it was not measured then."""
     layers = len(run.layers)
     nothing: Values = [None] * layers
     profile = {p.step: p for p in run.profiles[measure]}.get(step)
@@ -181,8 +182,8 @@ def ratio_heatmaps(group: Group) -> go.Figure:
             row, col = divmod(index, columns)
             fig.add_trace(trace, 1 + row, 1 + col)
     known = [math.log10(r) for run in runs for ratios in run.step_ratio.ratios for r in ratios if r]
-    ticks = [(digit, e) for e in range(math.floor(min(known)), math.ceil(max(known)) + 1) for digit in (1, 2, 5)]
-    bar = {"tickvals": [e + math.log10(digit) for digit, e in ticks], "ticktext": [f"{d}e{e}" for d, e in ticks]}
+    ticks = [min(known), (min(known) + max(known)) / 2, max(known)]
+    bar: dict[str, Any] = {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
     bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
     colors = _colors(0, 1, rows)
     fig.update_xaxes(title={"text": "step"})
@@ -242,14 +243,16 @@ def progress_chart(group: Group) -> go.Figure:
         if losses[i]:
             fig.add_trace(_over_steps(losses[i], group, i), 1, 3)
             fig.update_yaxes(title={"text": "loss"}, row=1, col=3)
+    steps = slider_steps(group)
+    ticks = {"tickvals": steps} if len(steps) == 1 else {}  # around a single point an axis would show made-up steps
     for col in (1, 3)[: len(panels) - 1]:
-        fig.update_xaxes(title={"text": "step"}, row=1, col=col)
+        fig.update_xaxes(title={"text": "step"}, row=1, col=col, **ticks)
     fig.update_xaxes(_layer_axis(group), row=1, col=2)
     log = log_axis(*(ratios.mean for run in group.runs for ratios in (run.step_ratio, run.wanted_ratio)))
     axis: dict[str, Any] = {"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"}
     fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, **axis)
     fig.update_yaxes(title={"text": "change per whole depth"}, row=1, col=1)
-    return _layout(fig, 430, hovermode="x unified")
+    return _layout(fig, 430, hovermode="x unified", hoverdistance=100)
 
 
 def loss_of(run: Run) -> list[tuple[int, float]]:

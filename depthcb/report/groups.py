@@ -35,8 +35,10 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The optimizer of a pair; the names of other runs."""
-        return _optimizer(self.runs[0]) if self.paired else ", ".join(run.name for run in self.runs)
+        """The optimizer of a pair; the name of a single run, or how many there are."""
+        if self.paired:
+            return _optimizer(self.runs[0])
+        return self.runs[0].name if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
     @property
     def measures(self) -> list[str]:
