@@ -383,7 +383,13 @@ def odd(**changed: Any) -> Callable[[Path], str]:
         (TextPairs, odd(), {"first": "text", "score": "score", "min_score": 99}, "gives no row"),
         (PackedText, lambda folder: str(folder / "none.txt"), {}, "There is no file or folder .*none.txt"),
         (PackedText, lambda folder: "none.csv", {}, "There is no file or folder 'none.csv'"),
-        (PackedText, lambda folder: "nobody/nothing", {}, "neither a local file or folder nor was it found on the hub"),
+        pytest.param(
+            PackedText,
+            lambda folder: "nobody/nothing",
+            {},
+            "neither a local file or folder nor was it found on the hub",
+            marks=pytest.mark.slow,
+        ),  # asks the hub, and waits where there is no network
     ],
 )
 def test_bad_data_is_one_clear_sentence(
