@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args)
     except ModuleNotFoundError as error:
-        print(f"depthcb {args.command} needs {error.name}: pip install 'depthcb[demo]'.", file=sys.stderr)
+        extra = "workspace" if args.command == "workspace" else "demo"
+        print(f"depthcb {args.command} needs {error.name}: pip install 'depthcb[{extra}]'.", file=sys.stderr)
     except ValueError as error:
         print(f"depthcb {args.command}: {error}", file=sys.stderr)
     return 2
@@ -123,7 +124,10 @@ def _report(args: argparse.Namespace) -> int:
     from depthcb.report import write_html
     from depthcb.run import read_runs
 
-    write_html(read_runs(*args.runs), args.out)
+    try:
+        write_html(read_runs(*args.runs), args.out)
+    except OSError as error:
+        raise ValueError(f"--out {args.out} cannot be written ({error.strerror}): name another file.") from error
     print(f"{args.out} (open it in a browser)")
     return 0
 

@@ -188,6 +188,10 @@ class Profiles(list[Profile]):
         'change at step 0  (pale: 1 earlier)'
     """
 
+    def __getitem__(self, index: Any) -> Any:  # a part of the list draws itself too
+        found = super().__getitem__(index)
+        return Profiles(found) if isinstance(index, slice) else found
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws all curves, the last one emphasised and with its band; needs matplotlib.
 

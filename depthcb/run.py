@@ -37,7 +37,7 @@ class Record:
     """What one callback of a run wrote down.
 
     Args:
-        callback: Class of the callback.
+        callback: Class of the callback in depthcb.
         settings: What the callback measures or does, as it was resolved.
         fit: The Trainer's and the module's settings.
         provenance: Versions, seed, git commit and date.
@@ -71,7 +71,7 @@ class Run:
     records: Mapping[str, Record]
 
     def record(self, callback: str) -> Record | None:
-        """The first record of a callback of this class."""
+        """The (first) record of a callback of this class."""
         return next((r for r in self.records.values() if r.callback == callback), None)
 
     @property
@@ -96,7 +96,7 @@ class Run:
 
     @cached_property
     def profiles(self) -> dict[str, Profiles]:
-        """The (first) `DepthProfile`'s curves by measure, oldest first."""
+        """The curves by measure, oldest first."""
         return _profiles(self._depth)
 
     @cached_property
@@ -217,7 +217,7 @@ def write_row(folder: Path, name: str, row: Row) -> None:
 
 
 def read_runs(*folders: str | Path) -> list[Run]:
-    """The runs at or below some folders.
+    """The runs at or below some folders; one that was measured by several `DepthProfile` counts once for each.
 
     Args:
         folders: Each one a run's folder, or one that holds such folders at any depth.
@@ -240,7 +240,7 @@ def read_runs(*folders: str | Path) -> list[Run]:
             )
         found |= dict.fromkeys(path.resolve() for path in below)
     names = _names(list(found))
-    return [Run(name, dict(_records(path))) for path, name in zip(found, names, strict=True)]
+    return [run for path, name in zip(found, names, strict=True) for run in _runs(path, name)]
 
 
 def provenance() -> dict[str, Any]:
@@ -298,6 +298,16 @@ def _profiles(record: Record | None) -> dict[str, Profiles]:
     rows = [row["profiles"] for row in record.rows if "profiles" in row] if record else []
     measures = dict.fromkeys(m for row in rows for m in row)
     return {m: Profiles(Profile.from_dict(row[m]) for row in rows if m in row) for m in measures}
+
+
+def _runs(folder: Path, name: str) -> list[Run]:
+    records = dict(_records(folder))
+    measured = [n for n, record in records.items() if record.callback == "DepthProfile"]
+    if len(measured) < 2:
+        return [Run(name, records)]
+    return [
+        Run(f"{name}:{own}", {n: r for n, r in records.items() if n == own or n not in measured}) for own in measured
+    ]
 
 
 def _records(folder: Path) -> Iterator[tuple[str, Record]]:

@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
+from support import TinyLM, fit, seeded
 
+from depthcb import DepthProfile, EqualStep
 from depthcb.cli import main
+from depthcb.report import read_html
+from depthcb.run import read_runs
 from recipes.backbones import load_backbone
 
 
@@ -24,6 +29,8 @@ def test_importing_the_package_is_light() -> None:
         (["demo", "--backbone", "./no-such-model"], "./no-such-model"),
         (["demo", "--steps", "0"], "at least one step"),
         (["compare", "minilm", "minilm", "--text", "nowhere.txt"], "--text nowhere.txt is not a file"),
+        (["report", "nowhere"], "nowhere is not a folder: name the folder of a run"),
+        (["show", "."], "holds no run of depthcb"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -39,6 +46,39 @@ def test_bad_input_is_one_line(
     assert error.startswith(f"depthcb {arguments[0]}: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    fit(seeded(TinyLM), [DepthProfile(), EqualStep()], logger=CSVLogger(tmp_path / "logs"), val_check_interval=2)
+    return tmp_path / "logs" / "lightning_logs" / "version_0"
+
+
+def test_report_and_show(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    out = tmp_path / "page.html"
+    assert main(["report", str(run_folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out} (open it in a browser)\n"
+    assert read_html(out) == read_runs(run_folder)
+    assert main(["report", str(run_folder), "--out", str(tmp_path / "no" / "page.html")]) == 2
+    assert "page.html cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert main(["show", str(run_folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "lightning_logs/version_0, equal-step: change at step 3" in shown
+    assert shown.count("█") > 4
+
+
+def test_reports_need_no_torch(run_folder: Path, tmp_path: Path) -> None:
+    """They answer at once: importing torch takes seconds."""
+    code = f"""
+import sys
+from depthcb.cli import main
+assert main(["report", {str(run_folder)!r}, "--out", {str(tmp_path / "a.html")!r}]) == 0
+assert main(["show", {str(run_folder)!r}]) == 0
+print([m for m in ("torch", "lightning") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,19 @@ def test_names_tell_runs_apart_and_any_callback_name_is_a_file(tmp_path: Path) -
     assert list(run.records) == ["depth/encoder"]
 
 
+class Mine(DepthProfile):
+    """A user's own."""
+
+
+def test_two_profiles_in_one_run_are_read_as_two(tmp_path: Path) -> None:
+    first, second = Mine(), DepthProfile(rows="last", name="last")
+    fit(seeded(TinyLM), [EqualStep(), first, second], logger=folder_logger(tmp_path))
+    runs = read_runs(tmp_path)
+    assert [run.name for run in runs] == [f"{tmp_path.name}:depth", f"{tmp_path.name}:last"]
+    assert [run.profiles for run in runs] == [first.profiles_by_measure, second.profiles_by_measure]
+    assert [run.control for run in runs] == ["equal-step"] * 2
+
+
 def test_wrong_folders_are_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is not a folder: name the folder of a run"):
         read_runs(tmp_path / "nowhere")

@@ -207,7 +207,7 @@ class DepthProfile(Callback):
             "causal": reference.causal,
             "effective_rank": reference.effective_rank,
         }
-        open_record(self, trainer, pl_module, settings)
+        open_record(self, "DepthProfile", trainer, pl_module, settings)
         for i in range(len(self.profiles) if trainer.global_step else 0):  # a resumed run may have another folder
             record_row(self, trainer, self._record(i))
 

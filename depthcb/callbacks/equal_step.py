@@ -135,7 +135,7 @@ class EqualStep(OptimizerStepCallback):
             self.mean_wanted, self.mean_realised = MeanRatios(len(self.names)), MeanRatios(len(self.names))
             self._steps_made = 0
         settings = {"layers": self.names, "target": self.target, "outside": self.outside}
-        open_record(self, trainer, pl_module, settings)
+        open_record(self, "EqualStep", trainer, pl_module, settings)
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(

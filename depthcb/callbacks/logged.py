@@ -39,8 +39,15 @@ def log_row(callback: Named, trainer: pl.Trainer, row: dict[str, float], step: i
     record_row(callback, trainer, {"step": step, **row})
 
 
-def open_record(callback: Named, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row) -> None:
+def open_record(callback: Named, kind: str, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row) -> None:
     """Starts the callback's record of this fit, and tells W&B what it does; on the first process alone.
+
+    Args:
+        callback: The callback.
+        kind: Its class in depthcb, which a subclass shares.
+        trainer: The Trainer.
+        pl_module: What is trained.
+        settings: What the callback measures or does, as it was resolved.
 
     Raises:
         ValueError: The run's folder cannot be written.
@@ -49,7 +56,7 @@ def open_record(callback: Named, trainer: pl.Trainer, pl_module: pl.LightningMod
     if folder is None:
         return
     step = logged_step(trainer) if trainer.global_step else 0
-    write_header(folder, callback.name, type(callback).__name__, step, settings, _fit(trainer, pl_module))
+    write_header(folder, callback.name, kind, step, settings, _fit(trainer, pl_module))
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             from depthcb import wandb

@@ -69,7 +69,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
             self.mean = MeanRatios(len(self.names))
-        open_record(self, trainer, pl_module, {"layers": self.names})
+        open_record(self, "UpdateRatioMonitor", trainer, pl_module, {"layers": self.names})
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(

@@ -217,7 +217,8 @@ def _settings_table(runs: Sequence[Run]) -> str:
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
-    yield "finished", "yes" if run.finished else "no"
+    if run.record("DepthProfile"):
+        yield "finished", "yes" if run.finished else "no"
     for record in run.records.values():
         if record.fit:  # each callback's record has the same
             yield from _flat("", record.fit)
