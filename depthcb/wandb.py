@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import wandb
 
 from depthcb.profile import Profile
-from depthcb.report.curves import curves_page, heatmap_image
 from depthcb.run import plain
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def pictures(name: str, by_measure: Mapping[str, Sequence[Profile]]) -> dict[str
         ``<name>/heatmap``, a `wandb.Image` of layer x validation, and ``<name>/curves``, a `wandb.Html` with the curves
         of all validations, the last one emphasised.
     """
+    from depthcb.report.curves import curves_page, heatmap_image  # not above: the rest works without matplotlib
+
     return {
         f"{name}/heatmap": wandb.Image(heatmap_image(by_measure), file_type="png"),
         f"{name}/curves": wandb.Html(curves_page(by_measure), inject=False),

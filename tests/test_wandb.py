@@ -23,6 +23,7 @@ from PIL import Image
 from support import TinyLM, fit, loaders, seeded
 from wandb_server import backend
 
+import depthcb
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 from depthcb.callbacks.depth_profile import deserves_pictures
 from depthcb.profile import DERIVED, Profile
@@ -286,6 +287,8 @@ def test_the_last_profile_is_drawn_whatever_its_number(tmp_path: Path, monkeypat
 def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "depthcb.report", "depthcb.wandb"))]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(depthcb, "wandb")
+    monkeypatch.delattr(depthcb, "report", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logger = offline_logger(tmp_path)
     with pytest.warns(UserWarning, match=r"matplotlib.* is not installed, so loggers get scalars and no pictures"):

@@ -90,16 +90,17 @@ def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, 
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The run's folder: the first logger's, where Lightning puts the checkpoints too.
+    """The run's folder: the first logger's, where Lightning puts the checkpoints too, or its name on this machine.
 
     None without a logger, and on all processes but the first.
     """
     loggers = [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
     if not loggers or not trainer.is_global_zero:
         return None
-    root, version = loggers[0].save_dir, loggers[0].version
-    name = version if isinstance(version, str) else f"version_{version}"
-    return Path(trainer.default_root_dir if root is None else root) / str(loggers[0].name) / name
+    roots = (loggers[0].save_dir, trainer.default_root_dir, ".")
+    local = next(root for root in roots if root is not None and "://" not in str(root))  # not a bucket
+    version = loggers[0].version
+    return Path(local) / str(loggers[0].name) / (version if isinstance(version, str) else f"version_{version}")
 
 
 def _control(trainer: pl.Trainer) -> str:

@@ -71,6 +71,19 @@ def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
     assert run.name == "remote/version_7", "the first logger's name and version, in the Trainer's folder"
 
 
+class Bucket(Remote):
+    """A logger whose files lie in a bucket."""
+
+    @property
+    def save_dir(self) -> str:
+        return "s3://bucket/logs"
+
+
+def test_a_logger_in_a_bucket_leaves_the_record_here(tmp_path: Path) -> None:
+    fit(seeded(TinyLM), three(), logger=Bucket(), default_root_dir=tmp_path)
+    assert (tmp_path / "remote" / "version_7" / "depthcb" / "depth.jsonl").is_file()
+
+
 def test_the_checkpoint_lies_beside_the_record(tmp_path: Path) -> None:
     keep = ModelCheckpoint()
     logger = TensorBoardLogger(tmp_path, name="tb")
