@@ -55,6 +55,7 @@ def test_two_processes_agree_with_each_other_and_with_one(one: Alone, tmp_path: 
         assert len(text.splitlines()) == lines, "one process wrote the record"
 
 
+@pytest.mark.slow
 def test_spawned_processes_agree_with_one(one: Alone, tmp_path: Path) -> None:
     """The callbacks of the parent stay as they were; weights come back, and what was measured is in the log."""
     alone, rows_alone = one

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,30 @@ def run(
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize(("name", "world"), [("dp2", 2), ("dp2_root", 2), ("tp2", 2), ("dp2_tp2", 4)])
-def test_pieces_give_what_the_whole_gives(name: str, world: int, tmp_path: Path) -> None:
-    (alone,) = run(tmp_path / "one", "one_even" if "tp" in name else "one", 1)
-    ranks = run(tmp_path / name, name, world)
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, list[dict[str, Any]]]]:
+    """The folder of a fit, and what its ranks saw; made once."""
+
+    @functools.cache
+    def fitted(name: str, world: int) -> tuple[Path, list[dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(name) / "run"
+        return folder, run(folder, name, world)
+
+    return fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        ("dp2", 2),
+        ("tp2", 2),
+        pytest.param("dp2_root", 2, marks=pytest.mark.slow),
+        pytest.param("dp2_tp2", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -> None:
+    _, (alone,) = through("one_even" if "tp" in name else "one", 1)
+    _, ranks = through(name, world)
     for seen in ranks:
         assert seen["weights"] == seen["unwatched"]
         assert seen["weights"] == pytest.approx(alone["weights"], abs=1e-5)
@@ -43,13 +65,11 @@ def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
     assert ranks[0]["collectives"] == 8 + 1  # one before training
 
 
-def test_every_logged_step_has_its_row(tmp_path: Path) -> None:
+def test_every_logged_step_has_its_row(through: Any) -> None:
     """What came of a step is known one step later: its row still says which step it was, and holds the same figures."""
-    run(tmp_path / "one", "one", 1)
-    run(tmp_path / "dp2", "dp2", 2)
     rows = []
-    for name in ("one", "dp2"):
-        with open(tmp_path / name / "metrics.csv", encoding="utf-8") as file:
+    for name, world in (("one", 1), ("dp2", 2)):
+        with open(through(name, world)[0] / "metrics.csv", encoding="utf-8") as file:
             found = {
                 int(row["step"]): [float(v) for k, v in sorted(row.items()) if k.startswith("equal_step/") and v]
                 for row in csv.DictReader(file)
@@ -64,9 +84,9 @@ def test_every_logged_step_has_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "world", "checkpoints"),
     [
-        ("dp2", 2, "plain"),
         ("dp2", 2, "distributed"),
-        ("dp2_tp2", 4, "distributed"),
+        pytest.param("dp2", 2, "plain", marks=pytest.mark.slow),
+        pytest.param("dp2_tp2", 4, "distributed", marks=pytest.mark.slow),
         pytest.param("tp2", 2, "plain", marks=pytest.mark.slow),
         pytest.param("tp2", 2, "distributed", marks=pytest.mark.slow),
         pytest.param("dp2_tp2", 4, "plain", marks=pytest.mark.slow),
@@ -75,9 +95,9 @@ def test_every_logged_step_has_its_row(tmp_path: Path) -> None:
 def test_a_resume_from_a_checkpoint_in_pieces_goes_on_exactly(
     name: str, world: int, checkpoints: str, tmp_path: Path
 ) -> None:
-    through = run(tmp_path / "through", name, world, checkpoints=checkpoints)
-    resumed = run(tmp_path / "resumed", name, world, str(tmp_path / "through" / "first.ckpt"), checkpoints)
-    for a, b in zip(through, resumed, strict=True):
+    whole = run(tmp_path / "whole", name, world, checkpoints=checkpoints)
+    resumed = run(tmp_path / "resumed", name, world, str(tmp_path / "whole" / "first.ckpt"), checkpoints)
+    for a, b in zip(whole, resumed, strict=True):
         assert a["weights"] == b["weights"]
         assert a["change"] == b["change"]
         assert a["profiles"] == b["profiles"] == 2
