@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import depthcb
+from depthcb.study import cli as study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     workspace.add_argument("--entity", required=True, help="the W&B user or team")
     workspace.add_argument("--project", required=True, help="the W&B project; it must exist")
     workspace.add_argument("--dry-run", action="store_true", help="print the view's specification and save nothing")
+    study.add_parser(commands)
     pretrain = commands.add_parser(
         "pretrain",
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
@@ -185,6 +187,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": _report,
     "show": _show,
     "workspace": _workspace,
+    "study": study.run_task,
     "pretrain": _pretrain,
     "recipes": _recipes,
     "backbones": _backbones,

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,21 +36,36 @@ def run_fit(argv: Sequence[str]) -> None:
         ValueError: A file or an option that cannot be used, in one line.
         SystemExit: After ``--help`` or ``--print_config``.
     """
+    fit_cli(["fit", *map(_bundled, argv)], exit_on_error=False, fit={"exit_on_error": False})
+
+
+def fit_cli(args: Sequence[str], run: bool = True, **parser_kwargs: Any) -> FitCLI:
+    """The command line's objects: Trainer, objective and data.
+
+    Args:
+        args: Options of LightningCLI; the command ``fit`` first if it is to run.
+        run: Whether to run the command, or to make the objects alone.
+        **parser_kwargs: As LightningCLI takes them.
+
+    Raises:
+        ValueError: A file or an option that cannot be used, in one line.
+    """
     for name in recipes.__all__:
         getattr(recipes, name)  # imported, so that a class is found by its bare name
     try:
         with warnings.catch_warnings():
             # It takes our own command line for a second one.
             warnings.filterwarnings("ignore", ".*LightningCLI's args parameter is intended.*")
-            FitCLI(
+            return FitCLI(
                 Objective,
                 LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=["fit", *map(_bundled, argv)],
+                args=list(args),
+                run=run,
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
-                parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+                parser_kwargs=parser_kwargs,
             )
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         raise ValueError(_brief(str(error))) from error

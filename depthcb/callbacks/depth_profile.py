@@ -96,6 +96,8 @@ class DepthProfile(Callback):
 
     def reset(self) -> None:
         """Forgets the reference and the profiles: the next fit records its own."""
+        #: The probe as it was collected, known from train start on.
+        self.fixed_probe: Probe | None = None
         #: The recorded pretrained side, known from train start on.
         self.reference: Reference | None = None
         #: All profiles so far, by measure.
@@ -118,9 +120,9 @@ class DepthProfile(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         self._stack = LayerStack.find(pl_module, self.layers)
-        self._probe = self._collect(trainer)
+        self.fixed_probe = self._collect(trainer)
         if self.reference is not None:
-            self._check_reference(self.reference)
+            self._check_reference(self.reference, self.fixed_probe)
         elif trainer.ckpt_path is not None and trainer.global_step > 0:  # finders restore their own, from step 0
             raise ValueError(
                 f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
@@ -129,7 +131,7 @@ class DepthProfile(Callback):
             )
         else:
             with _muted(pl_module):
-                self.reference = Reference.record(self._probe, pl_module, self._stack, self.measures)
+                self.reference = Reference.record(self.fixed_probe, pl_module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
         self._warn_half(pl_module)
         self._open_record(trainer, pl_module, self.reference)
@@ -141,9 +143,10 @@ class DepthProfile(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
+        assert self.fixed_probe is not None
         start = time.perf_counter()
         with _muted(pl_module):
-            recording: Recording = self._probe.record(pl_module, self._stack, self.reference.causal)
+            recording: Recording = self.fixed_probe.record(pl_module, self._stack, self.reference.causal)
         step, epoch = logged_step(trainer), trainer.current_epoch
         for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
             self.profiles_by_measure[measure].append(profile)
@@ -232,13 +235,13 @@ class DepthProfile(Callback):
                 "pip install 'depthcb[wandb]'."
             )
 
-    def _check_reference(self, reference: Reference) -> None:
+    def _check_reference(self, reference: Reference, probe: Probe) -> None:
         if reference.layer_names != self._stack.names:
             raise ValueError(
                 f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model "
                 f"{_ends(self._stack.names)}: use a new callback, or reset() it, for another model."
             )
-        if reference.probe_hash != self._probe.hash:
+        if reference.probe_hash != probe.hash:
             raise ValueError(
                 f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): give the "
                 "probe of the first run, or reset() the callback."

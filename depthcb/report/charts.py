@@ -22,7 +22,8 @@ Values = Sequence[float | None]
 
 
 # The page's style sheet colours text and grids by light or dark mode. These greys remain for exported pictures.
-def _layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
+def layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
+    """The look that all charts of a page share."""
     named = sum(bool(trace.showlegend) for trace in fig.data)
     fig.update_layout(
         template="none",
@@ -110,7 +111,7 @@ def profile_chart(group: Group) -> go.Figure:
     for index, measure in enumerate(measures):
         row, col = divmod(index, columns)
         fig.update_yaxes(title={"text": MEASURES[measure].unit}, row=1 + row, col=1 + col)
-    return _layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
+    return layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
 
 
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
@@ -164,7 +165,7 @@ def heatmaps(group: Group) -> go.Figure:
         f"coloraxis{c + 1 if c else ''}": _colors(c, len(measures), len(runs), cmin=0) for c in range(len(measures))
     }
     fig.update_xaxes(title={"text": "validation at step"})
-    return _layout(fig, 120 + 280 * len(runs), **axes)
+    return layout(fig, 120 + 280 * len(runs), **axes)
 
 
 def ratio_heatmaps(group: Group) -> go.Figure:
@@ -187,7 +188,7 @@ def ratio_heatmaps(group: Group) -> go.Figure:
     bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
     colors = _colors(0, 1, rows)
     fig.update_xaxes(title={"text": "step"})
-    return _layout(fig, 120 + 280 * rows, coloraxis=colors | {"colorbar": colors["colorbar"] | bar})
+    return layout(fig, 120 + 280 * rows, coloraxis=colors | {"colorbar": colors["colorbar"] | bar})
 
 
 def _cell_title(what: str, run: Run, group: Group, there: bool) -> str:
@@ -252,7 +253,7 @@ def progress_chart(group: Group) -> go.Figure:
     axis: dict[str, Any] = {"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"}
     fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, **axis)
     fig.update_yaxes(title={"text": "change per whole depth"}, row=1, col=1)
-    return _layout(fig, 430, hovermode="x unified", hoverdistance=100)
+    return layout(fig, 430, hovermode="x unified", hoverdistance=100)
 
 
 def loss_of(run: Run) -> list[tuple[int, float]]:

@@ -78,20 +78,32 @@ def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
         >>> from depthcb.run import read_runs
         >>> write_html(read_runs("lightning_logs"), "depthcb-report.html")  # doctest: +SKIP
     """
-    title = html.escape(
-        title or (f"Depth profile of {runs[0].name}" if len(runs) == 1 else f"{len(runs)} depth profiles")
-    )
+    named = title or (f"Depth profile of {runs[0].name}" if len(runs) == 1 else f"{len(runs)} depth profiles")
+    html_page(named, _sections(runs), [run.to_dict() for run in runs], "depthcb-runs", path)
+
+
+def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: str | Path) -> None:
+    """Writes a page that may load nothing, with its data in it.
+
+    Args:
+        title: Its title.
+        sections: Its parts, as HTML.
+        data: What JSON can hold.
+        name: The ``id`` of the element that holds the data.
+        path: The file.
+    """
+    title = html.escape(title)
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     # No "<" at all: a script element ends at "</script", but "<!--" would change where the browser looks for it.
-    data = json.dumps([run.to_dict() for run in runs]).replace("<", "\\u003c")
-    body = "\n".join([f"<h1>{title}</h1>", *_sections(runs)])
+    text = json.dumps(data).replace("<", "\\u003c")
+    body = "\n".join([f"<h1>{title}</h1>", *sections])
     page = (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
-        f'<script type="application/json" id="depthcb-runs">{data}</script>\n'
+        f'<script type="application/json" id="{name}">{text}</script>\n'
         f"<main>{body}</main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8", errors="replace")
@@ -111,7 +123,7 @@ def read_html(path: str | Path) -> list[Run]:
 
 
 def _sections(runs: Sequence[Run]) -> list[str]:
-    found, charts = groups(runs), _Charts()
+    found, charts = groups(runs), Charts()
     verdicts = "".join(map(_verdict_card, found)) or "<p>No run was started.</p>"
     return [
         f"<h2>{'Verdict' if any(group.paired for group in found) else 'Summary'}</h2>{verdicts}",
@@ -121,7 +133,7 @@ def _sections(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-class _Charts:
+class Charts:
     """Turns plotly figures into page fragments; the first one brings the library."""
 
     def __init__(self) -> None:
@@ -142,7 +154,7 @@ def _verdict_card(group: Group) -> str:
     return f'<div class="verdict"><h3>{html.escape(headline(group))}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
 
 
-def _group_section(group: Group, charts: _Charts) -> str:
+def _group_section(group: Group, charts: Charts) -> str:
     parts = [f"<h2>{html.escape(group.title)}</h2>"]
     if group.measures:
         note = "The axes rescale with the slider, so that each shape can be seen; the colours below do not."
@@ -162,7 +174,7 @@ def _group_section(group: Group, charts: _Charts) -> str:
     return "".join(parts)
 
 
-def _table(
+def html_table(
     head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], text: int = 1, differs: Sequence[bool] = ()
 ) -> str:
     """A table whose first ``text`` columns hold words; ``head`` pairs each title with its definition."""
@@ -188,12 +200,12 @@ def _layers_table(group: Group) -> str:
     head += [(f"{MEASURES[m].title}, {name}", MEASURES[m].definition) for m in group.measures for name in names]
     head += [(f"step ratio, {name}", COLUMNS["step ratio"]) for name in names]
     head += [("effective rank", COLUMNS["effective rank"])]
-    return _table(head, layer_rows(group, group.measures), text=2)
+    return html_table(head, layer_rows(group, group.measures), text=2)
 
 
 def _slopes_table(found: Sequence[Group]) -> str:
     rows = [_slope_row(run, measure) for group in found for run in group.runs for measure in group.measures or ["cka"]]
-    return _table([(name, COLUMNS[name]) for name in _SLOPES], rows, text=3)
+    return html_table([(name, COLUMNS[name]) for name in _SLOPES], rows, text=3)
 
 
 def _slope_row(run: Run, measure: str) -> list[str]:
@@ -213,7 +225,7 @@ def _settings_table(runs: Sequence[Run]) -> str:
     rows = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
     rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs comes first
     head = [("setting", "Rows marked * differ between the runs."), *((run.name, "") for run in runs)]
-    return _table(head, rows, text=1 + len(runs), differs=[len(set(row[1:])) > 1 for row in rows])
+    return html_table(head, rows, text=1 + len(runs), differs=[len(set(row[1:])) > 1 for row in rows])
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:

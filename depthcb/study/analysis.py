@@ -1,0 +1,294 @@
+"""What a study's finished runs say: a table of pairs, and the paper's five claims. Pure functions over results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from depthcb.profile import Profile
+from depthcb.study.grid import AXES
+from depthcb.verdict import judge
+
+#: Largest network, in parameters, of each class of size [paper: 125M-350M, 1.3B-1.4B, up to 6.9B].
+SIZES = (("small", 0.6e9), ("medium", 2e9), ("large", np.inf))
+#: With fewer models or runs than this on a side of a claim, it is not decided [ours].
+FEWEST_MODELS, FEWEST_RUNS = 2, 4
+#: A control that removed a smaller spread of step ratios than this had little to remove [ours].
+LITTLE_SPREAD = 1.5
+#: A null whose relative slope is this share of the run's, or more, explains its shape [ours].
+NULL_EXPLAINS = 0.5
+DRAWS = 400
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, as a study decides it.
+
+    Args:
+        name: ``"C1"`` ... ``"C5"``.
+        says: What the paper says.
+        effect: What it is read off, in words.
+        estimate: The effect's size; None without enough runs.
+        interval: Its 95 % interval over models and seeds; None without enough runs.
+        verdict: ``"supported"``, ``"not supported"`` or ``"not enough runs"``.
+        notes: What else must be known: figures behind the effect, and what the null or the spread explain.
+    """
+
+    name: str
+    says: str
+    effect: str
+    estimate: float | None
+    interval: tuple[float, float] | None
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+
+def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row a finished run.
+
+    Args:
+        results: As the runs' folders hold them.
+
+    Returns:
+        The axes, what the model is, slope and shape with intervals, losses, distance, step-ratio spread, null.
+    """
+    rows = []
+    for result in results:
+        if result["status"] != "finished":
+            continue
+        profile = {m: Profile.from_dict(p) for m, p in result["profiles"].items()}
+        first = next(iter(profile.values()))
+        nulls = [Profile.from_dict(p).relative_slope for p in result["null"].get(first.measure, ())]
+        known = [n for n in nulls if n is not None]
+        low, high = first.slope_interval or (np.nan, np.nan)
+        rows.append({
+            **{axis: result["config"][axis] for axis in AXES},
+            "pair": result["pair"],
+            **{key: result["backbone"][key] for key in ("family", "block", "layers", "parameters")},
+            "size": _size(result["backbone"]["parameters"]),
+            "slope": first.slope, "slope_low": low, "slope_high": high,
+            "relative_slope": first.relative_slope, "width": first.width, "centre": first.centre, "mean": first.mean,
+            "distance": result["objective_distance"], "loss": result["loss"], "loss_before": result["loss_before"],
+            "spread": result["wanted_spread"], "null_relative_slope": float(np.mean(known)) if known else np.nan,
+            "profiles": profile, "initial_weights": result["initial_weights"], "data_order": result["data_order"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a pair of finished runs, standard and equal-step.
+
+    Args:
+        runs: What `runs_table` gives.
+
+    Returns:
+        The table that a study is made for.
+
+    Raises:
+        ValueError: A pair whose runs did not start from the same weights, or did not see the same batches.
+    """
+    rows = []
+    for _, both in runs.groupby("pair", sort=False):
+        sides = {row["control"]: row for _, row in both.iterrows()}
+        if set(sides) != {"standard", "equal-step"}:
+            continue
+        a, b = sides["standard"], sides["equal-step"]
+        for fact in ("initial_weights", "data_order"):
+            if a[fact] != b[fact]:
+                names = ", ".join(str(a[axis]) for axis in AXES if axis != "control")
+                raise ValueError(
+                    f"The pair {names} differs in {fact}: what it shows is not the control's. Run it again."
+                )
+        verdict = judge(a["profiles"], b["profiles"], b["spread"])
+        share = b["relative_slope"] / a["relative_slope"] if a["relative_slope"] else np.nan
+        rows.append({
+            **{key: a[key] for key in (*AXES, "family", "block", "size", "parameters") if key != "control"},
+            **{f"{key}_{side}": row[key] for side, row in (("standard", a), ("equal", b))
+               for key in ("slope", "slope_low", "slope_high", "relative_slope", "loss", "null_relative_slope")},
+            "retained": share, "verdict": verdict.verdict, "measures_agree": verdict.measures_agree,
+            "width": a["width"], "distance": a["distance"], "spread": b["spread"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def claims(runs: pd.DataFrame) -> list[Claim]:
+    """The five claims of the paper, decided by the runs of one optimizer."""
+    return [_c1(runs), _c2(runs), _c3(runs), _c4(runs), _c5(runs)]
+
+
+def interval(
+    runs: pd.DataFrame,
+    statistic: Callable[[pd.DataFrame], float],
+    within: Sequence[str] = (),
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """An estimate with its 95 % interval by a hierarchical bootstrap: models are drawn, and seeds within them [ours].
+
+    The bootstrap's standard error is widened by Student's t and sqrt(m / (m - 1)) for m models: with few of them the
+    percentiles of the draws are too narrow.
+
+    Args:
+        runs: Rows with ``model`` and ``seed``.
+        statistic: Of such rows.
+        within: Columns whose groups each keep their number of models in a draw: sides that the statistic compares.
+        draws: Bootstrap draws.
+        seed: Of the draws.
+
+    Returns:
+        The estimate, and the interval's ends.
+    """
+    rng = np.random.default_rng(seed)
+    strata: dict[Any, list[list[list[int]]]] = {}  # row numbers by stratum, model and seed
+    numbered = runs.reset_index(drop=True)
+    for key, of in numbered.groupby([*within, "model"], sort=True):
+        strata.setdefault(key[:-1], []).append([list(rows.index) for _, rows in of.groupby("seed")])
+    values = []
+    for _ in range(draws):
+        rows: list[int] = []
+        labels: list[str] = []  # a model that is drawn twice counts as two
+        for number, models in enumerate(strata.values()):
+            for position, choice in enumerate(rng.integers(len(models), size=len(models))):
+                seeds = models[choice]
+                own = [row for i in rng.integers(len(seeds), size=len(seeds)) for row in seeds[i]]
+                rows += own
+                labels += [f"{number} {position}"] * len(own)
+        value = statistic(numbered.take(rows).assign(model=labels))
+        if np.isfinite(value):
+            values.append(value)
+    estimate, fewest = statistic(runs), min(map(len, strata.values()))
+    if len(values) < draws / 2 or fewest < 2:
+        return estimate, np.nan, np.nan
+    freedom = sum(len(models) - 1 for models in strata.values())
+    half = stats.t.ppf(0.975, freedom) * np.std(values, ddof=1) * np.sqrt(fewest / (fewest - 1))
+    return estimate, estimate - half, estimate + half
+
+
+def _c1(runs: pd.DataFrame) -> Claim:
+    says = "Change concentrates in output-proximal layers in every standard run but one."
+    standard = runs[runs["control"] == "standard"]
+    effect = "share of standard runs whose slope interval lies above 0"
+    if _few(standard):
+        return _undecided("C1", says, effect, standard)
+    value = interval(standard, lambda rows: float((rows["slope_low"] > 0).mean()))
+    exceptions = int((~(standard["slope_low"] > 0)).sum())
+    allowed = max(1, round(len(standard) / 120))  # one of the paper's 120 standard runs
+    by_null = standard["null_relative_slope"] / standard["relative_slope"] >= NULL_EXPLAINS
+    notes = [
+        f"{exceptions} of {len(standard)} runs are exceptions",
+        f"the null has {NULL_EXPLAINS:.0%} of the run's relative slope or more in {int(by_null.sum())} of them",
+    ]
+    if by_null.mean() >= 0.5:
+        notes.append("the null explains the shape of most of these profiles: it is no evidence about training")
+    return _decided("C1", says, effect, value, exceptions <= allowed, notes)
+
+
+def _kept(rows: pd.DataFrame) -> float:
+    """Share of runs whose slope interval lies above 0."""
+    return float((rows["slope_low"] > 0).mean()) if len(rows) else np.nan
+
+
+def _contrast(rows: pd.DataFrame) -> float:
+    """How much more often sequential blocks keep the slope than parallel ones, where the objective is not causal LM."""
+    other = rows[rows["objective"] != "causal_lm"]
+    return _kept(other[other["block"] == "sequential"]) - _kept(other[other["block"] == "parallel"])
+
+
+def _c2(runs: pd.DataFrame) -> Claim:
+    says = (
+        "Under equal step, sequential blocks keep the slope across objectives, parallel blocks only for causal "
+        "language modelling (125M-350M)."
+    )
+    effect = "share of equal-step runs that keep the slope, sequential minus parallel, objectives other than causal LM"
+    equal = runs[(runs["control"] == "equal-step") & (runs["size"] == "small")]
+    sides = {block: equal[equal["block"] == block] for block in ("sequential", "parallel")}
+    if any(_few(side) or side["objective"].nunique() < 2 for side in sides.values()):
+        return _undecided("C2", says, effect, equal)
+    value = interval(equal, _contrast, ("block",))
+    by = {(b, o): _kept(rows) for b, side in sides.items() for o, rows in side.groupby("objective")}
+    sequential = min(share for (block, _), share in by.items() if block == "sequential")
+    causal = by.get(("parallel", "causal_lm"), np.nan)
+    shares = ", ".join(f"{block} {objective} {share:.0%}" for (block, objective), share in by.items())
+    notes = [f"keep the slope: {shares}", *_spread_note(equal)]
+    return _decided("C2", says, effect, value, bool(value[1] > 0 and sequential > 0.5 and causal > 0.5), notes)
+
+
+def _c3(runs: pd.DataFrame) -> Claim:
+    says = "The distinction narrows at 1.3B-1.4B."
+    effect = "the contrast of C2 at 125M-350M minus that at 1.3B-1.4B"
+    equal = runs[(runs["control"] == "equal-step") & runs["size"].isin(["small", "medium"])]
+    cells = equal.groupby(["block", "size"]).size()
+    if any(cells.get((b, s), 0) < FEWEST_RUNS for b in ("sequential", "parallel") for s in ("small", "medium")):
+        return _undecided("C3", says, effect, equal)
+
+    def narrowing(rows: pd.DataFrame) -> float:
+        return _contrast(rows[rows["size"] == "small"]) - _contrast(rows[rows["size"] == "medium"])
+
+    value = interval(equal, narrowing, ("block", "size"))
+    return _decided("C3", says, effect, value, value[1] > 0, _spread_note(equal))
+
+
+def _c4(runs: pd.DataFrame) -> Claim:
+    says = "Steepness tracks the objective's distance at initialisation."
+    effect = "rank correlation of slope with objective distance over standard runs"
+    standard = runs[(runs["control"] == "standard") & runs["distance"].notna()]
+    if _few(standard) or standard["distance"].nunique() < 3:
+        return _undecided("C4", says, effect, standard)
+
+    def correlation(rows: pd.DataFrame) -> float:
+        a, b = stats.rankdata(rows["slope"]), stats.rankdata(rows["distance"])
+        return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else np.nan
+
+    value = interval(standard, correlation)
+    return _decided("C4", says, effect, value, value[1] > 0, [])
+
+
+def _c5(runs: pd.DataFrame) -> Claim:
+    says = "The width of the profile is dominated by the architecture."
+    effect = "share of the variance of width that the model explains, minus that which the objective explains"
+    standard = runs[(runs["control"] == "standard") & runs["width"].notna()]
+    if _few(standard) or standard["objective"].nunique() < 2:
+        return _undecided("C5", says, effect, standard)
+    value = interval(standard, lambda rows: explained(rows, "model") - explained(rows, "objective"))
+    notes = [f"model {explained(standard, 'model'):.0%}, objective {explained(standard, 'objective'):.0%}"]
+    return _decided("C5", says, effect, value, value[1] > 0, notes)
+
+
+def explained(rows: pd.DataFrame, factor: str, column: str = "width") -> float:
+    """Share of a column's variance that lies between the levels of a factor (eta squared)."""
+    total = float(((rows[column] - rows[column].mean()) ** 2).sum())
+    means = rows.groupby(factor)[column].transform("mean")
+    return float(((means - rows[column].mean()) ** 2).sum()) / total if total > 0 else np.nan
+
+
+def _few(rows: pd.DataFrame) -> bool:
+    return len(rows) < FEWEST_RUNS or rows["model"].nunique() < FEWEST_MODELS
+
+
+def _spread_note(equal: pd.DataFrame) -> list[str]:
+    """Whether the control had something to remove."""
+    spread = float(equal["spread"].median())
+    note = f"the control removed a median step-ratio spread of {spread:.2f}x"
+    return [note + (": little to remove, so a kept slope is weak evidence" if spread < LITTLE_SPREAD else "")]
+
+
+def _decided(
+    name: str, says: str, effect: str, value: tuple[float, float, float], holds: bool, notes: Sequence[str]
+) -> Claim:
+    estimate, low, high = value
+    verdict = "supported" if holds else "not supported"
+    return Claim(name, says, effect, estimate, (low, high), verdict, tuple(notes))
+
+
+def _undecided(name: str, says: str, effect: str, rows: pd.DataFrame) -> Claim:
+    there = f"{len(rows)} runs of {rows['model'].nunique() if len(rows) else 0} models"
+    return Claim(name, says, effect, None, None, "not enough runs", (there,))
+
+
+def _size(parameters: float) -> str:
+    return next(name for name, largest in SIZES if parameters <= largest)

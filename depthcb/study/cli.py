@@ -1,0 +1,146 @@
+"""``depthcb study run|status|table|claims|report``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from depthcb.study.grid import RunConfig, read_study
+from depthcb.study.store import Store
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command and its own commands."""
+    study = commands.add_parser(
+        "study",
+        help="run a grid of fits, and decide the paper's claims by them",
+        description="A study is a YAML file with a grid of runs; its folder is all the state there is.",
+    )
+    tasks = study.add_subparsers(dest="task", required=True)
+    run = tasks.add_parser("run", help="make the runs that are missing", description="Makes what the folder lacks.")
+    _common(run)
+    run.add_argument("--jobs", type=int, help="runs at once (default: the cores divided by the study's threads)")
+    run.add_argument("--shard", default="1/1", metavar="I/N", help="the i-th of n parts, for arrays of jobs")
+    run.add_argument("--retry-failed", action="store_true", help="run again what ended without figures")
+    status = tasks.add_parser("status", help="how many runs are done", description="Counts the runs by how they ended.")
+    _common(status)
+    table = tasks.add_parser("table", help="one row a pair of runs", description="Prints the table, or exports it.")
+    _common(table)
+    table.add_argument("--export", type=Path, action="append", default=[], help="also write it: .csv or .parquet")
+    _common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims C1-C5."))
+    report = tasks.add_parser("report", help="one page on the study", description="Writes one self-contained page.")
+    _common(report)
+    report.add_argument("--page", type=Path, help="the page (default: report.html in the study's folder)")
+
+
+def run_task(args: argparse.Namespace) -> int:
+    """Runs one of the study's commands."""
+    path = _study_file(args.study)
+    configs = read_study(path)
+    store = Store(args.out or Path("depthcb-studies") / path.stem)
+    tasks = {"run": _run, "status": _status, "table": _table, "claims": _claims, "report": _report}
+    return tasks[args.task](args, configs, store)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="a YAML file, or the name of a bundled study (paper, paper-sgd, mini)")
+    parser.add_argument("--out", type=Path, help="the study's folder (default: depthcb-studies/NAME)")
+
+
+def _study_file(name: str) -> Path:
+    import recipes
+
+    bundled = Path(next(iter(recipes.__path__))) / "studies" / f"{name}.yaml"
+    return bundled if bundled.is_file() else Path(name)
+
+
+def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from depthcb.study.pool import run_pool
+    from depthcb.study.progress import shown
+
+    own = shard(configs, args.shard)
+    if args.retry_failed:
+        store.forget_failures(own)
+    threads = max(config.threads for config in own)
+    jobs = args.jobs or max(1, (os.cpu_count() or 1) // threads)
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: run one at least.")
+    with shown() as report:
+        progress = run_pool(own, store, jobs, report)
+    for config in own:
+        result = store.result(config)
+        if result is not None and result["status"] != "finished":
+            print(f"{result['status']}: {config.name}: {result['message']} ({store.folder(config)})")
+    print(f"{progress.done} of {progress.total} runs have figures, {progress.failed} ended without.")
+    return 1 if progress.failed else 0
+
+
+def shard(configs: Sequence[RunConfig], part: str) -> list[RunConfig]:
+    """The i-th of n parts of a study, such as ``"2/3"``: every n-th run, so that all parts take about as long.
+
+    Raises:
+        ValueError: Not of this form, or i is not in 1..n.
+    """
+    first, slash, last = part.partition("/")
+    if not (slash and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--shard {part}: give the part's number and how many there are, such as 2/3.")
+    return list(configs[int(first) - 1 :: int(last)])
+
+
+def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    counts: dict[str, int] = {}
+    for config in configs:
+        result = store.result(config)
+        status = "missing" if result is None else result["status"]
+        counts[status] = counts.get(status, 0) + 1
+    print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + f" of {len(configs)} runs")
+    return 0
+
+
+def _tables(configs: Sequence[RunConfig], store: Store) -> Any:
+    from depthcb.study.analysis import pairs_table, runs_table
+
+    results = [result for config in configs if (result := store.result(config)) is not None]
+    runs = runs_table(results)
+    if runs.empty:
+        raise ValueError(f"{store.root} has no finished run of this study: make some with `depthcb study run`.")
+    return runs, pairs_table(runs)
+
+
+def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from rich.console import Console
+
+    from depthcb.report.study import terminal_table
+
+    _, pairs = _tables(configs, store)
+    for path in args.export:
+        if path.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"--export {path}: name a .csv or a .parquet file.")
+        pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
+    Console(width=max(Console().width, 140)).print(terminal_table(pairs))  # no figure is cut, in a file neither
+    return 0
+
+
+def _claims(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from depthcb.report.study import claim_lines
+    from depthcb.study.analysis import claims
+
+    runs, _ = _tables(configs, store)
+    for optimizer, own in runs.groupby("optimizer"):
+        print(f"{optimizer}, {len(own)} runs")
+        for claim in claims(own):
+            print("\n".join(claim_lines(claim)))
+    return 0
+
+
+def _report(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from depthcb.report.study import write_study
+
+    runs, pairs = _tables(configs, store)
+    page = args.page or store.root / "report.html"
+    write_study(runs, pairs, page, title=store.root.name)
+    print(f"{page} (open it in a browser)")
+    return 0

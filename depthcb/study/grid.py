@@ -1,0 +1,132 @@
+"""A study's YAML file, resolved into the configuration of each run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: The axes of a grid, in the order of the table's columns.
+AXES = ("model", "objective", "optimizer", "control", "seed")
+CONTROLS = ("standard", "equal-step")
+#: The study's other entries, with their defaults.
+_DEFAULTS: dict[str, Any] = {"options": {}, "by": {}, "threads": 1, "null_seeds": 1}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run's figures.
+
+    Args:
+        model: A backbone's name.
+        objective: Name of a bundled configuration of ``depthcb fit``.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        control: ``"standard"`` or ``"equal-step"``.
+        seed: Of weights drawn anew, dropout and data order.
+        threads: CPU threads of the run: they change sums in their last digit, so they belong to it.
+        null_seeds: Draws of noise for the null profile.
+        options: Options of ``depthcb fit`` beyond the objective's own configuration.
+
+    Example:
+        >>> a = RunConfig("gpt2-mini", "causal_lm", "adamw", "standard", 0)
+        >>> len(a.hash), a.hash == RunConfig("gpt2-mini", "causal_lm", "adamw", "standard", 1).hash
+        (16, False)
+    """
+
+    model: str
+    objective: str
+    optimizer: str
+    control: str
+    seed: int
+    threads: int = 1
+    null_seeds: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Name of the run's folder: the same for the same configuration, whatever study asks for it."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def pair(self) -> str:
+        """What a standard run and its equal-step twin have in common."""
+        return hashlib.sha256(json.dumps(self.to_dict() | {"control": ""}, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """The axes in words."""
+        return " ".join(str(getattr(self, axis)) for axis in AXES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON and YAML have it."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"options": dict(self.options)}
+
+
+def read_study(path: str | Path) -> list[RunConfig]:
+    """The runs that a study asks for, in the order of its axes.
+
+    The file has ``grid`` (a list for each of model, objective, optimizer, control and seed), and may have ``options``
+    (of every fit), ``by`` (options of runs with one value of an axis: ``by: {optimizer: {sgd: {model.lr: 0.1}}}``),
+    ``threads`` and ``null_seeds``.
+
+    Args:
+        path: The file, or the name of a bundled study.
+
+    Raises:
+        ValueError: Not a study: what is wrong, where, and what to write instead.
+    """
+    try:
+        study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The study {path} cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"The study {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(study, dict) or not isinstance(study.get("grid"), dict):
+        raise ValueError(f"The study {path} has no grid: give a list for each of {', '.join(AXES)} under 'grid:'.")
+    unknown = [*(set(study) - {"grid", *_DEFAULTS}), *(set(study["grid"]) - set(AXES))]
+    if unknown:
+        raise ValueError(
+            f"The study {path} has {', '.join(sorted(unknown))}, which no study has: grid ({', '.join(AXES)}), "
+            f"{', '.join(_DEFAULTS)}."
+        )
+    given = _DEFAULTS | study
+    axes = [_axis(path, study["grid"], axis) for axis in AXES]
+    _check_by(path, given["by"], dict(zip(AXES, axes, strict=True)))
+    runs = []
+    for values in itertools.product(*axes):
+        point = dict(zip(AXES, values, strict=True))
+        options = dict(given["options"])
+        for axis, choices in given["by"].items():
+            options |= choices.get(point[axis], {})
+        runs.append(RunConfig(**point, threads=given["threads"], null_seeds=given["null_seeds"], options=options))
+    return runs
+
+
+def _axis(path: str | Path, grid: Mapping[str, Any], axis: str) -> list[Any]:
+    values = grid.get(axis)
+    if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
+        raise ValueError(
+            f"The study {path}: grid.{axis} is {values!r}; it must be a list of one or more distinct values."
+        )
+    allowed = {"control": CONTROLS, "optimizer": ("adamw", "sgd")}.get(axis)
+    wrong = [v for v in values if (allowed and v not in allowed) or (axis == "seed" and not isinstance(v, int))]
+    if wrong:
+        raise ValueError(
+            f"The study {path}: grid.{axis} has {wrong[0]!r}; it takes {', '.join(allowed or ['whole numbers'])}."
+        )
+    return values
+
+
+def _check_by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> None:
+    for axis, choices in by.items():
+        if axis not in axes:
+            raise ValueError(f"The study {path}: by.{axis} is no axis of the grid ({', '.join(AXES)}).")
+        missing = [value for value in choices if value not in axes[axis]]
+        if missing:
+            raise ValueError(f"The study {path}: by.{axis} speaks of {missing[0]!r}, which grid.{axis} does not have.")

@@ -1,0 +1,181 @@
+"""Makes one run of a study in a process of its own: ``python -m recipes.study_run FOLDER``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+
+from depthcb import DepthProfile
+from depthcb.compare import null_profiles
+from depthcb.run import Run, read_runs, write_header, write_row
+from depthcb.study.grid import RunConfig
+from depthcb.study.pool import BUSY, die_with_the_driver
+from depthcb.study.store import CONFIG, Busy, locked, read_result, start_afresh, write_result
+from recipes.backbones import BackboneNotFoundError
+from recipes.catalogue import CONFIGS, describe
+from recipes.fit import fit_cli
+from recipes.objective import Objective
+from recipes.objective_distance import ObjectiveDistanceMonitor
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss or an activation that is NaN or infinite."""
+
+
+def main(folder: Path) -> int:
+    """Makes the run, unless it has a result or another process makes it.
+
+    Returns:
+        The exit status: 0 with a result on the disk, `BUSY` where another process is at it.
+    """
+    die_with_the_driver()
+    config = RunConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    try:
+        with locked(folder):
+            if read_result(folder) is None:
+                start_afresh(folder)
+                write_result(folder, make(config, folder))
+    except Busy:
+        return BUSY
+    return 0
+
+
+def make(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The result of a fit, or what kept it from one; that is recorded, never taken for a result."""
+    cause: BaseException
+    try:
+        torch.set_num_threads(config.threads)
+        return {"status": "finished", "config": config.to_dict(), **fit(config, folder)}
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        status, cause = "out of memory", error
+    except NotFiniteError as error:
+        status, cause = "not finite", error
+    except Exception as error:
+        traceback.print_exc()
+        missing = any(isinstance(e, BackboneNotFoundError) for e in (error, error.__cause__))
+        status, cause = "missing model" if missing else "failed", error
+    return {"status": status, "config": config.to_dict(), "message": " ".join(str(cause).split())}
+
+
+class Fingerprints(pl.Callback):
+    """Hashes of the weights that a fit started from and of the batches that it saw; stops at a loss that is not finite.
+
+    Raises:
+        NotFiniteError: After the batch whose loss it was.
+    """
+
+    def __init__(self) -> None:
+        self.initial_weights = ""
+        self._order = hashlib.sha256()
+
+    @property
+    def data_order(self) -> str:
+        """Hash of all batches so far."""
+        return self._order.hexdigest()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = hashlib.sha256()
+        for name, tensor in sorted(pl_module.state_dict().items()):
+            weights.update(name.encode())
+            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self.initial_weights = weights.hexdigest()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        for name, tensor in sorted(batch.items()):
+            self._order.update(name.encode())
+            self._order.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if not bool(torch.isfinite(loss).all()):
+            raise NotFiniteError(f"the loss was {float(loss)} at step {trainer.global_step}: lower the learning rate")
+
+
+def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Makes a run's fit and its null, and says what came of them."""
+    cli = fit_cli(arguments(config, folder), run=False, exit_on_error=False)
+    trainer, module = cli.trainer, cli.model
+    module.configure_model()  # now, so that a copy of the start is left for the null
+    pretrained = copy.deepcopy(module)
+    prints = Fingerprints()
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
+    callbacks.append(prints)
+    trainer.fit(module, cli.datamodule)
+    watch = next(c for c in callbacks if isinstance(c, DepthProfile))
+    write_null(config, folder, watch, pretrained, module)
+    (run,) = read_runs(folder)
+    return {"pair": config.pair, **summary(run), **facts(config, callbacks, prints)}
+
+
+def arguments(config: RunConfig, folder: Path) -> list[str]:
+    """The command line of ``depthcb fit`` that makes the run."""
+    control = ["--trainer.callbacks+=depthcb.EqualStep"] if config.control == "equal-step" else []
+    return [
+        f"--config={CONFIGS / config.objective}.yaml",
+        f"--seed_everything={config.seed}",
+        f"--model.backbone={config.model}",
+        f"--model.optimizer={config.optimizer}",
+        f"--data.seed={config.seed}",
+        f"--trainer.logger.init_args.save_dir={folder}",
+        "--trainer.logger.init_args.name=",
+        "--trainer.logger.init_args.version=",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.enable_checkpointing=false",
+        *(f"--{name}={value}" for name, value in config.options.items()),
+        *control,
+    ]
+
+
+def write_null(config: RunConfig, folder: Path, watch: DepthProfile, pretrained: Objective, module: Objective) -> None:
+    """Measures noise of the size of the run's net change, tensor by tensor, and writes it beside the run's record."""
+    assert watch.reference is not None
+    assert watch.fixed_probe is not None
+    seeds = range(config.null_seeds)
+    draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
+    write_header(folder, "null", "null_profiles", 0, {"seeds": list(seeds)})
+    for seed, draw in zip(seeds, draws, strict=True):
+        write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What the study's table needs of a run's record."""
+    losses = run.metrics["val/loss"]
+    profiles = {measure: found[-1] for measure, found in run.profiles.items()}
+    return {
+        "slope": next(iter(profiles.values())).slope,
+        "profiles": {measure: profile.to_dict() for measure, profile in profiles.items()},
+        "null": {measure: [p.to_dict() for p in draws] for measure, draws in run.null.items()},
+        "wanted_spread": run.wanted_ratio.spread,
+        "realised_spread": run.step_ratio.spread,
+        "lowest_rank": min(run.effective_rank),
+        "loss_before": losses[0][1],
+        "loss": losses[-1][1],
+        "seconds": run.records["depth"].end["seconds"] if run.records["depth"].end else None,
+        "provenance": run.records["depth"].provenance,
+    }
+
+
+def facts(config: RunConfig, callbacks: list[pl.Callback], prints: Fingerprints) -> dict[str, Any]:
+    """What the run started from, and what its backbone is."""
+    distances = [c.distance for c in callbacks if isinstance(c, ObjectiveDistanceMonitor)]
+    return {
+        "initial_weights": prints.initial_weights,
+        "data_order": prints.data_order,
+        "objective_distance": distances[0].overall if distances and distances[0] else None,
+        "backbone": dataclasses.asdict(describe(config.model)),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,84 @@
+"""A real study of one pair: two processes, real fits of a tiny network, and what is read off them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from recipes_families import tiny
+
+from depthcb.cli import main
+from depthcb.run import read_runs
+from depthcb.study.grid import read_study
+from depthcb.study.store import Store
+from recipes.backbones import load_tokenizer
+
+OPTIONS = {
+    "trainer.max_steps": 4, "trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1, "trainer.accelerator": "cpu",
+    "trainer.limit_val_batches": 8, "trainer.precision": "32-true", "data.batch_size": 8, "data.val_rows": 64,
+    "data.block_size": 32, "model.lr": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The study's file, and its folder after it was run; one model is not there."""
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = load_tokenizer("minilm")
+    tiny("neox", "ForCausalLM", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder / "neox")
+    tokenizer.save_pretrained(folder / "neox")
+    grid = {
+        "model": [str(folder / "neox"), "./nowhere"], "objective": ["causal_lm"], "optimizer": ["sgd"],
+        "control": ["standard", "equal-step"], "seed": [0],
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"grid": grid, "options": OPTIONS}))
+    assert main(["study", "run", str(path), "--out", str(folder / "out"), "--jobs", "2"]) == 1, "a model is missing"
+    return path, folder / "out"
+
+
+def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Path]) -> None:
+    path, out = made
+    standard, equal, *missing = [Store(out).result(config) for config in read_study(path)]
+    assert standard is not None
+    assert equal is not None
+    for fact in ("initial_weights", "data_order", "pair", "objective_distance"):
+        assert standard[fact] == equal[fact], fact
+    assert equal["realised_spread"] < 1.001 < equal["wanted_spread"]
+    assert standard["slope"] != equal["slope"]
+    assert standard["backbone"]["block"] == "parallel"
+    assert [len(standard["null"][m]) for m in ("cka", "cka_normalized")] == [1, 1]
+    run = next(r for r in read_runs(out) if r.control == "equal-step")
+    assert run.profiles["cka"][-1].slope == equal["slope"]
+    for result in missing:
+        assert result is not None
+        assert result["status"] == "missing model"
+        assert "./nowhere" in result["message"]
+
+
+def test_what_a_user_reads(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    path, out = made
+    study = [str(path), "--out", str(out)]
+    assert main(["study", "status", *study]) == 0
+    assert capsys.readouterr().out == "2 finished, 2 missing model of 4 runs\n"
+    exports = [tmp_path / "pairs.csv", tmp_path / "pairs.parquet"]
+    assert main(["study", "table", *study, *(f"--export={export}" for export in exports)]) == 0
+    assert "parallel" in capsys.readouterr().out
+    csv, parquet = pd.read_csv(exports[0]), pd.read_parquet(exports[1])
+    assert len(csv) == len(parquet) == 1
+    assert csv["slope_equal"][0] == pytest.approx(parquet["slope_equal"][0], rel=1e-12)
+    assert main(["study", "claims", *study]) == 0
+    claims = capsys.readouterr().out
+    assert [line.split()[:2] for line in claims.splitlines() if line.startswith("C")] == [
+        [f"C{i}", "not"] for i in range(1, 6)
+    ]
+    assert main(["study", "report", *study]) == 0
+    page = (out / "report.html").read_text()
+    assert "not enough runs" in page
+    assert re.search(r"default-src 'none'", page)
+    assert main(["study", "table", *study, "--export", "pairs.xls"]) == 2
+    assert "name a .csv or a .parquet file" in capsys.readouterr().err

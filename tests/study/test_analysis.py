@@ -1,0 +1,185 @@
+"""The study's table and claims against studies whose truth is planted."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from depthcb.profile import Profile
+from depthcb.study.analysis import Claim, claims, explained, interval, pairs_table, runs_table
+
+OBJECTIVES = ("causal_lm", "sequence_classification", "token_classification", "contrastive")
+DISTANCE = dict(zip(OBJECTIVES, (0.0, 0.9, 0.8, 1.1), strict=True))
+
+
+def profile(rng: np.random.Generator, slope: float, layers: int = 8, noise: float = 0.02) -> Profile:
+    """A profile of mean 1 with this slope."""
+    change = np.clip(1 + slope * (np.linspace(0, 1, layers) - 0.5) + rng.normal(0, noise, layers), 0, None)
+    halves = np.clip(change + rng.normal(0, noise, (200, layers)), 0, None)
+    return Profile.from_halves(change.tolist(), halves, layer_names=tuple(map(str, range(layers))), measure="cka")
+
+
+def study(
+    truth: Any, models: dict[str, tuple[str, float]], objectives: tuple[str, ...] = OBJECTIVES, seeds: int = 2, rng_seed: int = 0,
+    spread: float = 5.0, null: float = 0.1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Results of all runs; ``truth(model, block, size, objective, control, rng)`` is a run's slope."""
+    rng = np.random.default_rng(rng_seed)
+    results = []
+    for (model, (block, size)), objective, seed, control in itertools.product(
+        models.items(), objectives, range(seeds), ("standard", "equal-step")
+    ):
+        own = profile(rng, truth(model, block, size, objective, control, rng), layers=6 + 2 * list(models).index(model))
+        config = {"model": model, "objective": objective, "optimizer": "sgd", "control": control, "seed": seed}
+        results.append({
+            "status": "finished", "config": config, "pair": f"{model} {objective} {seed}",
+            "backbone": {"family": "decoder", "block": block, "layers": len(own.change), "parameters": size},
+            "profiles": {"cka": own.to_dict(), "cka_normalized": own.to_dict()},
+            "null": {"cka": [profile(rng, null).to_dict()]}, "wanted_spread": spread,
+            "objective_distance": DISTANCE[objective], "loss": 2.0, "loss_before": 3.0,
+            "initial_weights": f"{model} {objective} {seed}", "data_order": f"{objective} {seed}",
+        })  # fmt: skip
+    return results
+
+
+SMALL = {f"seq{i}": ("sequential", 1.5e8) for i in range(4)} | {f"par{i}": ("parallel", 2e8) for i in range(4)}
+BOTH = (
+    SMALL | {f"seqm{i}": ("sequential", 1.3e9) for i in range(3)} | {f"parm{i}": ("parallel", 1.4e9) for i in range(3)}
+)
+
+
+def paper(model: str, block: str, size: float, objective: str, control: str, rng: np.random.Generator) -> float:
+    """The paper's pattern: a slope everywhere, that parallel blocks lose under the control except for causal LM."""
+    kept = control == "standard" or block == "sequential" or objective == "causal_lm" or size > 1e9
+    return (0.4 + 0.5 * DISTANCE[objective] if kept else -0.2) + rng.normal(0, 0.03)
+
+
+def everywhere(model: str, block: str, size: float, objective: str, control: str, rng: np.random.Generator) -> float:
+    return float(0.6 + rng.normal(0, 0.03))
+
+
+def nowhere(model: str, block: str, size: float, objective: str, control: str, rng: np.random.Generator) -> float:
+    return float(rng.normal(0, 0.3))
+
+
+def decided(results: list[dict[str, Any]]) -> dict[str, Claim]:
+    return {claim.name: claim for claim in claims(runs_table(results))}
+
+
+def test_the_papers_pattern_is_found() -> None:
+    found = decided(study(paper, BOTH))
+    assert {name: c.verdict for name, c in found.items() if name != "C5"} == dict.fromkeys(
+        ("C1", "C2", "C3", "C4"), "supported"
+    )
+    assert found["C2"].estimate == pytest.approx(1)
+    assert found["C3"].estimate == pytest.approx(1)
+    assert found["C1"].estimate == 1
+
+
+def test_where_it_does_not_hold_it_is_not_found() -> None:
+    found = decided(study(everywhere, BOTH))
+    assert (found["C1"].verdict, found["C2"].verdict, found["C3"].verdict) == (
+        "supported",
+        "not supported",
+        "not supported",
+    )
+    assert found["C4"].verdict == "not supported"
+    assert decided(study(nowhere, BOTH))["C1"].verdict == "not supported"
+
+
+def test_three_runs_decide_nothing() -> None:
+    found = decided(study(paper, {"seq0": ("sequential", 1e8)}, seeds=1)[:3])
+    assert {c.verdict for c in found.values()} == {"not enough runs"}
+    assert all(c.estimate is None and c.interval is None for c in found.values())
+    assert found["C1"].notes == ("2 runs of 1 models",)
+
+
+def test_a_missing_size_class_leaves_its_claim_open() -> None:
+    found = decided(study(paper, SMALL))
+    assert found["C3"].verdict == "not enough runs"
+    assert found["C2"].verdict == "supported"
+
+
+def test_width_is_the_models_or_the_objectives() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"model": m, "objective": o, "seed": s, "control": "standard", "width": own[m] + rng.normal(0, 0.01)}
+        for own in [dict(zip("abcdef", np.linspace(0.3, 0.9, 6), strict=True))]
+        for m, o, s in itertools.product("abcdef", OBJECTIVES, range(2))
+    ]
+    frame = pd.DataFrame(rows)
+    assert explained(frame, "model") > 0.95
+    assert explained(frame, "objective") < 0.05
+    groups = [g["width"].to_numpy() for _, g in frame.groupby("objective")]
+    f = stats.f_oneway(*groups).statistic  # eta squared by another road: F = (eta^2 / df1) / ((1 - eta^2) / df2)
+    df1, df2 = len(groups) - 1, len(frame) - len(groups)
+    assert explained(frame, "objective") == pytest.approx(f * df1 / (f * df1 + df2), rel=1e-9)
+
+
+def test_a_null_that_explains_and_a_control_with_nothing_to_do_are_said() -> None:
+    found = decided(study(paper, BOTH, spread=1.1, null=0.9))
+    assert any("the null explains the shape of most" in note for note in found["C1"].notes)
+    assert any("1.10x: little to remove, so a kept slope is weak evidence" in note for note in found["C2"].notes)
+    clean = decided(study(paper, BOTH))
+    assert not any("explains the shape" in note or "weak evidence" in note for c in clean.values() for note in c.notes)
+
+
+def test_the_table_has_a_row_a_pair_with_its_figures() -> None:
+    results = study(paper, SMALL, seeds=1)
+    runs = runs_table(results)
+    pairs = pairs_table(runs)
+    assert len(pairs) == len(results) / 2
+    row = pairs[(pairs["model"] == "par0") & (pairs["objective"] == "contrastive")].iloc[0]
+    standard, equal = (
+        Profile.from_dict(r["profiles"]["cka"])
+        for control in ("standard", "equal-step")
+        for r in results
+        if r["config"]["model"] == "par0"
+        and r["config"]["objective"] == "contrastive"
+        and r["config"]["control"] == control
+    )
+    assert (row["slope_standard"], row["slope_equal"]) == (standard.slope, equal.slope)
+    assert (row["slope_low_equal"], row["slope_high_equal"]) == equal.slope_interval
+    assert standard.relative_slope is not None
+    assert equal.relative_slope is not None
+    assert row["retained"] == pytest.approx(equal.relative_slope / standard.relative_slope)
+    assert row["verdict"] == "reverses"
+    assert pairs[pairs["block"] == "sequential"]["verdict"].isin(["persists", "weakens"]).all()
+
+
+def test_a_pair_that_did_not_start_alike_is_refused() -> None:
+    results = study(paper, SMALL, seeds=1)
+    results[0]["data_order"] = "other"
+    with pytest.raises(ValueError, match="The pair seq0, causal_lm, sgd, 0 differs in data_order"):
+        pairs_table(runs_table(results))
+
+
+def test_half_a_pair_has_no_row_and_a_failed_run_none() -> None:
+    results = study(paper, SMALL, seeds=1)
+    results[1] = {"status": "out of memory", "config": results[1]["config"], "message": "CUDA out of memory"}
+    assert len(runs_table(results)) == len(results) - 1
+    assert len(pairs_table(runs_table(results))) == len(results) / 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("models", "seeds"),
+    [(8, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(15, 2, marks=pytest.mark.slow)],
+)
+def test_the_interval_covers_the_truth(models: int, seeds: int) -> None:
+    """500 simulated studies: models differ, and seeds within them; the interval of the mean is to hold the true one."""
+    rng, hits = np.random.default_rng(1), 0
+    for study_number in range(500):
+        effects = rng.normal(0.3, 0.2, models)
+        rows = [
+            {"model": str(m), "seed": s, "x": effects[m] + rng.normal(0, 0.1)}
+            for m in range(models)
+            for s in range(seeds)
+        ]
+        _, low, high = interval(pd.DataFrame(rows), lambda r: float(r["x"].mean()), draws=40, seed=study_number)
+        hits += low <= 0.3 <= high
+    assert 0.92 <= hits / 500 <= 0.985
