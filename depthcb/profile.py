@@ -192,6 +192,12 @@ class Profiles(list[Profile]):
         found = super().__getitem__(index)
         return Profiles(found) if isinstance(index, slice) else found
 
+    @property
+    def mean_relative_slope(self) -> float | None:
+        """Mean relative slope of those that changed; None when none did."""
+        known = [p.relative_slope for p in self if p.relative_slope is not None]
+        return float(np.mean(known)) if known else None
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws all curves, the last one emphasised and with its band; needs matplotlib.
 

@@ -216,6 +216,13 @@ def write_row(folder: Path, name: str, row: Row) -> None:
         file.write(_json(row) + "\n")
 
 
+def write_null(folder: Path, draws: Sequence[Mapping[str, Profile]]) -> None:
+    """Writes the profiles of noise of the same size beside a run's own, one draw a seed from 0 on."""
+    write_header(folder, "null", "null_profiles", 0, {"seeds": list(range(len(draws)))})
+    for seed, draw in enumerate(draws):
+        write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+
+
 def read_runs(*folders: str | Path) -> list[Run]:
     """The runs at or below some folders; one that was measured by several `DepthProfile` counts once for each.
 

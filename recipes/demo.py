@@ -24,7 +24,7 @@ from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.report import print_runs, write_html, write_png
 from depthcb.report.groups import groups
-from depthcb.run import Run, read_runs, write_header, write_row
+from depthcb.run import Run, read_runs, write_header, write_null
 from depthcb.similarity import find_measures
 from recipes.backbones import load_backbone
 from recipes.causal_lm import CausalLM
@@ -206,9 +206,7 @@ class Arm:
         draws = null_profiles(
             pretrained.base_model, model.base_model, self.probe, self.watch.reference, measures, seeds=seeds
         )
-        write_header(self.folder, "null", "null_profiles", 0, {"seeds": list(seeds)})
-        for seed, draw in zip(seeds, draws, strict=True):
-            write_row(self.folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+        write_null(self.folder, draws)
 
 
 class _ProgressCallback(pl.Callback):

@@ -17,7 +17,7 @@ import yaml
 
 from depthcb import DepthProfile
 from depthcb.compare import null_profiles
-from depthcb.run import Run, read_runs, write_header, write_row
+from depthcb.run import Run, read_runs, write_null
 from depthcb.study.grid import RunConfig
 from depthcb.study.pool import BUSY, die_with_the_driver
 from depthcb.study.store import CONFIG, Busy, locked, read_result, start_afresh, write_result
@@ -112,7 +112,7 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     callbacks.append(prints)
     trainer.fit(module, cli.datamodule)
     watch = next(c for c in callbacks if isinstance(c, DepthProfile))
-    write_null(config, folder, watch, pretrained, module)
+    measure_null(config, folder, watch, pretrained, module)
     (run,) = read_runs(folder)
     return {"pair": config.pair, **summary(run), **facts(config, callbacks, prints)}
 
@@ -137,15 +137,15 @@ def arguments(config: RunConfig, folder: Path) -> list[str]:
     ]
 
 
-def write_null(config: RunConfig, folder: Path, watch: DepthProfile, pretrained: Objective, module: Objective) -> None:
+def measure_null(
+    config: RunConfig, folder: Path, watch: DepthProfile, pretrained: Objective, module: Objective
+) -> None:
     """Measures noise of the size of the run's net change, tensor by tensor, and writes it beside the run's record."""
     assert watch.reference is not None
     assert watch.fixed_probe is not None
     seeds = range(config.null_seeds)
     draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
-    write_header(folder, "null", "null_profiles", 0, {"seeds": list(seeds)})
-    for seed, draw in zip(seeds, draws, strict=True):
-        write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+    write_null(folder, draws)
 
 
 def summary(run: Run) -> dict[str, Any]:

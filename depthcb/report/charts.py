@@ -78,6 +78,13 @@ def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
     return go.Scatter(trace | more)
 
 
+def _band(x: Sequence[float], y: Values, group: Group, index: int) -> go.Scatter:
+    """The area between a lower edge over ``x`` and an upper one back."""
+    filled: dict[str, Any] = {"fill": "toself", "fillcolor": _rgba(line_style(index).color, 0.22), "line": {"width": 0}}
+    filled |= {"mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False, "customdata": None}
+    return _line(y, group, index, x=[*x, *reversed(x)], **filled)
+
+
 def slider_steps(group: Group) -> list[int]:
     """The steps at which some run was measured; of very many, evenly spaced ones."""
     steps = sorted({p.step for run in group.runs for profiles in run.profiles.values() for p in profiles})
@@ -118,12 +125,7 @@ def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[g
     run, color = group.runs[index], line_style(index).color
     band, change, *null = _profile_ys(measure, run, step)
     x = _depth(group, len(change))
-    filled: dict[str, Any] = {"x": x + x[::-1], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    filled |= {"fill": "toself", "fillcolor": _rgba(color, 0.22), "hovertemplate": None, "customdata": None}
-    traces = [
-        _line(band, group, index, showlegend=False, **filled),
-        _line(change, group, index, showlegend=True),
-    ]
+    traces = [_band(x, band, group, index), _line(change, group, index, showlegend=True)]
     if null:
         dashed = {"color": color, "width": 1.2, "dash": "dash"}
         name = html.escape(f"null of {label(run, group)}, end of fit")
@@ -269,9 +271,7 @@ def _add_slopes(fig: go.Figure, group: Group, index: int) -> None:
         return
     known = [(p.step, *p.slope_interval) for p in profiles if p.slope_interval is not None]
     x, low, high = [s for s, _, _ in known], [a for _, a, _ in known], [b for _, _, b in known]
-    fill: dict[str, Any] = {"fill": "toself", "fillcolor": _rgba(line_style(index).color, 0.22), "line": {"width": 0}}
-    fill |= {"mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False, "customdata": None}
-    fig.add_trace(_line([*low, *reversed(high)], group, index, **(fill | {"x": [*x, *reversed(x)]})), 1, 1)
+    fig.add_trace(_band(x, [*low, *reversed(high)], group, index), 1, 1)
     fig.add_trace(_over_steps([(p.step, p.slope) for p in profiles], group, index, showlegend=True), 1, 1)
 
 

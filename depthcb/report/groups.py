@@ -107,9 +107,7 @@ def null_change(run: Run, measure: str) -> list[float]:
 
 def null_slope(run: Run, measure: str) -> float | None:
     """Mean relative slope over the null's seeds."""
-    slopes = [p.relative_slope for p in run.null.get(measure, ())]
-    known = [s for s in slopes if s is not None]
-    return float(np.mean(known)) if known else None
+    return run.null[measure].mean_relative_slope if measure in run.null else None
 
 
 def headline(group: Group) -> str:

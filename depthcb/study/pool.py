@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from depthcb.study.grid import RunConfig
-from depthcb.study.store import LOG, Store, read_result
+from depthcb.study.store import LOG, Store, write_result
 
 #: What makes one run, given its folder: a module that is run with ``python -m``.
 MAKER = "recipes.study_run"
@@ -75,10 +75,13 @@ def run_pool(
     Returns:
         How the study stands at the end.
     """
-    waiting = [config for config in configs if store.result(config) is None]
-    progress = Progress(len(configs))
+    waiting, progress = [], Progress(len(configs))
     for config in configs:
-        _count(progress, store.result(config))
+        result = store.result(config)
+        if result is None:
+            waiting.append(config)
+        else:
+            _count(progress, result)
     running: dict[RunHandle, RunConfig] = {}
     kills: dict[str, int] = {}
     try:
@@ -127,10 +130,9 @@ def _take(
     progress.last = f"{config.name}: {told(result)}"
 
 
-def _count(progress: Progress, result: dict[str, Any] | None) -> None:
-    if result is not None:
-        progress.done += result["status"] == "finished"
-        progress.failed += result["status"] != "finished"
+def _count(progress: Progress, result: dict[str, Any]) -> None:
+    progress.done += result["status"] == "finished"
+    progress.failed += result["status"] != "finished"
 
 
 def told(result: dict[str, Any]) -> str:
@@ -176,14 +178,11 @@ class RunHandle:
 
     def give_up(self, kills: int) -> dict[str, Any]:
         """Records that the run does not come to an end."""
-        from depthcb.study.store import write_result
-
         status = self._process.returncode
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         message = f"ended {how} {kills} times; last lines: {last_lines(self.folder)}"
-        write_result(self.folder, {"status": "killed", "message": message})
-        result = read_result(self.folder)
-        assert result is not None
+        result = {"status": "killed", "message": message}
+        write_result(self.folder, result)
         return result
 
 

@@ -8,7 +8,6 @@ the process that makes it, for as long as that process lives.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from depthcb.study.grid import RunConfig
 
@@ -109,11 +109,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         Busy: Another process holds it.
     """
-    with open(folder / LOCK, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(str(folder)) from None
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise Busy(str(folder)) from None
+    with lock:
         yield
 
 
