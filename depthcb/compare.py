@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import Profile
@@ -72,10 +71,10 @@ def null_profiles(
     """What random changes of the same size would have done: the null of a profile [ours].
 
     Each tensor of the pretrained stack gets seeded Gaussian noise with the norm of that tensor's net change in
-    ``model``: same sizes, random directions. Memory: one more copy of the model.
+    ``model``: same sizes, random directions. Memory: one more copy of the stack.
 
     Args:
-        pretrained: The model at its pretrained weights; left as it is.
+        pretrained: The model at its pretrained weights, which it has again at the end.
         model: The fine-tuned model.
         probe: The probe that ``reference`` was recorded on.
         reference: The recorded pretrained side.
@@ -86,18 +85,26 @@ def null_profiles(
     Returns:
         For each seed one profile a measure.
     """
-    noisy = copy.deepcopy(pretrained)
-    stack = LayerStack.find(noisy, layers)
-    clean = [p.detach().clone() for layer in stack.parameters() for p in layer]
-    tuned = [p.detach() for layer in LayerStack.find(model, layers).parameters() for p in layer]
+    stack = LayerStack.find(pretrained, layers)
+    noisy, tuned = (
+        [p.detach() for layer in found.parameters() for p in layer] for found in (stack, LayerStack.find(model, layers))
+    )
+    clean = [p.clone() for p in noisy]
+    sizes = [_norm(after.to(before) - before) for before, after in zip(clean, tuned, strict=True)]
     draws = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p, before, after in zip((p for layer in stack.parameters() for p in layer), clean, tuned, strict=True):
+    try:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for p, before, size in zip(noisy, clean, sizes, strict=True):
                 noise = torch.randn(p.shape, generator=generator).to(p)
-                size = torch.linalg.vector_norm((after.to(before) - before).double())
-                p.copy_(before + noise * (size / torch.linalg.vector_norm(noise.double())).to(p))
-        recording = probe.record(noisy, stack, reference.causal)
-        draws.append(reference.profiles(recording, measures, step=0, epoch=0))
+                p.copy_(before + noise * (size / _norm(noise)))
+            recording = probe.record(pretrained, stack, reference.causal)
+            draws.append(reference.profiles(recording, measures, step=0, epoch=0))
+    finally:
+        for p, before in zip(noisy, clean, strict=True):
+            p.copy_(before)
     return draws
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))

@@ -280,9 +280,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _mini(name: str) -> str:
     """The folder of a mini model, pretrained now if there is none; any other name stays as it is."""
-    from recipes.mini_zoo import MINI_ZOO, load_or_pretrain  # it builds on this module
+    from recipes.mini_zoo import ZOO, load_or_pretrain  # it builds on this module
 
-    return str(load_or_pretrain(name)) if name in MINI_ZOO else name
+    return str(load_or_pretrain(name)) if name in ZOO else name
 
 
 @contextmanager

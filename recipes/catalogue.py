@@ -19,7 +19,7 @@ from depthcb import LayerStack
 from depthcb.undisturbed import isolated_rng
 from recipes.backbones import PACKAGED, BackboneNotFoundError, is_encoder, load_config
 from recipes.block_type import BlockType, block_type
-from recipes.mini_zoo import MINI_ZOO
+from recipes.mini_zoo import MINI_ZOO, ZOO
 from recipes.quiet import silent_transformers
 
 Family = Literal["encoder", "decoder", "state-space", "recurrent"]
@@ -107,9 +107,9 @@ def describe(name: str, *, local: bool = False) -> Backbone:
         BackboneNotFoundError: As for ``load_backbone``, unless ``local`` is set or the name is packaged.
     """
     packaged = PACKAGED.get(name)
-    source = "wheel" if packaged else "pretrained" if name in MINI_ZOO else "hub" if name in HUB else "hub or disk"
+    source = "wheel" if packaged else "pretrained" if name in ZOO else "hub" if name in HUB else "hub or disk"
     try:
-        config = MINI_ZOO[name].config() if name in MINI_ZOO else load_config(name, local=local)
+        config = ZOO[name].config() if name in ZOO else load_config(name, local=local)
     except BackboneNotFoundError:
         if local or packaged:
             return Backbone(name, source)

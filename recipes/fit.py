@@ -81,7 +81,8 @@ def _bundled(argument: str) -> str:
 def _brief(message: str) -> str:
     """One line of what jsonargparse says: of a class that it could not make, the reason alone."""
     reason = re.search(r"Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
-    return " ".join((reason[1] if reason else message).split())
+    told = reason[1] if reason and not reason[1].startswith("Expected a") else message
+    return " ".join(told.split())
 
 
 if __name__ == "__main__":

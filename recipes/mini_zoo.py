@@ -98,6 +98,18 @@ MINI_ZOO: dict[str, MiniModel] = {
     "rwkv-mini": MiniModel("rwkv", {**_SIZES, "context_length": 512, "rescale_every": 0}, steps=320, warmup_steps=40),
 }
 
+_TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+_TINY_GPT = {"n_embd": 32, "n_layer": 4, "n_head": 2}
+#: Tiny and all but random: for trying out what works on any model in seconds.
+TINY_ZOO: dict[str, MiniModel] = {
+    name.replace("mini", "tiny"): replace(MINI_ZOO[name], settings=MINI_ZOO[name].settings | small, steps=2)
+    for name, small in {
+        "bert-mini": _TINY, "gpt2-mini": _TINY_GPT, "neox-mini": _TINY,
+        "mamba2-mini": {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 16},
+    }.items()
+}  # fmt: skip
+ZOO = MINI_ZOO | TINY_ZOO
+
 
 def load_or_pretrain(name: str) -> Path:
     """The folder of a mini model; a missing one is made now, which takes minutes and says so.
@@ -105,9 +117,9 @@ def load_or_pretrain(name: str) -> Path:
     Raises:
         ValueError: A name that is not in the zoo.
     """
-    if name not in MINI_ZOO:
-        raise ValueError(f"{name!r} is not in the mini zoo: take one of {', '.join(MINI_ZOO)}.")
-    return pretrain(name, MINI_ZOO[name])
+    if name not in ZOO:
+        raise ValueError(f"{name!r} is not in the mini zoo: take one of {', '.join(ZOO)}.")
+    return pretrain(name, ZOO[name])
 
 
 def pretrain(name: str, model: MiniModel) -> Path:
@@ -127,10 +139,8 @@ def pretrain(name: str, model: MiniModel) -> Path:
     scratch = folder.with_name(f".{folder.name}")
     with FileLock(f"{scratch}.lock"):
         if not _complete(folder):
-            print(
-                f"Pretraining {name}: {model.steps} steps, about 6 minutes on 2 CPU cores, once; kept in {folder}",
-                flush=True,
-            )
+            takes = "about 6 minutes on 2 CPU cores, " if name in MINI_ZOO else ""
+            print(f"Pretraining {name}: {model.steps} steps, {takes}once; kept in {folder}", flush=True)
             for left_over in (scratch, folder):
                 shutil.rmtree(left_over, ignore_errors=True)
             with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries(), silent_transformers():

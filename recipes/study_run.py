@@ -1,11 +1,10 @@
-"""Makes one run of a study in a process of its own: ``python -m recipes.study_run FOLDER``."""
+"""Makes one run of a study: a fit, its null, and what the study's table needs of them."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
-import sys
+import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 
 from depthcb import DepthProfile
 from depthcb.compare import null_profiles
 from depthcb.run import Run, read_runs, write_null
 from depthcb.study.grid import RunConfig
-from depthcb.study.pool import BUSY, die_with_the_driver
-from depthcb.study.store import CONFIG, Busy, locked, read_result, start_afresh, write_result
+from depthcb.study.store import full_disk
 from recipes.backbones import BackboneNotFoundError
 from recipes.catalogue import CONFIGS, describe
 from recipes.fit import fit_cli
@@ -32,26 +29,12 @@ class NotFiniteError(ArithmeticError):
     """A loss or an activation that is NaN or infinite."""
 
 
-def main(folder: Path) -> int:
-    """Makes the run, unless it has a result or another process makes it.
-
-    Returns:
-        The exit status: 0 with a result on the disk, `BUSY` where another process is at it.
-    """
-    die_with_the_driver()
-    config = RunConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
-    try:
-        with locked(folder):
-            if read_result(folder) is None:
-                start_afresh(folder)
-                write_result(folder, make(config, folder))
-    except Busy:
-        return BUSY
-    return 0
-
-
 def make(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """The result of a fit, or what kept it from one; that is recorded, never taken for a result."""
+    """The result of a fit, or what kept it from one; that is recorded, never taken for a result.
+
+    Raises:
+        Exception: The disk is full, which is no fault of this run's.
+    """
     cause: BaseException
     try:
         torch.set_num_threads(config.threads)
@@ -61,6 +44,8 @@ def make(config: RunConfig, folder: Path) -> dict[str, Any]:
     except NotFiniteError as error:
         status, cause = "not finite", error
     except Exception as error:
+        if full_disk(error):
+            raise
         traceback.print_exc()
         missing = any(isinstance(e, BackboneNotFoundError) for e in (error, error.__cause__))
         status, cause = "missing model" if missing else "failed", error
@@ -105,14 +90,12 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Makes a run's fit and its null, and says what came of them."""
     cli = fit_cli(arguments(config, folder), run=False, exit_on_error=False)
     trainer, module = cli.trainer, cli.model
-    module.configure_model()  # now, so that a copy of the start is left for the null
-    pretrained = copy.deepcopy(module)
     prints = Fingerprints()
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
     callbacks.append(prints)
     trainer.fit(module, cli.datamodule)
     watch = next(c for c in callbacks if isinstance(c, DepthProfile))
-    measure_null(config, folder, watch, pretrained, module)
+    measure_null(config, folder, watch, module, trainer.strategy.root_device)
     (run,) = read_runs(folder)
     return {"pair": config.pair, **summary(run), **facts(config, callbacks, prints)}
 
@@ -132,17 +115,21 @@ def arguments(config: RunConfig, folder: Path) -> list[str]:
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--trainer.enable_checkpointing=false",
-        *(f"--{name}={value}" for name, value in config.options.items()),
+        f"--trainer.accelerator={'gpu' if config.gpus else 'cpu'}",
+        f"--trainer.devices={config.gpus or 1}",
+        *(f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in config.options.items()),
         *control,
     ]
 
 
-def measure_null(
-    config: RunConfig, folder: Path, watch: DepthProfile, pretrained: Objective, module: Objective
-) -> None:
+def measure_null(config: RunConfig, folder: Path, watch: DepthProfile, module: Objective, device: torch.device) -> None:
     """Measures noise of the size of the run's net change, tensor by tensor, and writes it beside the run's record."""
     assert watch.reference is not None
     assert watch.fixed_probe is not None
+    # Loaded again, so that the fit is not made beside a second copy.
+    pretrained = type(module)(**{key: value for key, value in module.hparams.items() if not key.startswith("_")})
+    pretrained.configure_model()
+    pretrained.to(device)
     seeds = range(config.null_seeds)
     draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
     write_null(folder, draws)
@@ -175,7 +162,3 @@ def facts(config: RunConfig, callbacks: list[pl.Callback], prints: Fingerprints)
         "objective_distance": distances[0].overall if distances and distances[0] else None,
         "backbone": dataclasses.asdict(describe(config.model)),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

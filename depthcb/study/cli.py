@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthcb.study.grid import RunConfig, read_study
-from depthcb.study.store import Store
+from depthcb.study.store import Store, full_disk, seems_running
+
+if TYPE_CHECKING:
+    from depthcb.study.pool import Engine
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +27,8 @@ def add_parser(commands: Any) -> None:
     tasks = study.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run", help="make the runs that are missing", description="Makes what the folder lacks.")
     _common(run)
-    run.add_argument("--jobs", type=int, help="runs at once (default: the cores divided by the study's threads)")
+    run.add_argument("--engine", choices=("pool", "ray"), default="pool", help="this machine, or a Ray cluster")
+    run.add_argument("--jobs", type=int, help="runs at once (default: as many as there is room for)")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="the i-th of n parts, for arrays of jobs")
     run.add_argument("--retry-failed", action="store_true", help="run again what ended without figures")
     status = tasks.add_parser("status", help="how many runs are done", description="Counts the runs by how they ended.")
@@ -58,24 +64,67 @@ def _study_file(name: str) -> Path:
 
 
 def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
-    from depthcb.study.pool import run_pool
+    from depthcb.study.pool import run_study
     from depthcb.study.progress import shown
 
     own = shard(configs, args.shard)
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: run one at least.")
     if args.retry_failed:
         store.forget_failures(own)
-    threads = max(config.threads for config in own)
-    jobs = args.jobs or max(1, (os.cpu_count() or 1) // threads)
-    if jobs < 1:
-        raise ValueError(f"--jobs {jobs}: run one at least.")
-    with shown() as report:
-        progress = run_pool(own, store, jobs, report)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, as with Ctrl-C
+    engine = _engine(args, own)
+    try:
+        with shown() as report:
+            progress = run_study(own, store, engine, report)
+    except KeyboardInterrupt:
+        print(f"Stopped. The same command goes on: `depthcb study run {args.study}`.")
+        return 130
+    except OSError as error:
+        if not full_disk(error):
+            raise
+        raise ValueError(
+            f"The disk of {store.root} is full: free some of it and give the same command again. What is done is kept."
+        ) from error
     for config in own:
         result = store.result(config)
         if result is not None and result["status"] != "finished":
             print(f"{result['status']}: {config.name}: {result['message']} ({store.folder(config)})")
     print(f"{progress.done} of {progress.total} runs have figures, {progress.failed} ended without.")
     return 1 if progress.failed else 0
+
+
+def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
+    """What makes the runs.
+
+    Raises:
+        ValueError: It lacks what a run needs.
+    """
+    if args.engine == "ray":
+        from depthcb.study.ray import RayEngine
+
+        return RayEngine(args.jobs)
+    from depthcb.study.pool import Pool
+
+    gpus = _gpus() if any(config.gpus for config in configs) else []
+    for config in configs:
+        if config.gpus > len(gpus):
+            raise ValueError(
+                f"A run of {config.name} needs {config.gpus} GPUs ('gpus' in the study), and this machine shows "
+                f"{len(gpus)}: run it where there are as many, or on a cluster with --engine ray."
+            )
+    threads = max(config.threads for config in configs)
+    return Pool(args.jobs or max(1, (os.cpu_count() or 1) // threads), gpus)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def shard(configs: Sequence[RunConfig], part: str) -> list[RunConfig]:
@@ -94,7 +143,8 @@ def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     counts: dict[str, int] = {}
     for config in configs:
         result = store.result(config)
-        status = "missing" if result is None else result["status"]
+        missing = "running" if seems_running(store.folder(config)) else "missing"
+        status = missing if result is None else result["status"]
         counts[status] = counts.get(status, 0) + 1
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + f" of {len(configs)} runs")
     return 0

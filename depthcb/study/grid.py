@@ -15,8 +15,8 @@ import yaml
 #: The axes of a grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
 CONTROLS = ("standard", "equal-step")
-#: The study's other entries, with their defaults.
-_DEFAULTS: dict[str, Any] = {"options": {}, "by": {}, "threads": 1, "null_seeds": 1}
+#: The study's entries that are numbers of each run, with their defaults and least values.
+_NUMBERS = {"threads": (1, 1), "gpus": (0, 0), "null_seeds": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class RunConfig:
         control: ``"standard"`` or ``"equal-step"``.
         seed: Of weights drawn anew, dropout and data order.
         threads: CPU threads of the run: they change sums in their last digit, so they belong to it.
+        gpus: Devices of the run, for the same reason; 0 is the CPU, whatever the machine has.
         null_seeds: Draws of noise for the null profile.
         options: Options of ``depthcb fit`` beyond the objective's own configuration.
 
@@ -45,6 +46,7 @@ class RunConfig:
     control: str
     seed: int
     threads: int = 1
+    gpus: int = 0
     null_seeds: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,9 +73,9 @@ class RunConfig:
 def read_study(path: str | Path) -> list[RunConfig]:
     """The runs that a study asks for, in the order of its axes.
 
-    The file has ``grid`` (a list for each of model, objective, optimizer, control and seed), and may have ``options``
-    (of every fit), ``by`` (options of runs with one value of an axis: ``by: {optimizer: {sgd: {model.lr: 0.1}}}``),
-    ``threads`` and ``null_seeds``.
+    The file has ``grid`` (a list for each of model, objective, optimizer, control and seed), and may have ``threads``,
+    ``gpus``, ``null_seeds``, ``options`` (of every fit) and ``by``: options, or these numbers, of runs with one value
+    of an axis (``by: {optimizer: {sgd: {model.lr: 0.1}}, model: {gpt2-xl: {gpus: 2}}}``).
 
     Args:
         path: The file, or the name of a bundled study.
@@ -89,23 +91,32 @@ def read_study(path: str | Path) -> list[RunConfig]:
         raise ValueError(f"The study {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(study, dict) or not isinstance(study.get("grid"), dict):
         raise ValueError(f"The study {path} has no grid: give a list for each of {', '.join(AXES)} under 'grid:'.")
-    unknown = [*(set(study) - {"grid", *_DEFAULTS}), *(set(study["grid"]) - set(AXES))]
+    unknown = [*(set(study) - {"grid", "options", "by", *_NUMBERS}), *(set(study["grid"]) - set(AXES))]
     if unknown:
         raise ValueError(
             f"The study {path} has {', '.join(sorted(unknown))}, which no study has: grid ({', '.join(AXES)}), "
-            f"{', '.join(_DEFAULTS)}."
+            f"options, by, {', '.join(_NUMBERS)}."
         )
-    given = _DEFAULTS | study
+    by = study.get("by", {})
     axes = [_axis(path, study["grid"], axis) for axis in AXES]
-    _check_by(path, given["by"], dict(zip(AXES, axes, strict=True)))
+    _check_by(path, by, dict(zip(AXES, axes, strict=True)))
+    everywhere = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | study.get("options", {})
     runs = []
     for values in itertools.product(*axes):
         point = dict(zip(AXES, values, strict=True))
-        options = dict(given["options"])
-        for axis, choices in given["by"].items():
+        options = dict(everywhere)
+        for axis, choices in by.items():
             options |= choices.get(point[axis], {})
-        runs.append(RunConfig(**point, threads=given["threads"], null_seeds=given["null_seeds"], options=options))
+        numbers = {name: _number(path, name, options.pop(name)) for name in _NUMBERS}
+        runs.append(RunConfig(**(point | numbers), options=options))
     return runs
+
+
+def _number(path: str | Path, name: str, value: Any) -> int:
+    least = _NUMBERS[name][1]
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"The study {path}: {name} is {value!r}; it must be a whole number, {least} or more.")
+    return value
 
 
 def _axis(path: str | Path, grid: Mapping[str, Any], axis: str) -> list[Any]:

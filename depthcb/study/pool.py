@@ -1,30 +1,73 @@
-"""Runs what a study lacks: one subprocess a run, several at once. The pool holds nothing that the disk does not say."""
+"""Makes the runs that a study lacks, several at once. Nothing is held that the disk does not say."""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from depthcb.study.grid import RunConfig
-from depthcb.study.store import LOG, Store, write_result
+from depthcb.study.process import MAKER, RunProcess, last_lines
+from depthcb.study.store import Store, write_result
+from depthcb.study.worker import BUSY, FULL
 
-#: What makes one run, given its folder: a module that is run with ``python -m``.
-MAKER = "recipes.study_run"
-#: Exit status of a run that another process makes already.
-BUSY = 75
 #: A run whose process was killed this often is recorded as killed.
 MOST_KILLS = 3
-_PR_SET_PDEATHSIG = 1
 #: Seconds between looks at the subprocesses.
 _LOOK = 0.05
+
+
+class Handle(Protocol):
+    """A run that an engine has started."""
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+
+class Engine(Protocol):
+    """Where runs are made."""
+
+    def has_room(self, config: RunConfig) -> bool:
+        """Whether this run can be started now."""
+
+    def start(self, config: RunConfig, folder: Path, wait: bool) -> Handle:
+        """Starts a run; told to wait, it waits for another process that makes it already."""
+
+
+class Pool:
+    """The embedded engine: subprocesses of this one.
+
+    Args:
+        jobs: Most runs at once.
+        gpus: The devices that they share, as ``CUDA_VISIBLE_DEVICES`` names them; no two runs get the same.
+        maker: The module that makes a run.
+    """
+
+    def __init__(self, jobs: int, gpus: Sequence[str] = (), maker: str = MAKER) -> None:
+        self._jobs, self._gpus, self._maker = jobs, list(gpus), maker
+        self._running: list[tuple[RunProcess, list[str]]] = []
+
+    def has_room(self, config: RunConfig) -> bool:
+        self._running = [(process, gpus) for process, gpus in self._running if process.poll() is None]
+        return len(self._running) < self._jobs and len(self._free) >= config.gpus
+
+    def start(self, config: RunConfig, folder: Path, wait: bool) -> RunProcess:
+        gpus = self._free[: config.gpus]
+        process = RunProcess(folder, config, gpus, wait, self._maker)
+        self._running.append((process, gpus))
+        return process
+
+    @property
+    def _free(self) -> list[str]:
+        taken = {gpu for _, gpus in self._running for gpu in gpus}
+        return [gpu for gpu in self._gpus if gpu not in taken]
 
 
 @dataclass
@@ -35,7 +78,7 @@ class Progress:
         total: Its runs.
         done: Those with figures.
         failed: Those that ended without: out of memory, NaN, an error.
-        running: Those that are made now, here or elsewhere.
+        running: Those that are made now by this driver.
         last: The last run's name and slope, or its failure.
         started: When, in seconds of `time.monotonic`.
         made: Runs that were made here since.
@@ -56,83 +99,119 @@ class Progress:
         return (time.monotonic() - self.started) / self.made * left if self.made else None
 
 
-def run_pool(
+def run_study(
     configs: Sequence[RunConfig],
     store: Store,
-    jobs: int,
+    engine: Engine,
     report: Callable[[Progress], None] = lambda progress: None,
-    maker: str = MAKER,
 ) -> Progress:
     """Makes the runs that have no result yet.
 
     Args:
         configs: The runs of the study.
         store: Where they are.
-        jobs: How many at once.
+        engine: What makes them.
         report: Called whenever something changes.
-        maker: The module that makes a run.
 
     Returns:
         How the study stands at the end.
+
+    Raises:
+        OSError: The disk is full; what is done is kept, what ran is ended.
     """
-    waiting, progress = [], Progress(len(configs))
-    for config in configs:
-        result = store.result(config)
-        if result is None:
-            waiting.append(config)
-        else:
-            _count(progress, result)
-    running: dict[RunHandle, RunConfig] = {}
-    kills: dict[str, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                config = waiting.pop(0)
-                running[RunHandle(store.prepare(config), config, maker)] = config
-            progress.running = len(running)
-            report(progress)
-            ended = [handle for handle in running if handle.poll() is not None]
-            for handle in ended:
-                config = running.pop(handle)
-                _take(handle, config, store, progress, waiting, kills)
-            if not ended:
-                time.sleep(_LOOK)
-    finally:
-        for handle in running:
-            handle.kill()
-    progress.running = 0
-    report(progress)
-    return progress
+    return _Driver(configs, store, engine, report).drive()
 
 
-def _take(
-    handle: RunHandle,
-    config: RunConfig,
-    store: Store,
-    progress: Progress,
-    waiting: list[RunConfig],
-    kills: dict[str, int],
-) -> None:
-    """What became of a run: a result, or another attempt."""
-    result = store.result(config)
-    if result is None and handle.poll() == BUSY:
-        time.sleep(_LOOK)  # made by another driver: looked at again when its turn comes
-        waiting.append(config)
-        return
-    if result is None:
-        kills[config.hash] = kills.get(config.hash, 0) + 1
-        if kills[config.hash] < MOST_KILLS:
-            waiting.insert(0, config)
+class _Driver:
+    """One process that makes a study's runs, beside any others that do."""
+
+    def __init__(
+        self, configs: Sequence[RunConfig], store: Store, engine: Engine, report: Callable[[Progress], None]
+    ) -> None:
+        self._store, self._engine, self._report = store, engine, report
+        self._progress = Progress(len(configs))
+        self._waiting: list[RunConfig] = []
+        self._running: dict[Handle, RunConfig] = {}
+        self._kills: dict[str, int] = {}
+        self._busy: set[str] = set()  # hashes of runs that another process was found at
+        for config in configs:
+            result = store.result(config)
+            if result is None:
+                self._waiting.append(config)
+            else:
+                self._count(result)
+
+    def drive(self) -> Progress:
+        try:
+            while self._waiting or self._running:
+                changed = self._start() | self._collect()
+                if changed:
+                    self._progress.running = len(self._running)
+                    self._report(self._progress)
+                else:
+                    time.sleep(_LOOK)
+        finally:
+            for handle in self._running:
+                handle.kill()
+        return self._progress
+
+    def _start(self) -> bool:
+        """Starts runs while there is room."""
+        before = len(self._running)
+        while self._waiting:
+            config = self._waiting[0]
+            # What another process was found at comes last, when there is nothing better to do than to wait for it.
+            wait = config.hash in self._busy
+            result = self._store.result(config) if wait else None
+            if result is not None:
+                self._count(result)
+                self._waiting.pop(0)
+                continue
+            if not self._engine.has_room(config):
+                break
+            self._running[self._engine.start(config, self._store.prepare(config), wait)] = self._waiting.pop(0)
+        return len(self._running) > before
+
+    def _collect(self) -> bool:
+        """Takes what has ended."""
+        ended = [(handle, status) for handle in self._running if (status := handle.poll()) is not None]
+        for handle, status in ended:
+            self._take(self._running.pop(handle), status)
+        return bool(ended)
+
+    def _take(self, config: RunConfig, status: int) -> None:
+        """What became of a run: a result, or another attempt."""
+        result = self._store.result(config)
+        if result is None and status in (0, BUSY):  # elsewhere; or a shared file system that shows it later
+            self._busy.add(config.hash)
+            self._waiting.append(config)
             return
-        result = handle.give_up(kills[config.hash])
-    _count(progress, result)
-    progress.made += 1
-    progress.last = f"{config.name}: {told(result)}"
+        if result is None and status == FULL:
+            self._waiting.append(config)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
+        if result is None:
+            self._kills[config.hash] = self._kills.get(config.hash, 0) + 1
+            if self._kills[config.hash] < MOST_KILLS:
+                self._waiting.insert(0, config)
+                return
+            result = self._give_up(config, status)
+        self._count(result)
+        self._progress.made += 1
+        self._progress.last = f"{config.name}: {told(result)}"
 
+    def _give_up(self, config: RunConfig, status: int) -> dict[str, Any]:
+        """Records that a run does not come to an end."""
+        folder = self._store.folder(config)
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        also = " (as the system does where memory runs out)" if status == -9 else ""
+        message = f"ended {how}{also} {MOST_KILLS} times; last lines: {last_lines(folder)}"
+        result = {"status": "killed", "message": message}
+        write_result(folder, result)
+        return result
 
-def _count(progress: Progress, result: dict[str, Any]) -> None:
-    progress.done += result["status"] == "finished"
-    progress.failed += result["status"] != "finished"
+    def _count(self, result: dict[str, Any]) -> None:
+        self._progress.done += result["status"] == "finished"
+        self._progress.failed += result["status"] != "finished"
 
 
 def told(result: dict[str, Any]) -> str:
@@ -140,69 +219,3 @@ def told(result: dict[str, Any]) -> str:
     if result["status"] != "finished":
         return f"{result['status']}: {result['message']}"
     return f"slope {result['slope']:+.3g}"
-
-
-class RunHandle:
-    """A subprocess that makes one run, its output in the run's log.
-
-    Args:
-        folder: The run's folder, with its configuration.
-        config: The run.
-        maker: The module that makes it.
-    """
-
-    def __init__(self, folder: Path, config: RunConfig, maker: str = MAKER) -> None:
-        self.folder = folder
-        self._log: IO[bytes] = open(folder / LOG, "ab")  # noqa: SIM115  # closed when the run has ended
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", maker, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env=environment(config.threads, os.getpid()),
-            start_new_session=True,  # so that its own children can be ended with it
-        )
-
-    def poll(self) -> int | None:
-        """The exit status, or None while it runs."""
-        status = self._process.poll()
-        if status is not None:
-            self._log.close()
-        return status
-
-    def kill(self) -> None:
-        """Ends the run at once."""
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def give_up(self, kills: int) -> dict[str, Any]:
-        """Records that the run does not come to an end."""
-        status = self._process.returncode
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        message = f"ended {how} {kills} times; last lines: {last_lines(self.folder)}"
-        result = {"status": "killed", "message": message}
-        write_result(self.folder, result)
-        return result
-
-
-def environment(threads: int, driver: int) -> dict[str, str]:
-    """A run's environment: its threads, whom it dies with, and nothing of a batch job that would confuse Lightning."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_", "WANDB_"))}
-    count = str(threads)
-    return kept | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "DEPTHCB_DRIVER": str(driver)}
-
-
-def last_lines(folder: Path, count: int = 5) -> str:
-    """The end of a run's log."""
-    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    return " | ".join(line.strip() for line in lines[-count:] if line.strip())
-
-
-def die_with_the_driver() -> None:
-    """Has the system end this process when the driver that started it ends, however it ends (Linux)."""
-    driver = os.environ.get("DEPTHCB_DRIVER")
-    if driver and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(driver):  # it ended before we asked
-            os._exit(1)

@@ -1,28 +1,33 @@
 """The folders of a study's runs: the only state there is.
 
-``<study>/runs/<hash>/`` holds ``config.yaml``, the run's record and log while it runs, and ``result.json`` from its
-end on: written last, beside its place, and moved there, so that a reader finds all of it or none. A run is locked by
-the process that makes it, for as long as that process lives.
+``<study>/runs/<hash>/`` holds ``run.yaml``, the run's record and log while it runs, and ``result.json`` from its end
+on: written last, beside its place, and moved there, so that a reader finds all of it or none. A run is locked by
+the process that makes it: by a lease, which holds between machines that share the folder, and which is void once its
+process is dead or, seen from another machine, has not renewed it for a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 
 from depthcb.study.grid import RunConfig
 
-RESULT, CONFIG, LOCK, LOG = "result.json", "config.yaml", "lock", "log.txt"
+RESULT, CONFIG, LOCK, LOG = "result.json", "run.yaml", "lock", "log.txt"
+#: Seconds without a sign of life after which another machine takes a run over.
+LEASE = 60.0
 
 
 class Busy(Exception):
@@ -103,24 +108,49 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's lock; the system gives it back when the process ends, however it ends.
+def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[None]:
+    """Holds a run's lock.
+
+    A holder whose lease was taken over (it was halted for longer than that) ends at once: the run is another's now.
+
+    Args:
+        folder: The run's folder.
+        patience: Seconds to wait for another holder.
+        lease: Seconds without a sign of life after which the lock is free: the same for all.
 
     Raises:
         Busy: Another process holds it.
     """
+    lock = SoftFileLease(folder / LOCK, lease_duration=lease, on_compromise=lambda _: os._exit(1))
     try:
-        lock = FileLock(folder / LOCK).acquire(blocking=False)
+        held = lock.acquire(timeout=patience)
     except Timeout:
         raise Busy(str(folder)) from None
-    with lock:
+    with held:
         yield
+
+
+def seems_running(folder: Path) -> bool:
+    """Whether a run's lock was renewed lately; for up to a minute also of one that was killed."""
+    try:
+        return time.time() - (folder / LOCK).stat().st_mtime < LEASE
+    except OSError:
+        return False
+
+
+def full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is a disk or a quota that is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def start_afresh(folder: Path) -> None:
     """Removes what an earlier attempt left; half a run is no run."""
     for path in folder.iterdir():
-        if path.name not in (CONFIG, LOCK, LOG):
+        if path.name not in (CONFIG, LOG) and not path.name.startswith(LOCK):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from depthcb.cli import main
 from depthcb.study.cli import shard
 from depthcb.study.grid import RunConfig, read_study
-from depthcb.study.pool import MOST_KILLS, environment, run_pool
+from depthcb.study.pool import MOST_KILLS, Pool, run_study
+from depthcb.study.process import environment
 from depthcb.study.store import RESULT, Busy, Store, locked, read_result, write_result
 
 HERE = Path(__file__).parent
@@ -40,8 +44,8 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def made(store: Store) -> list[str]:
-    """What was made, once each time: the maker notes it."""
-    return [line for path in store.root.glob("runs/*/made") for line in path.read_text().splitlines()]
+    """Hashes of what was made, once each time: the maker notes it."""
+    return [line.split()[0] for line in (store.root / "made").read_text().splitlines()]
 
 
 def test_the_grid_is_every_combination_with_its_options(tmp_path: Path) -> None:
@@ -85,6 +89,8 @@ def test_one_more_value_adds_only_its_runs(tmp_path: Path) -> None:
             yaml.safe_dump({"grid": GRID, "by": {"model": {"c": {}}}}),
             "by.model speaks of 'c', which grid.model does not have",
         ),
+        (yaml.safe_dump({"grid": GRID, "threads": 0}), "threads is 0; it must be a whole number, 1 or more"),
+        (yaml.safe_dump({"grid": GRID, "by": {"seed": {1: {"gpus": "x"}}}}), "gpus is 'x'; it must be a whole number"),
     ],
 )
 def test_a_bad_study_is_one_clear_sentence(text: str, message: str, tmp_path: Path) -> None:
@@ -95,10 +101,10 @@ def test_a_bad_study_is_one_clear_sentence(text: str, message: str, tmp_path: Pa
         read_study(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["paper", "paper-sgd", "mini"])
-def test_bundled_studies_are_studies(name: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("paper", 240), ("paper-sgd", 240), ("mini", 96), ("mini-smoke", 24)])
+def test_bundled_studies_are_studies(name: str, count: int) -> None:
     runs = read_study(Path(__file__).parents[2] / "recipes" / "studies" / f"{name}.yaml")
-    assert len(runs) == {"paper": 240, "paper-sgd": 240, "mini": 96}[name]
+    assert len(runs) == count
     configs = {path.stem for path in (Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")}
     assert {run.objective for run in runs} <= configs
 
@@ -106,47 +112,48 @@ def test_bundled_studies_are_studies(name: str) -> None:
 def test_a_pool_makes_each_run_once_and_the_next_one_nothing(maker: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path)), Store(tmp_path / "out")
     seen: list[tuple[int, int]] = []
-    progress = run_pool(configs, store, 4, lambda p: seen.append((p.done, p.running)), maker)
+    progress = run_study(configs, store, Pool(4, maker=maker), lambda p: seen.append((p.done, p.running)))
     assert (progress.done, progress.failed) == (24, 0)
     assert max(running for _, running in seen) == 4
     assert sorted(made(store)) == sorted(config.hash for config in configs)
-    again = run_pool(configs, store, 4, maker=maker)
+    again = run_study(configs, store, Pool(4, maker=maker))
     assert (again.done, again.made, len(made(store))) == (24, 0, 24)
 
 
 def test_a_result_spoilt_by_hand_is_made_again_and_no_other(maker: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path))[:4], Store(tmp_path / "out")
-    run_pool(configs, store, 2, maker=maker)
+    run_study(configs, store, Pool(2, maker=maker))
     cut, changed = (store.folder(config) / RESULT for config in configs[:2])
     cut.write_text(cut.read_text()[:-20])
     fields = json.loads(changed.read_text())
     changed.write_text(json.dumps(fields | {"slope": 99.0}))
     assert store.result(configs[0]) is store.result(configs[1]) is None
-    run_pool(configs, store, 2, maker=maker)
+    run_study(configs, store, Pool(2, maker=maker))
     assert sorted(made(store)) == sorted([config.hash for config in configs] + [c.hash for c in configs[:2]])
     assert [store.result(config)["slope"] for config in configs[:2]] == [1.0, 1.0]  # type: ignore[index]
 
 
 def test_failures_are_recorded_and_retried_when_asked(maker: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path, options={"fail": "a contrastive"})), Store(tmp_path / "out")
-    progress = run_pool(configs, store, 4, maker=maker)
+    progress = run_study(configs, store, Pool(4, maker=maker))
     assert (progress.done, progress.failed) == (18, 6)
     failed = [result for config in configs if (result := store.result(config)) and result["status"] != "finished"]
     assert {result["message"] for result in failed} == {"on purpose"}
-    assert run_pool(configs, store, 4, maker=maker).made == 0
+    assert run_study(configs, store, Pool(4, maker=maker)).made == 0
     store.forget_failures(configs)
-    assert run_pool(configs, store, 4, maker=maker).made == 6
+    assert run_study(configs, store, Pool(4, maker=maker)).made == 6
 
 
 def test_a_run_that_dies_each_time_is_given_up_and_named(maker: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path, options={"die": "b"})), Store(tmp_path / "out")
-    progress = run_pool(configs, store, 4, maker=maker)
+    progress = run_study(configs, store, Pool(4, maker=maker))
     assert (progress.done, progress.failed) == (12, 12)
     dead = store.result(configs[-1])
     assert dead is not None
     assert dead["status"] == "killed"
     lines = " | ".join(["I am about to die"] * MOST_KILLS)
-    assert dead["message"] == f"ended by signal 9 {MOST_KILLS} times; last lines: {lines}"
+    how = "by signal 9 (as the system does where memory runs out)"
+    assert dead["message"] == f"ended {how} {MOST_KILLS} times; last lines: {lines}"
     assert [path.name for path in store.folder(configs[-1]).iterdir() if path.name.startswith(".")] == []
 
 
@@ -154,9 +161,9 @@ DRIVER = """
 import sys
 from pathlib import Path
 from depthcb.study.grid import read_study
-from depthcb.study.pool import run_pool
+from depthcb.study.pool import Pool, run_study
 from depthcb.study.store import Store
-run_pool(read_study(sys.argv[1]), Store(Path(sys.argv[2])), 3, maker="study_maker")
+run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), Pool(3, maker="study_maker"))
 """
 
 
@@ -173,14 +180,14 @@ def alive(out: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().decode()
             except OSError:
                 continue
-            if "study_maker" in command and str(out) in command:
+            if str(out) in command:
                 found.append(int(entry.name))
     return found
 
 
 def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker: str, tmp_path: Path) -> None:
     path, out = study(tmp_path, options={"seconds": 0.3}), tmp_path / "out"
-    configs, store = read_study(path), Store(out)
+    configs, store, finished = read_study(path), Store(out), dict[Path, int]()
     for kill in range(4):
         driver = drive(path, out)
         deadline = time.monotonic() + 60
@@ -193,10 +200,12 @@ def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker:
         driver.wait()
         time.sleep(0.3)
         assert alive(out) == [], "what a killed driver started lives on"
+        for folder, file in finished.items():
+            assert (folder / RESULT).stat().st_ino == file, "a finished run was made again"
+        finished |= {path.parent: path.stat().st_ino for path in out.glob(f"runs/*/{RESULT}")}
     assert drive(path, out).wait(timeout=60) == 0
     assert all(store.result(config) for config in configs)
-    finished = made(store)
-    assert sorted(finished) == sorted(config.hash for config in configs), "a run was finished twice"
+    assert all((folder / RESULT).stat().st_ino == file for folder, file in finished.items())
 
 
 def test_two_drivers_at_once_make_no_run_twice(maker: str, tmp_path: Path) -> None:
@@ -206,11 +215,93 @@ def test_two_drivers_at_once_make_no_run_twice(maker: str, tmp_path: Path) -> No
     assert sorted(made(Store(out))) == sorted(config.hash for config in read_study(path))
 
 
-def test_a_lock_is_its_process(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(Busy), locked(tmp_path):
+HOLDER = """
+import socket, sys, time
+from pathlib import Path
+if sys.argv[2]:
+    socket.gethostname = lambda: sys.argv[2]
+from depthcb.study.store import locked
+with locked(Path(sys.argv[1]), lease=float(sys.argv[3])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def hold(folder: Path, host: str = "", lease: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a run's lock, on another machine if its name is given."""
+    arguments = [sys.executable, "-c", HOLDER, str(folder), host, str(lease)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder
+        finally:
+            holder.kill()
+
+
+def test_a_lock_is_void_with_its_process(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(Busy), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_machine_that_gives_no_sign_of_life_loses_its_run_and_ends_it(tmp_path: Path) -> None:
+    with hold(tmp_path, "elsewhere", lease=2) as holder:
+        with pytest.raises(Busy), locked(tmp_path, patience=5, lease=2):  # it lives, so waiting is in vain
+            pass
+        holder.send_signal(signal.SIGSTOP)  # as a machine that hangs, or one that is cut off
+        with locked(tmp_path, patience=20, lease=2):
+            holder.send_signal(signal.SIGCONT)
+            assert holder.wait(timeout=20) == 1, "it must not go on with what is another's"
+
+
+def test_runs_never_share_a_gpu(maker: str, tmp_path: Path) -> None:
+    configs = read_study(study(tmp_path, by={"model": {"a": {"gpus": 1}, "b": {"gpus": 2}}}, options={"seconds": 0.1}))
+    assert {(config.model, config.gpus) for config in configs} == {("a", 1), ("b", 2)}
+    store = Store(tmp_path / "out")
+    run_study(configs, store, Pool(8, ["3", "5", "7"], maker))
+    lines = [line.split() for line in (store.root / "made").read_text().splitlines()]
+    used = [(set(gpus.split(",")), float(began), float(ended)) for _, gpus, began, ended in lines]
+    assert sorted(len(gpus) for gpus, _, _ in used) == [1] * 12 + [2] * 12
+    assert set().union(*(gpus for gpus, _, _ in used)) == {"3", "5", "7"}
+    for i, (gpus, began, ended) in enumerate(used):
+        for other, start, end in used[:i]:
+            assert not gpus & other or ended <= start or end <= began
+    assert any(start < ended and began < end for _, began, ended in used for _, start, end in used if start != began)
+
+
+def test_what_a_machine_lacks_is_said_before_anything_runs(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    path, out = study(tmp_path, gpus=2), tmp_path / "out"
+    assert main(["study", "run", str(path), "--out", str(out)]) == 2
+    assert "needs 2 GPUs ('gpus' in the study), and this machine shows 1: run it" in capsys.readouterr().err
+    assert main(["study", "run", str(study(tmp_path)), "--out", str(out), "--jobs", "0"]) == 2
+    assert "--jobs 0: run one at least." in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_ending_a_run_ends_what_it_started(maker: str, tmp_path: Path) -> None:
+    configs, out = read_study(study(tmp_path, options={"seconds": 600, "child": True}))[:1], tmp_path / "out"
+    store = Store(out)
+    run = Pool(1, maker=maker).start(configs[0], store.prepare(configs[0]), wait=False)
+    deadline = time.monotonic() + 30
+    while len(alive(out)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.kill()
+    time.sleep(0.2)
+    assert alive(out) == []
+
+
+def test_a_folder_that_cannot_be_read_is_named(maker: str, tmp_path: Path, capsys: Any) -> None:
+    path, out = study(tmp_path), tmp_path / "out"
+    folder = Store(out).folder(read_study(path)[5])
+    (folder / RESULT).mkdir(parents=True)  # what a user without the right to read it meets, also where that is root
+    assert main(["study", "run", str(path), "--out", str(out)]) == 2
+    assert f"{folder / RESULT} cannot be read" in capsys.readouterr().err
+    assert main(["study", "status", str(path), "--out", str(out)]) == 2
 
 
 def test_shards_are_the_study(tmp_path: Path) -> None:
@@ -225,8 +316,10 @@ def test_shards_are_the_study(tmp_path: Path) -> None:
 def test_a_batch_job_does_not_reach_into_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_NTASKS", "PL_GLOBAL_SEED", "WANDB_MODE"):
         monkeypatch.setenv(name, "7")
-    found = environment(3, 12)
+    found = environment(3, ["1", "2"], wait=False)
     assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "3"
+    assert found["CUDA_VISIBLE_DEVICES"] == "1,2"
+    assert environment(1, [], wait=False)["CUDA_VISIBLE_DEVICES"] == "", "a run without GPUs sees none"
     assert not {"SLURM_NTASKS", "PL_GLOBAL_SEED", "WANDB_MODE"} & set(found)
 
 

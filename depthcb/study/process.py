@@ -1,0 +1,80 @@
+"""A run's subprocess: how it is started, looked at and ended. Every engine starts the same one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from depthcb.study.grid import RunConfig
+from depthcb.study.store import LOG
+
+#: What makes one run: a module with ``make(config, folder)``.
+MAKER = "recipes.study_run"
+
+
+class RunProcess:
+    """A subprocess that makes one run, its output in the run's log.
+
+    Args:
+        folder: The run's folder, with its configuration.
+        config: The run.
+        gpus: The devices it may see, as ``CUDA_VISIBLE_DEVICES`` names them.
+        wait: Whether to wait for another process that makes this run.
+        maker: The module that makes it.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, gpus: Sequence[str] = (), wait: bool = False, maker: str = MAKER
+    ) -> None:
+        self._log: IO[bytes] = open(folder / LOG, "ab")  # noqa: SIM115  # closed when the run has ended
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "depthcb.study.worker", str(folder), maker],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment(config.threads, gpus, wait),
+            start_new_session=True,  # a group of its own, so that its own children can be ended with it
+        )
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        if self._process.poll() is not None:
+            self._end()
+        return self._process.returncode
+
+    def wait(self) -> int:
+        """Waits for the end; returns the exit status."""
+        self._process.wait()
+        self._end()
+        return self._process.returncode
+
+    def kill(self) -> None:
+        """Ends the run at once."""
+        self._end()
+        self._process.wait()
+
+    def _end(self) -> None:
+        """Ends what is left of the process's group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._log.close()
+
+
+def environment(threads: int, gpus: Sequence[str], wait: bool) -> dict[str, str]:
+    """A run's environment: its threads and devices, whom it dies with, and nothing of a batch job around it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_", "WANDB_", "DEPTHCB_"))}
+    kept |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "DEPTHCB_PARENT": str(os.getpid())}
+    kept |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONSAFEPATH": "1"}  # no module of the current folder's
+    return kept | ({"DEPTHCB_WAIT": "1"} if wait else {})
+
+
+def last_lines(folder: Path, count: int = 5) -> str:
+    """The end of a run's log."""
+    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    return " | ".join(line.strip() for line in lines[-count:] if line.strip())

@@ -1,0 +1,68 @@
+"""Studies of real fits, run as a user runs them; and what of them lives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from depthcb.study.grid import read_study
+from depthcb.study.store import Store
+
+SMOKE = Path(__file__).parents[2] / "recipes" / "studies" / "mini-smoke.yaml"
+
+
+def twelve(folder: Path) -> Path:
+    """Twelve runs out of the bundled mini-smoke study."""
+    study = yaml.safe_load(SMOKE.read_text())
+    study["grid"] |= {"model": ["bert-tiny", "gpt2-tiny", "neox-tiny"], "objective": ["causal_lm", "contrastive"]}
+    del study["by"]["objective"]["sequence_classification"]
+    path = folder / "twelve.yaml"
+    path.write_text(yaml.safe_dump(study))
+    assert len(read_study(path)) == 12
+    return path
+
+
+def command(task: str, study: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "depthcb.cli", "study", task, str(study), "--out", str(out), *more]
+
+
+def drive(study: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command("run", study, out, *more), stdout=subprocess.DEVNULL)
+
+
+def figures(study: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """Each run's result without the time it took and when that was."""
+    found = {}
+    for config in read_study(study):
+        result = Store(out).result(config)
+        assert result is not None, f"{config.name} has no result"
+        assert result["status"] == "finished", result
+        found[config.name] = {k: v for k, v in result.items() if k not in ("seconds", "provenance", "sha256")}
+    return found
+
+
+def alive(out: Path) -> list[int]:
+    """Processes whose command names a study's folder, but for this one's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(out) in command:
+                found.append(int(entry.name))
+    return found
+
+
+def gone(out: Path, within: float) -> bool:
+    """Whether nothing of a study lives some seconds later."""
+    deadline = time.monotonic() + within
+    while alive(out) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(out)

@@ -1,0 +1,67 @@
+"""Real fits under kills: whatever dies when, the study ends with the figures of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies import alive, drive, figures, gone, twelve
+
+from depthcb.study.grid import read_study
+from depthcb.study.store import RESULT, Store, read_result
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A study of twelve runs, and its figures when it is left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    study = twelve(folder)
+    assert drive(study, folder / "out").wait() == 0
+    return study, figures(study, folder / "out")
+
+
+@pytest.mark.parametrize(("engine", "kills", "within"), [("pool", 20, 1.0), ("ray", 5, 15.0)])
+def test_kills_at_random_moments_change_nothing(
+    engine: str, kills: int, within: float, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Kill -9 of the driver or of a worker; Ray's nodes need some seconds to notice that their driver is gone."""
+    study, expected = undisturbed
+    out, chance, finished = tmp_path / "out", random.Random(0), dict[Path, int]()
+    driver = drive(study, out, "--engine", engine)
+    for kill in range(kills):
+        time.sleep(chance.uniform(1, 7 if engine == "pool" else 20))
+        assert driver.poll() is None, f"the study was over before its {kill + 1}th kill: kill faster"
+        workers = [pid for pid in alive(out) if pid != driver.pid]
+        if kill % 2 and workers and engine == "pool":
+            os.kill(chance.choice(workers), signal.SIGKILL)
+        else:
+            driver.kill()
+            driver.wait()
+            assert gone(out, within), "something outlives its driver"
+            driver = drive(study, out, "--engine", engine)
+        for path in out.glob(f"runs/*/{RESULT}"):
+            assert read_result(path.parent) is not None, "half a result"
+            finished.setdefault(path, path.stat().st_ino)
+    assert driver.wait() in (0, 1)
+    assert drive(study, out, "--engine", engine, "--retry-failed").wait() == 0  # killed thrice by chance: given up
+    assert figures(study, out) == expected
+    for path, file in finished.items():
+        result = read_result(path.parent)
+        assert result is not None
+        assert path.stat().st_ino == file, "a finished run was made again"
+
+
+def test_three_parts_at_once_are_the_study(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    study, expected = undisturbed
+    parts = [drive(study, tmp_path, "--jobs", "1", "--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert [part.wait() for part in parts] == [0, 0, 0]
+    assert figures(study, tmp_path) == expected
+    assert len(list(tmp_path.glob("runs/*"))) == len(read_study(study))
+    assert all(Store(tmp_path).result(config) for config in read_study(study))

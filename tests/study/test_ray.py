@@ -1,0 +1,92 @@
+"""Ray as the engine: a cluster of two nodes on this machine, one of which dies."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from depthcb.study.grid import read_study
+from depthcb.study.store import RESULT, Store
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+GRID: dict[str, Any] = {
+    "model": ["a", "b"], "objective": ["causal_lm"], "optimizer": ["sgd"], "control": ["standard", "equal-step"],
+    "seed": [0, 1, 2],
+}  # fmt: skip
+DRIVER = """
+import sys
+from pathlib import Path
+from depthcb.study.grid import read_study
+from depthcb.study.pool import run_study
+from depthcb.study.ray import RayEngine
+from depthcb.study.store import Store
+try:
+    engine = RayEngine(maker="study_maker")
+    run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), engine, lambda p: print(p.done, p.running, flush=True))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head with one core."""
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def study(folder: Path, **more: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"grid": GRID, **more}))
+    return path
+
+
+def drive(path: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(path), str(out)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_node_that_dies_costs_no_run(cluster: Any, tmp_path: Path) -> None:
+    second = cluster.add_node(num_cpus=1)
+    path, out = study(tmp_path, options={"seconds": 1}), tmp_path / "out"
+    with drive(path, out) as driver:
+        assert driver.stdout is not None
+        seen = [driver.stdout.readline().split()]
+        while len(list(out.glob(f"runs/*/{RESULT}"))) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+        seen += [line.split() for line in driver.stdout.read().splitlines()]
+        assert driver.wait() == 0
+    running = [int(number) for _, number in seen]
+    assert max(running) == 2, "one run a node"
+    assert running[-2] == 1, "the node that is left makes the rest"
+    assert seen[-1] == ("12", "0")
+    assert all(Store(out).result(config)["status"] == "finished" for config in read_study(path))  # type: ignore[index]
+
+
+def test_what_no_node_has_is_said(cluster: Any, tmp_path: Path) -> None:
+    with drive(study(tmp_path, gpus=1), tmp_path / "out") as driver:
+        said = driver.communicate(timeout=60)[0]
+    assert "No node of the Ray cluster has what a run of a causal_lm sgd standard 0 needs, 1 CPUs and 1 GPUs" in said
+
+
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
+    with drive(study(tmp_path), tmp_path / "out") as driver:
+        said = driver.communicate(timeout=120)[0]
+    assert "No Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in said
