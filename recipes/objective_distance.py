@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -88,6 +89,13 @@ class ObjectiveDistanceMonitor(Callback):
             )
         for logger in trainer.loggers:
             logger.log_metrics(_row(self.distance), step=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"distance": None if self.distance is None else asdict(self.distance)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["distance"]
+        self.distance = None if saved is None else ObjectiveDistance(**saved)
 
     def _quarters(self, trainer: pl.Trainer) -> list[list[Batch]]:
         loader, needed = first_validation_loader(trainer), 4 * self.batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,20 +56,25 @@ def make(config: RunConfig, folder: Path) -> dict[str, Any]:
 class Fingerprints(pl.Callback):
     """Hashes of the weights that a fit started from and of the batches that it saw; stops at a loss that is not finite.
 
+    Each batch's hash goes on from that of the batches before it, so that a resumed fit ends with the same one.
+
     Raises:
         NotFiniteError: After the batch whose loss it was.
     """
 
     def __init__(self) -> None:
         self.initial_weights = ""
-        self._order = hashlib.sha256()
+        self.data_order = ""
 
-    @property
-    def data_order(self) -> str:
-        """Hash of all batches so far."""
-        return self._order.hexdigest()
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial_weights": self.initial_weights, "data_order": self.data_order}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.initial_weights, self.data_order = state_dict["initial_weights"], state_dict["data_order"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.initial_weights:
+            return
         weights = hashlib.sha256()
         for name, tensor in sorted(pl_module.state_dict().items()):
             weights.update(name.encode())
@@ -76,14 +82,46 @@ class Fingerprints(pl.Callback):
         self.initial_weights = weights.hexdigest()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        order = hashlib.sha256(self.data_order.encode())
         for name, tensor in sorted(batch.items()):
-            self._order.update(name.encode())
-            self._order.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            order.update(name.encode())
+            order.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        self.data_order = order.hexdigest()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if not bool(torch.isfinite(loss).all()):
             raise NotFiniteError(f"the loss was {float(loss)} at step {trainer.global_step}: lower the learning rate")
+
+
+class Resumable(pl.Callback):
+    """Keeps one checkpoint, of the last validation, with the state of the random streams: what dropout goes on from.
+
+    Args:
+        path: The checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._streams: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.global_step != trainer.max_steps:  # from the end nothing goes on
+            fresh = self.path.with_name(".fresh")
+            trainer.save_checkpoint(fresh)
+            os.replace(fresh, self.path)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._streams:
+            torch.set_rng_state(self._streams["cpu"])
+            torch.cuda.set_rng_state_all(self._streams["cuda"])
+            self._streams = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._streams = state_dict
 
 
 def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -93,7 +131,11 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     prints = Fingerprints()
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
     callbacks.append(prints)
-    trainer.fit(module, cli.datamodule)
+    checkpoint = folder / "last.ckpt"
+    if config.resumes:
+        callbacks.append(Resumable(checkpoint))
+    trainer.fit(module, cli.datamodule, ckpt_path=checkpoint if checkpoint.is_file() else None)
+    checkpoint.unlink(missing_ok=True)
     watch = next(c for c in callbacks if isinstance(c, DepthProfile))
     measure_null(config, folder, watch, module, trainer.strategy.root_device)
     (run,) = read_runs(folder)

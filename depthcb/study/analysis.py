@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             continue
         profile = {m: Profile.from_dict(p) for m, p in result["profiles"].items()}
         first = next(iter(profile.values()))
-        null = Profiles(map(Profile.from_dict, result["null"].get(first.measure, ()))).mean_relative_slope
+        null = Profiles(map(Profile.from_dict, result["null"].get(first.measure, ())))
+        share = null.mean_relative_slope
         low, high = first.slope_interval or (np.nan, np.nan)
         rows.append({
             **{axis: result["config"][axis] for axis in AXES},
@@ -73,7 +74,8 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "slope": first.slope, "slope_low": low, "slope_high": high,
             "relative_slope": first.relative_slope, "width": first.width, "centre": first.centre, "mean": first.mean,
             "distance": result["objective_distance"], "loss": result["loss"], "loss_before": result["loss_before"],
-            "spread": result["wanted_spread"], "null_relative_slope": np.nan if null is None else null,
+            "spread": result["wanted_spread"], "null_relative_slope": np.nan if share is None else share,
+            "null_slope": _mean(p.slope for p in null), "null_width": _mean(p.width for p in null),
             "profiles": profile, "initial_weights": result["initial_weights"], "data_order": result["data_order"],
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -124,18 +126,20 @@ def interval(
     runs: pd.DataFrame,
     statistic: Callable[[pd.DataFrame], float],
     within: Sequence[str] = (),
+    bounds: tuple[float, float] = (-np.inf, np.inf),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """An estimate with its 95 % interval by a hierarchical bootstrap: models are drawn, and seeds within them [ours].
 
     The bootstrap's standard error is widened by Student's t and sqrt(m / (m - 1)) for m models: with few of them the
-    percentiles of the draws are too narrow.
+    percentiles of the draws are too narrow. What lies beyond the values that the statistic can have is left out.
 
     Args:
         runs: Rows with ``model`` and ``seed``.
         statistic: Of such rows.
         within: Columns whose groups each keep their number of models in a draw: sides that the statistic compares.
+        bounds: Least and largest value that the statistic can have.
         draws: Bootstrap draws.
         seed: Of the draws.
 
@@ -144,7 +148,7 @@ def interval(
     """
     rng = np.random.default_rng(seed)
     strata: dict[Any, list[list[list[int]]]] = {}  # row numbers by stratum, model and seed
-    numbered = runs.reset_index(drop=True)
+    numbered = runs.drop(columns=["profiles"], errors="ignore").reset_index(drop=True)
     for key, of in numbered.groupby([*within, "model"], sort=True):
         strata.setdefault(key[:-1], []).append([list(rows.index) for _, rows in of.groupby("seed")])
     values = []
@@ -165,7 +169,7 @@ def interval(
         return estimate, np.nan, np.nan
     freedom = sum(len(models) - 1 for models in strata.values())
     half = stats.t.ppf(0.975, freedom) * np.std(values, ddof=1) * np.sqrt(fewest / (fewest - 1))
-    return estimate, estimate - half, estimate + half
+    return estimate, max(estimate - half, bounds[0]), min(estimate + half, bounds[1])
 
 
 def _c1(runs: pd.DataFrame) -> Claim:
@@ -174,16 +178,10 @@ def _c1(runs: pd.DataFrame) -> Claim:
     effect = "share of standard runs whose slope interval lies above 0"
     if _few(standard):
         return _undecided("C1", says, effect, standard)
-    value = interval(standard, lambda rows: float((rows["slope_low"] > 0).mean()))
+    value = interval(standard, _kept, bounds=(0.0, 1.0))
     exceptions = int((~(standard["slope_low"] > 0)).sum())
     allowed = max(1, round(len(standard) / 120))  # one of the paper's 120 standard runs
-    by_null = standard["null_relative_slope"] / standard["relative_slope"] >= NULL_EXPLAINS
-    notes = [
-        f"{exceptions} of {len(standard)} runs are exceptions",
-        f"the null has {NULL_EXPLAINS:.0%} of the run's relative slope or more in {int(by_null.sum())} of them",
-    ]
-    if by_null.mean() >= 0.5:
-        notes.append("the null explains the shape of most of these profiles: it is no evidence about training")
+    notes = [f"{exceptions} of {len(standard)} runs are exceptions", *_shape_notes(standard)]
     return _decided("C1", says, effect, value, exceptions <= allowed, notes)
 
 
@@ -208,12 +206,12 @@ def _c2(runs: pd.DataFrame) -> Claim:
     sides = {block: equal[equal["block"] == block] for block in ("sequential", "parallel")}
     if any(_few(side) or side["objective"].nunique() < 2 for side in sides.values()):
         return _undecided("C2", says, effect, equal)
-    value = interval(equal, _contrast, ("block",))
+    value = interval(equal, _contrast, ("block",), bounds=(-1.0, 1.0))
     by = {(b, o): _kept(rows) for b, side in sides.items() for o, rows in side.groupby("objective")}
     sequential = min(share for (block, _), share in by.items() if block == "sequential")
     causal = by.get(("parallel", "causal_lm"), np.nan)
     shares = ", ".join(f"{block} {objective} {share:.0%}" for (block, objective), share in by.items())
-    notes = [f"keep the slope: {shares}", *_spread_note(equal)]
+    notes = [f"keep the slope: {shares}", *_spread_note(equal), *_shape_notes(equal)]
     return _decided("C2", says, effect, value, bool(value[1] > 0 and sequential > 0.5 and causal > 0.5), notes)
 
 
@@ -228,8 +226,8 @@ def _c3(runs: pd.DataFrame) -> Claim:
     def narrowing(rows: pd.DataFrame) -> float:
         return _contrast(rows[rows["size"] == "small"]) - _contrast(rows[rows["size"] == "medium"])
 
-    value = interval(equal, narrowing, ("block", "size"))
-    return _decided("C3", says, effect, value, value[1] > 0, _spread_note(equal))
+    value = interval(equal, narrowing, ("block", "size"), bounds=(-2.0, 2.0))
+    return _decided("C3", says, effect, value, value[1] > 0, [*_spread_note(equal), *_shape_notes(equal)])
 
 
 def _c4(runs: pd.DataFrame) -> Claim:
@@ -243,8 +241,9 @@ def _c4(runs: pd.DataFrame) -> Claim:
         a, b = stats.rankdata(rows["slope"]), stats.rankdata(rows["distance"])
         return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else np.nan
 
-    value = interval(standard, correlation)
-    return _decided("C4", says, effect, value, value[1] > 0, [])
+    value = interval(standard, correlation, bounds=(-1.0, 1.0))
+    null = correlation(standard.assign(slope=standard["null_slope"]))
+    return _decided("C4", says, effect, value, value[1] > 0, [_null_note(value[0], null)])
 
 
 def _c5(runs: pd.DataFrame) -> Claim:
@@ -253,9 +252,13 @@ def _c5(runs: pd.DataFrame) -> Claim:
     standard = runs[(runs["control"] == "standard") & runs["width"].notna()]
     if _few(standard) or standard["objective"].nunique() < 2:
         return _undecided("C5", says, effect, standard)
-    value = interval(standard, lambda rows: explained(rows, "model") - explained(rows, "objective"))
-    notes = [f"model {explained(standard, 'model'):.0%}, objective {explained(standard, 'objective'):.0%}"]
-    return _decided("C5", says, effect, value, value[1] > 0, notes)
+
+    def difference(rows: pd.DataFrame) -> float:
+        return explained(rows, "model") - explained(rows, "objective")
+
+    value, null = interval(standard, difference, bounds=(-1.0, 1.0)), standard.assign(width=standard["null_width"])
+    shares = f"model {explained(standard, 'model'):.0%}, objective {explained(standard, 'objective'):.0%}"
+    return _decided("C5", says, effect, value, value[1] > 0, [shares, _null_note(value[0], difference(null))])
 
 
 def explained(rows: pd.DataFrame, factor: str, column: str = "width") -> float:
@@ -274,6 +277,28 @@ def _spread_note(equal: pd.DataFrame) -> list[str]:
     spread = float(equal["spread"].median())
     note = f"the control removed a median step-ratio spread of {spread:.2f}x"
     return [note + (": little to remove, so a kept slope is weak evidence" if spread < LITTLE_SPREAD else "")]
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else np.nan
+
+
+def _shape_notes(rows: pd.DataFrame) -> list[str]:
+    """Whether the null has the slopes that these runs have or keep."""
+    kept = rows[rows["slope_low"] > 0]
+    explained_ones = int((kept["null_relative_slope"] / kept["relative_slope"] >= NULL_EXPLAINS).sum())
+    note = f"of the {len(kept)} runs with a slope, the null has {NULL_EXPLAINS:.0%} of it or more in {explained_ones}"
+    if len(kept) and explained_ones / len(kept) >= 0.5:
+        return [note, "the null explains the shape of most of these profiles: it is no evidence about training"]
+    return [note]
+
+
+def _null_note(estimate: float, null: float) -> str:
+    """What the effect is on the null's profiles in place of the runs'."""
+    explains = null / estimate >= NULL_EXPLAINS if estimate else False
+    note = f"on the null's profiles the effect is {null:+.3g}"
+    return note + (": the null explains it, so it is no evidence about training" if explains else "")
 
 
 def _decided(

@@ -61,6 +61,11 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.to_dict() | {"control": ""}, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def resumes(self) -> bool:
+        """Whether a killed run goes on from its last checkpoint: its data remember their place [ours]."""
+        return bool(self.options.get("data.stateful"))
+
+    @property
     def name(self) -> str:
         """The axes in words."""
         return " ".join(str(getattr(self, axis)) for axis in AXES)

@@ -35,7 +35,8 @@ def main(folder: Path, module: str) -> int:
             return 0
         with locked(folder, patience):
             if read_result(folder) is None:
-                start_afresh(folder)
+                if not config.resumes:
+                    start_afresh(folder)
                 write_result(folder, importlib.import_module(module).make(config, folder))
     except Busy:
         return BUSY

@@ -81,6 +81,10 @@ class PackedText(TextData):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         loader = super().train_dataloader()
         if self.masked:
+            if self.stateful:
+                raise ValueError(
+                    "stateful=True is not supported with masks: their random numbers have no state to keep."
+                )
             loader.collate_fn = masking(self.tokenizer, self.mask_probability, self.seed)
         return loader
 

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,9 +50,12 @@ class TextData(LightningDataModule):
         max_length: Most tokens in a row.
         batch_size: Rows in a batch.
         seed: Decides the split, the choice of rows, their order and their masks.
+        stateful: Whether a checkpoint holds the place in the training data, so that a fit resumed in the middle of an
+            epoch goes on with the next batch, not with the first; needs torchdata.
 
     Raises:
-        ValueError: No such data, column or label, or an empty split (when the data are read); sizes below 1.
+        ValueError: No such data, column or label, or an empty split (when the data are read); sizes below 1; stateful
+            without torchdata.
     """
 
     columns: tuple[str, ...] = ()
@@ -71,8 +75,11 @@ class TextData(LightningDataModule):
         max_length: int = 128,
         batch_size: int = 16,
         seed: int = 0,
+        stateful: bool = False,
     ) -> None:
         super().__init__()
+        if stateful and find_spec("torchdata") is None:
+            raise ValueError("stateful=True needs torchdata: run `pip install torchdata`.")
         for name, value in (("train_rows", train_rows), ("val_rows", val_rows), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -82,6 +89,7 @@ class TextData(LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.train_rows, self.val_rows = train_rows, val_rows
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
+        self.stateful = stateful
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,6 +174,17 @@ class TextData(LightningDataModule):
         # Without a generator of its own even an unshuffled loader draws one number from the process-wide one, and a
         # validation would change the dropout of the training steps after it.
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        if self.stateful and shuffle:  # validation is never resumed in its middle
+            from torchdata.stateful_dataloader import StatefulDataLoader
+            from torchdata.stateful_dataloader.sampler import RandomSampler
+
+            # The order has a generator of its own: a loader draws from its generator too, which a resume does not
+            # repeat, and the epochs after it would have another order.
+            order = RandomSampler(data, generator=torch.Generator(device="cpu").manual_seed(self.seed))
+            loader: DataLoader[dict[str, Tensor]] = StatefulDataLoader(
+                data, self.batch_size, sampler=order, generator=generator, collate_fn=self.collate, num_workers=0
+            )
+            return loader
         return DataLoader(
             data, self.batch_size, shuffle=shuffle, generator=generator, collate_fn=self.collate, num_workers=0
         )

@@ -125,8 +125,19 @@ def test_a_null_that_explains_and_a_control_with_nothing_to_do_are_said() -> Non
     found = decided(study(paper, BOTH, spread=1.1, null=0.9))
     assert any("the null explains the shape of most" in note for note in found["C1"].notes)
     assert any("1.10x: little to remove, so a kept slope is weak evidence" in note for note in found["C2"].notes)
+    assert any("the null explains the shape of most" in note for note in found["C2"].notes)
     clean = decided(study(paper, BOTH))
     assert not any("explains the shape" in note or "weak evidence" in note for c in clean.values() for note in c.notes)
+
+
+def test_an_effect_that_the_null_has_too_is_said() -> None:
+    """Where each run's null is its own profile, whatever the runs show is no evidence; where it is flat, it may be."""
+    results = study(paper, BOTH)
+    same = [result | {"null": {"cka": [result["profiles"]["cka"]]}} for result in results]
+    for name in ("C4", "C5"):
+        claim = decided(same)[name]
+        assert f"on the null's profiles the effect is {claim.estimate:+.3g}: the null explains it" in claim.notes[-1]
+        assert "explains" not in decided(results)[name].notes[-1]
 
 
 def test_the_table_has_a_row_a_pair_with_its_figures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import alive, drive, figures, gone, twelve
+import yaml
+from recipes_families import tiny
+from studies import SMOKE, alive, drive, figures, gone, smoke
 
 from depthcb.study.grid import read_study
 from depthcb.study.store import RESULT, Store, read_result
+from recipes.backbones import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +26,7 @@ pytestmark = pytest.mark.slow
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A study of twelve runs, and its figures when it is left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    study = twelve(folder)
+    study = smoke(folder, "bert-tiny", "gpt2-tiny", "neox-tiny")
     assert drive(study, folder / "out").wait() == 0
     return study, figures(study, folder / "out")
 
@@ -56,6 +60,47 @@ def test_kills_at_random_moments_change_nothing(
         result = read_result(path.parent)
         assert result is not None
         assert path.stat().st_ino == file, "a finished run was made again"
+
+
+def with_dropout(folder: Path) -> Path:
+    """A study of two runs on a network that draws random numbers at every step, whose data remember their place."""
+    tokenizer = load_tokenizer("gpt2-tiny")
+    config = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    tiny("bert", "ForMaskedLM", dropout=0.2, **config).save_pretrained(folder / "dropout")
+    tokenizer.save_pretrained(folder / "dropout")
+    study = yaml.safe_load(SMOKE.read_text())
+    study["grid"] |= {"model": [str(folder / "dropout")], "objective": ["contrastive"]}
+    study["options"] |= {"data.stateful": True, "data.train_rows": 80, "trainer.max_steps": 24}  # 2.4 epochs
+    study["options"] |= {"trainer.val_check_interval": 3}
+    study["by"] = {"objective": {"contrastive": study["by"]["objective"]["contrastive"]}}
+    path = folder / "stateful.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def test_a_killed_run_whose_data_remember_their_place_goes_on_exactly(tmp_path: Path) -> None:
+    study = with_dropout(tmp_path)
+    assert drive(study, tmp_path / "undisturbed").wait() == 0
+    out, chance = tmp_path / "out", random.Random(0)
+    driver = drive(study, out)
+    for _ in range(3):
+        seen = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/last.ckpt")}
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_mtime_ns != seen.get(path) for path in out.glob("runs/*/last.ckpt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        assert driver.poll() is None
+        driver.kill()
+        driver.wait()
+        assert gone(out, within=1)
+        driver = drive(study, out)
+    assert driver.wait() == 0
+    headers = [line for path in out.glob("runs/*/depthcb/depth.jsonl") for line in path.read_text().splitlines()]
+    resumed = [row["step"] for row in map(json.loads, headers) if "callback" in row]
+    assert any(resumed), "no run was resumed, so nothing was tested"
+    assert figures(study, out) == figures(study, tmp_path / "undisturbed")
+    assert not list(out.glob("runs/*/*.ckpt"))
 
 
 def test_three_parts_at_once_are_the_study(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

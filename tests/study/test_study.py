@@ -101,7 +101,7 @@ def test_a_bad_study_is_one_clear_sentence(text: str, message: str, tmp_path: Pa
         read_study(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize(("name", "count"), [("paper", 240), ("paper-sgd", 240), ("mini", 96), ("mini-smoke", 24)])
+@pytest.mark.parametrize(("name", "count"), [("paper", 240), ("paper-sgd", 240), ("mini", 120), ("mini-smoke", 24)])
 def test_bundled_studies_are_studies(name: str, count: int) -> None:
     runs = read_study(Path(__file__).parents[2] / "recipes" / "studies" / f"{name}.yaml")
     assert len(runs) == count

@@ -13,22 +13,22 @@ import yaml
 from depthcb.study.grid import read_study
 from depthcb.study.store import Store
 
-SMOKE = Path(__file__).parents[2] / "recipes" / "studies" / "mini-smoke.yaml"
+SMOKE = Path(__file__).parents[1] / "recipes" / "studies" / "mini-smoke.yaml"
 
 
-def twelve(folder: Path) -> Path:
-    """Twelve runs out of the bundled mini-smoke study."""
+def smoke(folder: Path, *models: str) -> Path:
+    """Four runs a model out of the bundled mini-smoke study."""
     study = yaml.safe_load(SMOKE.read_text())
-    study["grid"] |= {"model": ["bert-tiny", "gpt2-tiny", "neox-tiny"], "objective": ["causal_lm", "contrastive"]}
+    study["grid"] |= {"model": list(models), "objective": ["causal_lm", "contrastive"]}
     del study["by"]["objective"]["sequence_classification"]
-    path = folder / "twelve.yaml"
+    path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    assert len(read_study(path)) == 12
+    assert len(read_study(path)) == 4 * len(models)
     return path
 
 
 def command(task: str, study: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "depthcb.cli", "study", task, str(study), "--out", str(out), *more]
+    return [sys.executable, "-m", "depthcb", "study", task, str(study), "--out", str(out), *more]
 
 
 def drive(study: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
