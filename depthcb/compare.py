@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import Profile
@@ -96,7 +97,7 @@ def null_profiles(
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             for p, before, size in zip(noisy, clean, sizes, strict=True):
-                noise = torch.randn(p.shape, generator=generator).to(p)
+                noise = _like(torch.randn(p.shape, generator=generator), p)
                 p.copy_(before + noise * (size / _norm(noise)))
             recording = probe.record(pretrained, stack, reference.causal)
             draws.append(reference.profiles(recording, measures, step=0, epoch=0))
@@ -106,5 +107,14 @@ def null_profiles(
     return draws
 
 
+def _like(values: Tensor, parameter: Tensor) -> Tensor:
+    """The values in the parameter's type and place: this process's piece of them, where it is in pieces."""
+    values = values.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.double()))
+    norm = torch.linalg.vector_norm(tensor.double())
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

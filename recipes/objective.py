@@ -10,10 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel
 
+from depthcb import LayerStack
 from recipes.backbones import Head, load_backbone
 
 Batch = dict[str, Tensor]
@@ -103,9 +106,11 @@ class Objective(LightningModule):
         """Refuses a network that this objective makes no sense for."""
 
     def configure_model(self) -> None:
-        """Load a backbone that was given by its name, once."""
+        """Load a backbone that was given by its name, once; split it where the strategy splits parameters."""
         if not hasattr(self, "model"):
             self._take(load_backbone(self.hparams["backbone"], head=self.lm_head)[0])
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            split(self, self.device_mesh)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Run the network below its head, which a depth probe has no use for."""
@@ -177,6 +182,28 @@ class Objective(LightningModule):
     def _take(self, model: PreTrainedModel) -> None:
         self.check_backbone(model)
         self.model = model
+
+
+def split(module: Objective, mesh: DeviceMesh) -> None:
+    """Splits the parameters of each layer, and what is left as one, over the processes (FSDP2).
+
+    Args:
+        module: The objective with its network.
+        mesh: What `ModelParallelStrategy` makes of its two sizes.
+
+    Raises:
+        ValueError: A mesh that would split single matrices.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()} would split single matrices, which recipes don't "
+            "do: give ModelParallelStrategy tensor_parallel_size=1 and the number of processes as data_parallel_size."
+        )
+    for layer in LayerStack.find(module.model).modules:
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(module, mesh=mesh["data_parallel"])
+    for method in ("training_step", "validation_step"):  # they call the network's parts, not the module
+        register_fsdp_forward_method(module, method)
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

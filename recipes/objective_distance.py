@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from depthcb.batches import collect_batches
 from depthcb.callbacks.depth_profile import first_validation_loader
@@ -64,6 +65,12 @@ class ObjectiveDistanceMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.distance is not None or trainer.global_step > 0:
+            return
+        if any(isinstance(p, DTensor) for p in pl_module.parameters()):
+            rank_zero_warn(
+                "ObjectiveDistanceMonitor: not measured, because parameters lie in pieces on several processes: fit "
+                "the same objective on one device for a few steps to know it."
+            )
             return
         if not isinstance(pl_module, Objective) or "backbone" not in pl_module.hparams:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
 from depthcb import DepthProfile
 from depthcb.compare import null_profiles
@@ -22,7 +23,6 @@ from depthcb.study.store import full_disk
 from recipes.backbones import BackboneNotFoundError
 from recipes.catalogue import CONFIGS, describe
 from recipes.fit import fit_cli
-from recipes.objective import Objective
 from recipes.objective_distance import ObjectiveDistanceMonitor
 
 
@@ -78,7 +78,8 @@ class Fingerprints(pl.Callback):
         weights = hashlib.sha256()
         for name, tensor in sorted(pl_module.state_dict().items()):
             weights.update(name.encode())
-            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            weights.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         self.initial_weights = weights.hexdigest()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
@@ -90,7 +91,8 @@ class Fingerprints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if not bool(torch.isfinite(loss).all()):
+        finite = bool(torch.isfinite(loss).all())
+        if not trainer.strategy.reduce_boolean_decision(finite):  # on one process, all stop: none waits for it
             raise NotFiniteError(f"the loss was {float(loss)} at step {trainer.global_step}: lower the learning rate")
 
 
@@ -124,20 +126,48 @@ class Resumable(pl.Callback):
         self._streams = state_dict
 
 
+class Null(pl.Callback):
+    """At the end of a fit, measures noise of the size of its net change, tensor by tensor.
+
+    Args:
+        folder: The run's folder: the null is written beside its record.
+        watch: What measured the fit's own profiles.
+        seeds: Draws of noise.
+    """
+
+    def __init__(self, folder: Path, watch: DepthProfile, seeds: int) -> None:
+        self.folder, self.watch, self.seeds = folder, watch, seeds
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        watch = self.watch
+        assert watch.reference is not None
+        assert watch.fixed_probe is not None
+        # Loaded again, so that the fit is not made beside a second copy.
+        pretrained = type(pl_module)(**{k: v for k, v in pl_module.hparams.items() if not k.startswith("_")})
+        pretrained._device_mesh = pl_module.device_mesh
+        pretrained.configure_model()
+        pretrained.to(pl_module.device)
+        seeds = range(self.seeds)
+        draws = null_profiles(pretrained, pl_module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
+        if trainer.is_global_zero:
+            write_null(self.folder, draws)
+
+
 def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Makes a run's fit and its null, and says what came of them."""
     cli = fit_cli(arguments(config, folder), run=False, exit_on_error=False)
     trainer, module = cli.trainer, cli.model
     prints = Fingerprints()
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
-    callbacks.append(prints)
+    watch = next(c for c in callbacks if isinstance(c, DepthProfile))
+    callbacks += [prints, Null(folder, watch, config.null_seeds)]
     checkpoint = folder / "last.ckpt"
     if config.resumes:
         callbacks.append(Resumable(checkpoint))
     trainer.fit(module, cli.datamodule, ckpt_path=checkpoint if checkpoint.is_file() else None)
     checkpoint.unlink(missing_ok=True)
-    watch = next(c for c in callbacks if isinstance(c, DepthProfile))
-    measure_null(config, folder, watch, module, trainer.strategy.root_device)
+    if not trainer.is_global_zero:
+        return {}  # the first process says what came of it
     (run,) = read_runs(folder)
     return {"pair": config.pair, **summary(run), **facts(config, callbacks, prints)}
 
@@ -162,19 +192,6 @@ def arguments(config: RunConfig, folder: Path) -> list[str]:
         *(f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in config.options.items()),
         *control,
     ]
-
-
-def measure_null(config: RunConfig, folder: Path, watch: DepthProfile, module: Objective, device: torch.device) -> None:
-    """Measures noise of the size of the run's net change, tensor by tensor, and writes it beside the run's record."""
-    assert watch.reference is not None
-    assert watch.fixed_probe is not None
-    # Loaded again, so that the fit is not made beside a second copy.
-    pretrained = type(module)(**{key: value for key, value in module.hparams.items() if not key.startswith("_")})
-    pretrained.configure_model()
-    pretrained.to(device)
-    seeds = range(config.null_seeds)
-    draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
-    write_null(folder, draws)
 
 
 def summary(run: Run) -> dict[str, Any]:

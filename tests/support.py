@@ -160,9 +160,11 @@ class Edges(pl.Callback):
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a script of tests/callbacks, one thread a process; its processes meet at a port of their own."""
-    command = [sys.executable, str(Path(__file__).parent / "callbacks" / name), *map(str, arguments)]
+    """Runs a script of the tests, one thread a process; its processes meet at a port of their own."""
+    tests = Path(__file__).parent
+    command = [sys.executable, str(tests / name), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_port())}
+    environment["PYTHONPATH"] = f"{tests.parent}{os.pathsep}{tests}"
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

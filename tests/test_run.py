@@ -125,7 +125,7 @@ def test_a_fit_from_the_start_makes_an_earlier_one_void(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_readable_and_unfinished(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert run_script("killed_fit.py", tmp_path / "run", "SIGKILL", "", "").returncode == -9
+    assert run_script("callbacks/killed_fit.py", tmp_path / "run", "SIGKILL", "", "").returncode == -9
     (run,) = read_runs(tmp_path / "run")
     assert not run.finished
     assert [p.epoch for p in run.profiles["cka"]] == [0, 1]

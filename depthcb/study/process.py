@@ -18,6 +18,21 @@ from depthcb.study.store import LOG
 MAKER = "recipes.study_run"
 
 
+#: Beginnings of variables that a driver's own job may have set, and that would pass for a run's.
+_FOREIGN = (
+    "SLURM_",
+    "PL_",
+    "WANDB_",
+    "DEPTHCB_",
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+)
+
+
 class RunProcess:
     """A subprocess that makes one run, its output in the run's log.
 
@@ -68,7 +83,7 @@ class RunProcess:
 
 def environment(threads: int, gpus: Sequence[str], wait: bool) -> dict[str, str]:
     """A run's environment: its threads and devices, whom it dies with, and nothing of a batch job around it."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_", "WANDB_", "DEPTHCB_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     kept |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "DEPTHCB_PARENT": str(os.getpid())}
     kept |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONSAFEPATH": "1"}  # no module of the current folder's
     return kept | ({"DEPTHCB_WAIT": "1"} if wait else {})

@@ -15,7 +15,7 @@ from support import run_script
 def run(folder: Path, world: int, strategy: str = "auto") -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
     """What each rank saw, the logged rows, and all output."""
     folder.mkdir()
-    done = run_script("ddp_fit.py", folder, world, strategy)
+    done = run_script("callbacks/ddp_fit.py", folder, world, strategy)
     assert done.returncode == 0, done.stderr
     ranks = [
         json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(1 if strategy == "ddp_spawn" else world)

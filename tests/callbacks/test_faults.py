@@ -20,7 +20,7 @@ from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 def run(folder: Path, stop: str = "", resume: str = "", shuffled: str = "") -> tuple[int, dict[str, Any]]:
     """The exit status, and what the process saw if it could still write it."""
     folder.mkdir()
-    done = run_script("killed_fit.py", folder, stop, resume, shuffled)
+    done = run_script("callbacks/killed_fit.py", folder, stop, resume, shuffled)
     if not stop:
         assert done.returncode == 0, done.stderr[-4000:]
     seen = folder / "seen.json"

@@ -18,7 +18,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """What each process saw."""
     folder.mkdir()
-    done = run_script("sharded_fit.py", folder, name, resume, checkpoints, log_every)
+    done = run_script("callbacks/sharded_fit.py", folder, name, resume, checkpoints, log_every)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

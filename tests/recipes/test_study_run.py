@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from recipes_families import tiny
+from studies import alive, drive, figures, gone, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
@@ -58,6 +60,35 @@ def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Pa
         assert result is not None
         assert result["status"] == "missing model"
         assert "./nowhere" in result["message"]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_starts_alike_and_dies_whole(tmp_path: Path) -> None:
+    """As the paper's largest model is fitted, its parameters in pieces; on two CPU processes here."""
+    one = smoke(tmp_path, "gpt2-tiny")
+    two = yaml.safe_load(one.read_text())
+    strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    two["options"] |= {"trainer.devices": 2, "trainer.strategy": {"class_path": strategy, "init_args": sizes}}
+    path, out = tmp_path / "two.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(two))
+    driver = drive(path, out, "--jobs", "1")
+    while not list(out.glob("runs/*/depthcb/depth.jsonl")):
+        assert driver.poll() is None
+        time.sleep(0.02)
+    assert len(alive(out)) == 3, "a driver and two processes of a run"
+    driver.kill()
+    driver.wait()
+    assert gone(out, within=2)
+    assert drive(path, out, "--jobs", "1").wait() == 0
+    found = figures(path, out)
+    assert drive(one, tmp_path / "whole").wait() == 0
+    for name, whole in figures(one, tmp_path / "whole").items():
+        assert found[name]["initial_weights"] == whole["initial_weights"]
+        assert found[name]["objective_distance"] is None, "not measured on parameters in pieces"
+        assert all(len(found[name]["null"][m]) == 1 for m in ("cka", "cka_normalized"))
+        if "equal-step" in name:
+            assert found[name]["realised_spread"] < 1.001
 
 
 def test_what_a_user_reads(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:

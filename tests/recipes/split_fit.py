@@ -1,0 +1,77 @@
+"""Run by test_split.py as a script, once a process: fits an objective of the recipes, whole or in pieces, and its null.
+
+The data are the same whatever the number of processes, so that both must end with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from datasets import Dataset
+from lightning.pytorch.strategies import ModelParallelStrategy
+from recipes_families import tiny
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from depthcb import DepthProfile, EqualStep
+from depthcb.compare import null_profiles
+from recipes import CausalLM, MaskedLM
+
+
+def loader(ranks: int, rank: int) -> DataLoader[Any]:
+    rows = torch.randint(1, 50, (32, 12), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.stack([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    sampler = DistributedSampler(data, num_replicas=ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]
+    return DataLoader(data, 8 // ranks, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def objective(name: str) -> Any:
+    if name == "masked_lm":
+        return MaskedLM(tiny("bert", "ForMaskedLM"), optimizer="sgd", lr=0.1, warmup_steps=0)
+    return CausalLM(tiny("gpt2", "ForCausalLM"), optimizer="sgd", lr=0.1, warmup_steps=0)
+
+
+def main(folder: Path, name: str, ranks: int, tensor_parallel: int) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    watch = DepthProfile(next(iter(loader(1, 0))))
+    strategy: Any = "auto"
+    if ranks > 1:
+        strategy = ModelParallelStrategy(ranks // tensor_parallel, tensor_parallel)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=4, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=[EqualStep(), watch], num_sanity_val_steps=0, gradient_clip_val=1.0,
+    )  # fmt: skip
+    module, pretrained = objective(name), objective(name)
+    trainer.fit(module, loader(ranks, rank), loader(ranks, rank))
+    pretrained._device_mesh = module.device_mesh
+    pretrained.configure_model()
+    assert watch.reference is not None
+    assert watch.fixed_probe is not None
+    draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures)
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    seen = {
+        "weights": [value for p in whole for value in p.detach().double().flatten().tolist()],
+        "pieces": sum(isinstance(p, DTensor) for p in module.parameters()),
+        "loss": float(trainer.callback_metrics["val/loss"]),
+        "change": watch.profiles[-1].change,
+        "null": [draw["cka"].change for draw in draws],
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
