@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from depthcb.errors import NotFiniteError
 from depthcb.stack import LayerStack
 from depthcb.undisturbed import undisturbed
 
@@ -132,7 +133,7 @@ def _gradient(name: str, objective: Objective, stack: LayerStack, batches: Seque
         for batch in batches:
             loss = loss_of(module, tree_map_only(Tensor, lambda t: t.to(flat[0].device), batch))
             if not loss.isfinite():
-                raise ValueError(
+                raise NotFiniteError(
                     f"The {name} objective's loss is {loss.item()} before any training: check its batches."
                 )
             for total, part in zip(sums, torch.autograd.grad(loss, flat, allow_unused=True), strict=True):
@@ -142,7 +143,9 @@ def _gradient(name: str, objective: Objective, stack: LayerStack, batches: Seque
     gradient = [[next(parts) for _ in layer] for layer in groups]
     for layer_name, layer in zip(stack.names, gradient, strict=True):
         if not all(t.isfinite().all() for t in layer):
-            raise ValueError(f"The {name} objective's gradient of layer {layer_name} is not finite: check its batches.")
+            raise NotFiniteError(
+                f"The {name} objective's gradient of layer {layer_name} is not finite: check its batches."
+            )
     return gradient
 
 

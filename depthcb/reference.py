@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depthcb.errors import NotFiniteError
 from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
 from depthcb.similarity import Measure, check_defined, effective_rank, gram
@@ -141,7 +142,9 @@ def _sketch(kind: str, rows: Tensor) -> Tensor:
 
 def _check_finite(name: str, rows: Tensor) -> None:
     if not bool(rows.isfinite().all()):
-        raise ValueError(f"Layer {name!r} gives NaN or infinite activations for the probe: its change is not defined.")
+        raise NotFiniteError(
+            f"Layer {name!r} gives NaN or infinite activations for the probe: its change is not defined."
+        )
 
 
 def _halves(examples: Tensor) -> list[Tensor]:

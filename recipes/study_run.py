@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from depthcb import DepthProfile
 from depthcb.compare import null_profiles
+from depthcb.errors import NotFiniteError
 from depthcb.run import Run, read_runs, write_null
 from depthcb.study.grid import RunConfig
 from depthcb.study.store import full_disk
@@ -26,31 +27,38 @@ from recipes.fit import fit_cli
 from recipes.objective_distance import ObjectiveDistanceMonitor
 
 
-class NotFiniteError(ArithmeticError):
-    """A loss or an activation that is NaN or infinite."""
-
-
 def make(config: RunConfig, folder: Path) -> dict[str, Any]:
     """The result of a fit, or what kept it from one; that is recorded, never taken for a result.
 
     Raises:
         Exception: The disk is full, which is no fault of this run's.
     """
-    cause: BaseException
+    torch.set_num_threads(config.threads)
     try:
-        torch.set_num_threads(config.threads)
         return {"status": "finished", "config": config.to_dict(), **fit(config, folder)}
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        status, cause = "out of memory", error
-    except NotFiniteError as error:
-        status, cause = "not finite", error
     except Exception as error:
         if full_disk(error):
             raise
         traceback.print_exc()
-        missing = any(isinstance(e, BackboneNotFoundError) for e in (error, error.__cause__))
-        status, cause = "missing model" if missing else "failed", error
-    return {"status": status, "config": config.to_dict(), "message": " ".join(str(cause).split())}
+        return {"status": failure(error), "config": config.to_dict(), "message": " ".join(str(error).split())}
+
+
+def failure(error: BaseException | None) -> str:
+    """What kept a run from its figures, by the error that ended it or one that led to it.
+
+    Example:
+        >>> failure(MemoryError()), failure(KeyError())
+        ('out of memory', 'failed')
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            return "out of memory"
+        if isinstance(error, NotFiniteError):
+            return "not finite"
+        if isinstance(error, BackboneNotFoundError):
+            return "missing model"
+        error = error.__cause__ or error.__context__
+    return "failed"
 
 
 class Fingerprints(pl.Callback):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from depthcb.adapters import adapted_modules
 from depthcb.callbacks.logged import is_log_step, log_row, logged_step, open_record
 from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named
+from depthcb.errors import NotFiniteError
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
@@ -216,7 +217,7 @@ class EqualStep(OptimizerStepCallback):
     def _raise_if_broken(self) -> None:
         if self._broken is not None and self._broken.any():
             names = [name for name, flag in zip(self.names, self._broken.tolist(), strict=True) if flag]
-            raise ValueError(
+            raise NotFiniteError(
                 f"EqualStep: the update or its target was not finite in layer {', '.join(names)}; that update was not "
                 "applied. Lower the learning rate, clip gradients or look for NaN in the batch."
             )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from depthcb.errors import NotFiniteError
 from depthcb.similarity.gram import doubly_centred, gram, half_squared_distance, u_centred, unit_norm, unit_rows
 
 MIN_ROWS = 4  # the U-centred estimator divides by n - 3
@@ -89,7 +90,7 @@ def check_rows(reference: Tensor, current: Tensor) -> None:
         raise ValueError(f"{len(reference)} rows are too few to compare: give at least {MIN_ROWS}.")
     for name, rows in (("reference", reference), ("current", current)):
         if not bool(rows.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinite values: no change can be computed from it.")
+            raise NotFiniteError(f"{name} holds NaN or infinite values: no change can be computed from it.")
 
 
 class CKAChange(Metric):

@@ -74,9 +74,10 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
         store.forget_failures(own)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, as with Ctrl-C
     engine = _engine(args, own)
+    here = fitting(own, engine)
     try:
         with shown() as report:
-            progress = run_study(own, store, engine, report)
+            progress = run_study(here, store, engine, report)
     except KeyboardInterrupt:
         print(f"Stopped. The same command goes on: `depthcb study run {args.study}`.")
         return 130
@@ -90,16 +91,12 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
         result = store.result(config)
         if result is not None and result["status"] != "finished":
             print(f"{result['status']}: {config.name}: {result['message']} ({store.folder(config)})")
-    print(f"{progress.done} of {progress.total} runs have figures, {progress.failed} ended without.")
-    return 1 if progress.failed else 0
+    print(f"{progress.done} of {len(own)} runs have figures, {progress.failed} ended without.")
+    return 0 if progress.done == len(own) else 1
 
 
 def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
-    """What makes the runs.
-
-    Raises:
-        ValueError: It lacks what a run needs.
-    """
+    """What makes the runs."""
     if args.engine == "ray":
         from depthcb.study.ray import RayEngine
 
@@ -107,14 +104,25 @@ def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
     from depthcb.study.pool import Pool
 
     gpus = _gpus() if any(config.gpus for config in configs) else []
-    for config in configs:
-        if config.gpus > len(gpus):
-            raise ValueError(
-                f"A run of {config.name} needs {config.gpus} GPUs ('gpus' in the study), and this machine shows "
-                f"{len(gpus)}: run it where there are as many, or on a cluster with --engine ray."
-            )
     threads = max(config.threads for config in configs)
     return Pool(args.jobs or max(1, (os.cpu_count() or 1) // threads), gpus)
+
+
+def fitting(configs: Sequence[RunConfig], engine: Engine) -> list[RunConfig]:
+    """The runs that can be made here; the others are named.
+
+    Raises:
+        ValueError: None can.
+    """
+    too_large = [config for config in configs if not engine.fits(config)]
+    if not too_large:
+        return list(configs)
+    needs = f"{too_large[0].name} needs {too_large[0].gpus} GPUs and {too_large[0].threads} threads"
+    message = f"{len(too_large)} of {len(configs)} runs don't fit on {engine.place} ({needs}, as the study says)"
+    if len(too_large) == len(configs):
+        raise ValueError(f"{message}: run them on a larger machine, or on a cluster with --engine ray.")
+    print(f"{message}: they are left out.", flush=True)
+    return [config for config in configs if engine.fits(config)]
 
 
 def _gpus() -> list[str]:

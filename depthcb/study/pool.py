@@ -34,6 +34,13 @@ class Handle(Protocol):
 class Engine(Protocol):
     """Where runs are made."""
 
+    @property
+    def place(self) -> str:
+        """What it is and has, in words."""
+
+    def fits(self, config: RunConfig) -> bool:
+        """Whether this run could be made here, if nothing else were."""
+
     def has_room(self, config: RunConfig) -> bool:
         """Whether this run can be started now."""
 
@@ -53,6 +60,13 @@ class Pool:
     def __init__(self, jobs: int, gpus: Sequence[str] = (), maker: str = MAKER) -> None:
         self._jobs, self._gpus, self._maker = jobs, list(gpus), maker
         self._running: list[tuple[RunProcess, list[str]]] = []
+
+    @property
+    def place(self) -> str:
+        return f"this machine, which shows {len(self._gpus)} GPUs"
+
+    def fits(self, config: RunConfig) -> bool:
+        return config.gpus <= len(self._gpus)
 
     def has_room(self, config: RunConfig) -> bool:
         self._running = [(process, gpus) for process, gpus in self._running if process.poll() is None]
@@ -187,7 +201,6 @@ class _Driver:
             self._waiting.append(config)
             return
         if result is None and status == FULL:
-            self._waiting.append(config)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
         if result is None:
             self._kills[config.hash] = self._kills.get(config.hash, 0) + 1

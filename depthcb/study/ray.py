@@ -41,6 +41,13 @@ class RayEngine:
         # The cluster of RAY_ADDRESS, else one that runs on this machine, else this machine.
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
 
+    @property
+    def place(self) -> str:
+        return f"any node of the Ray cluster, which are {_nodes()}"
+
+    def fits(self, config: RunConfig) -> bool:
+        return self._jobs is not None or self._slots(config) > 0
+
     def has_room(self, config: RunConfig) -> bool:
         self._running = [run for run in self._running if run.poll() is None]
         return len(self._running) < (self._jobs or self._slots(config))
@@ -50,21 +57,15 @@ class RayEngine:
         return self._running[-1]
 
     def _slots(self, config: RunConfig) -> int:
-        """How many runs like this one the nodes have room for when nothing else runs.
-
-        Raises:
-            ValueError: None has, so that it would be waited for without end.
-        """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        """How many runs like this one the nodes have room for when nothing else runs."""
         needs = {"CPU": config.threads, "GPU": config.gpus}
-        slots = sum(min(int(node.get(kind, 0) // n) for kind, n in needs.items() if n) for node in nodes)
-        if not slots:
-            raise ValueError(
-                f"No node of the Ray cluster has what a run of {config.name} needs, {config.threads} CPUs and "
-                f"{config.gpus} GPUs: it has {nodes}. Start such a node, lower 'threads' or 'gpus' in the study, or "
-                "say --jobs N to wait for a cluster that grows."
-            )
-        return slots
+        return sum(min(node[kind] // n for kind, n in needs.items() if n) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, int]]:
+    """The CPUs and GPUs of each node that is alive."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{kind: int(node.get(kind, 0)) for kind in ("CPU", "GPU")} for node in alive]
 
 
 def _check_address(address: str) -> None:

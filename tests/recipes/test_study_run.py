@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from recipes_families import tiny
-from studies import alive, drive, figures, gone, smoke
+from studies import alive, command, drive, figures, gone, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
@@ -60,6 +61,24 @@ def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Pa
         assert result is not None
         assert result["status"] == "missing model"
         assert "./nowhere" in result["message"]
+
+
+@pytest.mark.slow
+def test_what_keeps_a_run_from_its_figures_is_recorded_as_that(tmp_path: Path) -> None:
+    """A learning rate that blows up, and a batch that is larger than the memory that this process may have."""
+    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+    study = yaml.safe_load(path.read_text())
+    study["grid"] |= {"objective": ["causal_lm"], "seed": [0, 1]}
+    large = {"data.batch_size": 32, "data.block_size": 512, "data.val_rows": 256}
+    study["by"] = {"seed": {0: {"model.lr": 1e30}, 1: large}}
+    path.write_text(yaml.safe_dump(study))
+    limited = ["sh", "-c", 'ulimit -v 4000000; "$@"', "sh", *command("run", path, out, "--jobs", "1")]
+    assert subprocess.run(limited, capture_output=True).returncode == 1
+    for config in read_study(path):
+        result = Store(out).result(config)
+        assert result is not None
+        assert result["status"] == ("out of memory" if config.seed else "not finite"), result
+        assert "slope" not in result
 
 
 @pytest.mark.slow

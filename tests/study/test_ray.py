@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from studies import command
 
 from depthcb.study.grid import read_study
 from depthcb.study.store import RESULT, Store
@@ -79,9 +80,11 @@ def test_a_node_that_dies_costs_no_run(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_what_no_node_has_is_said(cluster: Any, tmp_path: Path) -> None:
-    with drive(study(tmp_path, gpus=1), tmp_path / "out") as driver:
-        said = driver.communicate(timeout=60)[0]
-    assert "No node of the Ray cluster has what a run of a causal_lm sgd standard 0 needs, 1 CPUs and 1 GPUs" in said
+    run = command("run", study(tmp_path, gpus=1), tmp_path / "out", "--engine", "ray")
+    said = subprocess.run(run, capture_output=True, text=True).stderr
+    assert (
+        "12 of 12 runs don't fit on any node of the Ray cluster, which are [{'CPU': 1, 'GPU': 0}] (a causal_lm" in said
+    )
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from studies import alive, gone
 
 from depthcb.cli import main
-from depthcb.study.cli import shard
+from depthcb.study.cli import fitting, shard
 from depthcb.study.grid import RunConfig, read_study
 from depthcb.study.pool import MOST_KILLS, Pool, run_study
 from depthcb.study.process import environment
@@ -171,20 +172,6 @@ def drive(path: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", DRIVER, str(path), str(out)])
 
 
-def alive(out: Path) -> list[int]:
-    """Processes that make runs of this study."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode()
-            except OSError:
-                continue
-            if str(out) in command:
-                found.append(int(entry.name))
-    return found
-
-
 def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker: str, tmp_path: Path) -> None:
     path, out = study(tmp_path, options={"seconds": 0.3}), tmp_path / "out"
     configs, store, finished = read_study(path), Store(out), dict[Path, int]()
@@ -194,12 +181,11 @@ def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker:
         while len(list(out.glob(f"runs/*/{RESULT}"))) < 3 * (kill + 1):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        if kill == 1 and (workers := alive(out)):
-            os.kill(workers[0], signal.SIGKILL)  # a worker alone: its run is made again
+        if kill == 1 and (workers := set(alive(out)) - {driver.pid}):
+            os.kill(workers.pop(), signal.SIGKILL)  # a worker alone: its run is made again
         driver.kill()
         driver.wait()
-        time.sleep(0.3)
-        assert alive(out) == [], "what a killed driver started lives on"
+        assert gone(out, within=0.5), "what a killed driver started lives on"
         for folder, file in finished.items():
             assert (folder / RESULT).stat().st_ino == file, "a finished run was made again"
         finished |= {path.parent: path.stat().st_ino for path in out.glob(f"runs/*/{RESULT}")}
@@ -276,10 +262,20 @@ def test_what_a_machine_lacks_is_said_before_anything_runs(tmp_path: Path, capsy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     path, out = study(tmp_path, gpus=2), tmp_path / "out"
     assert main(["study", "run", str(path), "--out", str(out)]) == 2
-    assert "needs 2 GPUs ('gpus' in the study), and this machine shows 1: run it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "24 of 24 runs don't fit on this machine, which shows 1 GPUs (a causal_lm sgd standard 0 needs 2" in said
+    assert "run them on a larger machine, or on a cluster with --engine ray." in said
     assert main(["study", "run", str(study(tmp_path)), "--out", str(out), "--jobs", "0"]) == 2
     assert "--jobs 0: run one at least." in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_runs_that_this_machine_is_too_small_for_stop_no_other(tmp_path: Path, capsys: Any) -> None:
+    configs = read_study(study(tmp_path, by={"model": {"b": {"gpus": 2}}}))
+    assert fitting(configs, Pool(1, ["0"])) == [config for config in configs if config.model == "a"]
+    said = capsys.readouterr().out
+    assert "12 of 24 runs don't fit on this machine, which shows 1 GPUs (b causal_lm sgd standard 0 needs 2" in said
+    assert "they are left out" in said
 
 
 def test_ending_a_run_ends_what_it_started(maker: str, tmp_path: Path) -> None:
@@ -291,8 +287,7 @@ def test_ending_a_run_ends_what_it_started(maker: str, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     run.kill()
-    time.sleep(0.2)
-    assert alive(out) == []
+    assert gone(out, within=0.5)
 
 
 def test_a_folder_that_cannot_be_read_is_named(maker: str, tmp_path: Path, capsys: Any) -> None:
