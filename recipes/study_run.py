@@ -171,6 +171,11 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     callbacks += [prints, Null(folder, watch, config.null_seeds)]
     checkpoint = folder / "last.ckpt"
     if config.resumes:
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"data.stateful is not supported on {trainer.world_size} processes, since the random streams of one "
+                "are kept: leave it out, and a killed run starts from scratch."
+            )
         callbacks.append(Resumable(checkpoint))
     trainer.fit(module, cli.datamodule, ckpt_path=checkpoint if checkpoint.is_file() else None)
     checkpoint.unlink(missing_ok=True)

@@ -18,19 +18,9 @@ from depthcb.study.store import LOG
 MAKER = "recipes.study_run"
 
 
-#: Beginnings of variables that a driver's own job may have set, and that would pass for a run's.
-_FOREIGN = (
-    "SLURM_",
-    "PL_",
-    "WANDB_",
-    "DEPTHCB_",
-    "RANK",
-    "LOCAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "WORLD_SIZE",
-    "MASTER_",
-)
+#: Beginnings of variables that the driver's own job may have set, and that would pass for a run's.
+_FOREIGN = ("SLURM_", "PL_", "DEPTHCB_", "WANDB_RUN", "WANDB_RESUME", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK",
+            "WORLD_SIZE", "MASTER_")  # fmt: skip
 
 
 class RunProcess:

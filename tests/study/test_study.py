@@ -309,13 +309,15 @@ def test_shards_are_the_study(tmp_path: Path) -> None:
 
 
 def test_a_batch_job_does_not_reach_into_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_NTASKS", "PL_GLOBAL_SEED", "WANDB_MODE"):
+    foreign = ("SLURM_NTASKS", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    for name in (*foreign, "WANDB_API_KEY"):
         monkeypatch.setenv(name, "7")
     found = environment(3, ["1", "2"], wait=False)
     assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "3"
     assert found["CUDA_VISIBLE_DEVICES"] == "1,2"
     assert environment(1, [], wait=False)["CUDA_VISIBLE_DEVICES"] == "", "a run without GPUs sees none"
-    assert not {"SLURM_NTASKS", "PL_GLOBAL_SEED", "WANDB_MODE"} & set(found)
+    assert not set(foreign) & set(found)
+    assert found["WANDB_API_KEY"] == "7", "a user's key is no other job's"
 
 
 def test_results_are_whole_or_not_there(tmp_path: Path) -> None:
