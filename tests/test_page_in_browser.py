@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import OBJECTIVES, SMALL, paper, study
 from playwright.sync_api import Browser, Page, sync_playwright
 from runs import make_run, make_runs
 
 from depthcb import report
+from depthcb.report.study import write_study
 from depthcb.run import Run
+from depthcb.study.analysis import pairs_table, runs_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -37,18 +40,17 @@ def browser() -> Iterator[Browser]:
 
 
 class Opened:
-    """An opened report, and what went wrong in it."""
+    """An opened page, and what went wrong in it."""
 
-    def __init__(self, browser: Browser, runs: list[Run], folder: Path, scheme: Any = "light") -> None:
-        self.runs, self.folder = runs, folder
-        report.write_html(runs, folder / "a.html")
+    def __init__(self, browser: Browser, page: Path, scheme: Any = "light") -> None:
+        self.address = page.as_uri()
         self.page: Page = browser.new_page(viewport={"width": 1280, "height": 1600}, color_scheme=scheme)
         self.faults: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda m: self.faults.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda e: self.faults.append(str(e)))
         self.page.on("request", lambda r: self.requests.append(r.url))
-        self.page.goto((folder / "a.html").as_uri())
+        self.page.goto(self.address)
         self.page.wait_for_selector(".js-plotly-plot .xtick, p")
 
     def chart(self, number: int) -> Any:
@@ -62,8 +64,13 @@ class Opened:
 
     def check(self) -> None:
         assert self.faults == []
-        assert self.requests == [(self.folder / "a.html").as_uri()], "a report asks nobody for anything"
+        assert self.requests == [self.address], "a page asks nobody for anything"
         self.page.close()
+
+
+def written(runs: list[Run], folder: Path) -> Path:
+    report.write_html(runs, folder / "a.html")
+    return folder / "a.html"
 
 
 def overlapping(boxes: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -92,7 +99,7 @@ def contrast(first: str, second: str) -> float:
 @pytest.mark.parametrize("layers", [6, 12, 30, 48])
 def test_a_pair_of_runs(layers: int, scheme: str, browser: Browser, tmp_path: Path) -> None:
     runs = make_runs(layers, (8, 8), arms=2)
-    opened = Opened(browser, runs, tmp_path, scheme)
+    opened = Opened(browser, written(runs, tmp_path), scheme)
     page, first = opened.page, opened.chart(1)
 
     charts = page.locator(".js-plotly-plot").count()
@@ -145,9 +152,28 @@ def test_a_pair_of_runs(layers: int, scheme: str, browser: Browser, tmp_path: Pa
     ids=["empty", "one validation", "five runs of any depth", "interrupted", "400 validations"],
 )  # fmt: skip
 def test_other_reports(runs: list[Run], says: str, browser: Browser, tmp_path: Path) -> None:
-    opened = Opened(browser, runs, tmp_path)
+    opened = Opened(browser, written(runs, tmp_path))
     assert says in opened.page.locator("main").inner_text() or says in opened.page.locator("main").text_content()
     for number in range(1, opened.page.locator(".js-plotly-plot").count() + 1):
         assert overlapping(opened.chart(number).evaluate(BOXES)) == []
     opened.shot(re.sub(r"\W+", "-", says)[:30])
+    opened.check()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_study(scheme: str, browser: Browser, tmp_path: Path) -> None:
+    runs = runs_table(study(paper, SMALL, objectives=OBJECTIVES[:3]))
+    write_study(runs, pairs_table(runs), tmp_path / "study.html", title="planted")
+    opened = Opened(browser, tmp_path / "study.html", scheme)
+    page, chart = opened.page, opened.chart(1)
+    pairs = len(SMALL) * 3 * 2
+    assert page.locator("table tbody tr").count() == pairs
+    boxes = chart.evaluate(BOXES)
+    assert len(boxes) > pairs, "a label for each pair"
+    assert overlapping(boxes) == []
+    claims = page.locator(".verdict h3").all_text_contents()
+    assert [claim.split(":")[0] for claim in claims] == [
+        "C1 supported", "C2 supported", "C3 not enough runs", "C4 supported", "C5 not supported",
+    ]  # fmt: skip
+    opened.shot(f"study-{scheme}")
     opened.check()

@@ -125,5 +125,5 @@ def slopes_chart(pairs: pd.DataFrame) -> go.Figure:
         fig.add_trace(go.Scatter(x=list(pairs[f"null_relative_slope_{side}"]), y=labels, mode="markers", name=name,
                                  marker={"color": color, "symbol": "line-ns-open", "size": 8}))  # fmt: skip
     fig.update_xaxes(title={"text": "relative slope (slope / mean change)"}, zeroline=True)
-    fig.update_yaxes(autorange="reversed")
+    fig.update_yaxes(range=[len(pairs) - 0.5, -0.5])  # the first pair on top
     return layout(fig, 160 + 22 * len(pairs))
