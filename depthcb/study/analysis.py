@@ -34,7 +34,7 @@ class Claim:
         says: What the paper says.
         effect: What it is read off, in words.
         estimate: The effect's size; None without enough runs.
-        interval: Its 95 % interval over models and seeds; None without enough runs.
+        interval: Its 95 % interval over models and seeds; None without enough of them.
         verdict: ``"supported"``, ``"not supported"`` or ``"not enough runs"``.
         notes: What else must be known: figures behind the effect, and what the null or the spread explain.
     """
@@ -196,13 +196,20 @@ def _contrast(rows: pd.DataFrame) -> float:
     return _kept(other[other["block"] == "sequential"]) - _kept(other[other["block"] == "parallel"])
 
 
+def _compared(runs: pd.DataFrame, sizes: Sequence[str]) -> pd.DataFrame:
+    """The equal-step runs that C2 and C3 speak of: transformer blocks of these sizes."""
+    return runs[
+        (runs["control"] == "equal-step") & runs["block"].isin(["sequential", "parallel"]) & runs["size"].isin(sizes)
+    ]
+
+
 def _c2(runs: pd.DataFrame) -> Claim:
     says = (
         "Under equal step, sequential blocks keep the slope across objectives, parallel blocks only for causal "
         "language modelling (125M-350M)."
     )
     effect = "share of equal-step runs that keep the slope, sequential minus parallel, objectives other than causal LM"
-    equal = runs[(runs["control"] == "equal-step") & (runs["size"] == "small")]
+    equal = _compared(runs, ["small"])
     sides = {block: equal[equal["block"] == block] for block in ("sequential", "parallel")}
     if any(_few(side) or side["objective"].nunique() < 2 for side in sides.values()):
         return _undecided("C2", says, effect, equal)
@@ -218,7 +225,7 @@ def _c2(runs: pd.DataFrame) -> Claim:
 def _c3(runs: pd.DataFrame) -> Claim:
     says = "The distinction narrows at 1.3B-1.4B."
     effect = "the contrast of C2 at 125M-350M minus that at 1.3B-1.4B"
-    equal = runs[(runs["control"] == "equal-step") & runs["size"].isin(["small", "medium"])]
+    equal = _compared(runs, ["small", "medium"])
     cells = equal.groupby(["block", "size"]).size()
     if any(cells.get((b, s), 0) < FEWEST_RUNS for b in ("sequential", "parallel") for s in ("small", "medium")):
         return _undecided("C3", says, effect, equal)
@@ -306,7 +313,8 @@ def _decided(
 ) -> Claim:
     estimate, low, high = value
     verdict = "supported" if holds else "not supported"
-    return Claim(name, says, effect, estimate, (low, high), verdict, tuple(notes))
+    found = None if np.isnan([low, high]).any() else (low, high)
+    return Claim(name, says, effect, estimate, found, verdict, tuple(notes))
 
 
 def _undecided(name: str, says: str, effect: str, rows: pd.DataFrame) -> Claim:

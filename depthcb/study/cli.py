@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
     from depthcb.study.pool import run_study
     from depthcb.study.progress import shown
 
-    own = shard(configs, args.shard)
+    own = in_turns(shard(configs, args.shard))
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs}: run one at least.")
     if args.retry_failed:
@@ -145,6 +146,22 @@ def shard(configs: Sequence[RunConfig], part: str) -> list[RunConfig]:
     if not (slash and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ValueError(f"--shard {part}: give the part's number and how many there are, such as 2/3.")
     return list(configs[int(first) - 1 :: int(last)])
+
+
+def in_turns(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The runs with the models in turns.
+
+    What is wrong with a model is then known early, and those that must be pretrained first are so side by side.
+
+    Example:
+        >>> runs = [RunConfig(model, "causal_lm", "sgd", "standard", seed) for model in "ab" for seed in (0, 1)]
+        >>> [(run.model, run.seed) for run in in_turns(runs)]
+        [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
+    """
+    models: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        models.setdefault(config.model, []).append(config)
+    return [run for turn in itertools.zip_longest(*models.values()) for run in turn if run is not None]
 
 
 def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:

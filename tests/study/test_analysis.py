@@ -53,6 +53,14 @@ def test_a_missing_size_class_leaves_its_claim_open() -> None:
     assert found["C2"].verdict == "supported"
 
 
+def test_a_model_of_another_kind_does_not_blur_what_blocks_are_compared_by() -> None:
+    with_one = decided(study(paper, SMALL | {"mamba": ("single", 1.3e8)}))["C2"]
+    without = decided(study(paper, SMALL))["C2"]
+    assert with_one.verdict == without.verdict == "supported"
+    assert with_one.interval is not None
+    assert with_one.estimate == pytest.approx(1.0)
+
+
 def test_width_is_the_models_or_the_objectives() -> None:
     rng = np.random.default_rng(0)
     rows = [
