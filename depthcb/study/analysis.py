@@ -24,6 +24,9 @@ LITTLE_SPREAD = 1.5
 NULL_EXPLAINS = 0.5
 DRAWS = 400
 
+#: Runs as a frame, or as one array a column.
+Rows = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -124,7 +127,7 @@ def claims(runs: pd.DataFrame) -> list[Claim]:
 
 def interval(
     runs: pd.DataFrame,
-    statistic: Callable[[pd.DataFrame], float],
+    statistic: Callable[[Rows], float],
     within: Sequence[str] = (),
     bounds: tuple[float, float] = (-np.inf, np.inf),
     draws: int = DRAWS,
@@ -137,7 +140,7 @@ def interval(
 
     Args:
         runs: Rows with ``model`` and ``seed``.
-        statistic: Of such rows.
+        statistic: Of such rows, given as one array a column, which is many times as fast as a frame.
         within: Columns whose groups each keep their number of models in a draw: sides that the statistic compares.
         bounds: Least and largest value that the statistic can have.
         draws: Bootstrap draws.
@@ -148,7 +151,8 @@ def interval(
     """
     rng = np.random.default_rng(seed)
     strata: dict[Any, list[list[list[int]]]] = {}  # row numbers by stratum, model and seed
-    numbered = runs.drop(columns=["profiles"], errors="ignore").reset_index(drop=True)
+    numbered = runs.reset_index(drop=True)
+    columns = {name: numbered[name].to_numpy() for name in numbered}
     for key, of in numbered.groupby([*within, "model"], sort=True):
         strata.setdefault(key[:-1], []).append([list(rows.index) for _, rows in of.groupby("seed")])
     values = []
@@ -161,10 +165,10 @@ def interval(
                 own = [row for i in rng.integers(len(seeds), size=len(seeds)) for row in seeds[i]]
                 rows += own
                 labels += [f"{number} {position}"] * len(own)
-        value = statistic(numbered.take(rows).assign(model=labels))
+        value = statistic({name: column[rows] for name, column in columns.items()} | {"model": np.array(labels)})
         if np.isfinite(value):
             values.append(value)
-    estimate, fewest = statistic(runs), min(map(len, strata.values()))
+    estimate, fewest = statistic(columns), min(map(len, strata.values()))
     if len(values) < draws / 2 or fewest < 2:
         return estimate, np.nan, np.nan
     freedom = sum(len(models) - 1 for models in strata.values())
@@ -185,15 +189,16 @@ def _c1(runs: pd.DataFrame) -> Claim:
     return _decided("C1", says, effect, value, exceptions <= allowed, notes)
 
 
-def _kept(rows: pd.DataFrame) -> float:
-    """Share of runs whose slope interval lies above 0."""
-    return float((rows["slope_low"] > 0).mean()) if len(rows) else np.nan
+def _kept(rows: Rows, where: Any = True) -> float:
+    """Share of the runs, or of those that a mask selects, whose slope interval lies above 0."""
+    kept = (rows["slope_low"] > 0)[np.broadcast_to(where, len(rows["slope_low"]))]
+    return float(kept.mean()) if len(kept) else np.nan
 
 
-def _contrast(rows: pd.DataFrame) -> float:
+def _contrast(rows: Rows, size: str = "small") -> float:
     """How much more often sequential blocks keep the slope than parallel ones, where the objective is not causal LM."""
-    other = rows[rows["objective"] != "causal_lm"]
-    return _kept(other[other["block"] == "sequential"]) - _kept(other[other["block"] == "parallel"])
+    other = (rows["objective"] != "causal_lm") & (rows["size"] == size)
+    return _kept(rows, other & (rows["block"] == "sequential")) - _kept(rows, other & (rows["block"] == "parallel"))
 
 
 def _compared(runs: pd.DataFrame, sizes: Sequence[str]) -> pd.DataFrame:
@@ -230,8 +235,8 @@ def _c3(runs: pd.DataFrame) -> Claim:
     if any(cells.get((b, s), 0) < FEWEST_RUNS for b in ("sequential", "parallel") for s in ("small", "medium")):
         return _undecided("C3", says, effect, equal)
 
-    def narrowing(rows: pd.DataFrame) -> float:
-        return _contrast(rows[rows["size"] == "small"]) - _contrast(rows[rows["size"] == "medium"])
+    def narrowing(rows: Rows) -> float:
+        return _contrast(rows, "small") - _contrast(rows, "medium")
 
     value = interval(equal, narrowing, ("block", "size"), bounds=(-2.0, 2.0))
     return _decided("C3", says, effect, value, value[1] > 0, [*_spread_note(equal), *_shape_notes(equal)])
@@ -244,7 +249,7 @@ def _c4(runs: pd.DataFrame) -> Claim:
     if _few(standard) or standard["distance"].nunique() < 3:
         return _undecided("C4", says, effect, standard)
 
-    def correlation(rows: pd.DataFrame) -> float:
+    def correlation(rows: Rows) -> float:
         a, b = stats.rankdata(rows["slope"]), stats.rankdata(rows["distance"])
         return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else np.nan
 
@@ -260,7 +265,7 @@ def _c5(runs: pd.DataFrame) -> Claim:
     if _few(standard) or standard["objective"].nunique() < 2:
         return _undecided("C5", says, effect, standard)
 
-    def difference(rows: pd.DataFrame) -> float:
+    def difference(rows: Rows) -> float:
         return explained(rows, "model") - explained(rows, "objective")
 
     value, null = interval(standard, difference, bounds=(-1.0, 1.0)), standard.assign(width=standard["null_width"])
@@ -268,11 +273,13 @@ def _c5(runs: pd.DataFrame) -> Claim:
     return _decided("C5", says, effect, value, value[1] > 0, [shares, _null_note(value[0], difference(null))])
 
 
-def explained(rows: pd.DataFrame, factor: str, column: str = "width") -> float:
+def explained(rows: Rows, factor: str, column: str = "width") -> float:
     """Share of a column's variance that lies between the levels of a factor (eta squared)."""
-    total = float(((rows[column] - rows[column].mean()) ** 2).sum())
-    means = rows.groupby(factor)[column].transform("mean")
-    return float(((means - rows[column].mean()) ** 2).sum()) / total if total > 0 else np.nan
+    values = np.asarray(rows[column], dtype=float)
+    _, level = np.unique(np.asarray(rows[factor]), return_inverse=True)
+    means = (np.bincount(level, values) / np.bincount(level))[level]
+    total = float(((values - values.mean()) ** 2).sum())
+    return float(((means - values.mean()) ** 2).sum()) / total if total > 0 else np.nan
 
 
 def _few(rows: pd.DataFrame) -> bool:

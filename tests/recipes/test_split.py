@@ -34,6 +34,7 @@ def test_pieces_give_what_the_whole_gives(name: str, tmp_path: Path) -> None:
     assert min(alone["null"][0]) > 0
 
 
+@pytest.mark.slow
 def test_single_matrices_are_not_split(tmp_path: Path) -> None:
     done = run_script("recipes/split_fit.py", tmp_path, "causal_lm", 2, 2)
     assert done.returncode != 0
