@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,11 +132,15 @@ def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[
 
 
 def seems_running(folder: Path) -> bool:
-    """Whether a run's lock was renewed lately; for up to a minute also of one that was killed."""
-    try:
-        return time.time() - (folder / LOCK).stat().st_mtime < LEASE
-    except OSError:
-        return False
+    """Whether a process of this machine holds a run's lock, or another machine did less than a minute ago."""
+    owner = SoftFileLease(folder / LOCK, lease_duration=LEASE).owner
+    with contextlib.suppress(OSError):
+        if owner is not None and owner.hostname != socket.gethostname():
+            return time.time() - (folder / LOCK).stat().st_mtime < LEASE
+        if owner is not None:
+            os.kill(owner.pid, 0)  # no signal: only whether it is there
+            return True
+    return False
 
 
 def full_disk(error: BaseException | None) -> bool:

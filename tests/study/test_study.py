@@ -22,7 +22,7 @@ from depthcb.study.cli import fitting, shard
 from depthcb.study.grid import RunConfig, read_study
 from depthcb.study.pool import MOST_KILLS, Pool, run_study
 from depthcb.study.process import environment
-from depthcb.study.store import RESULT, Busy, Store, locked, read_result, write_result
+from depthcb.study.store import RESULT, Busy, Store, locked, read_result, seems_running, write_result
 
 HERE = Path(__file__).parent
 GRID: dict[str, Any] = {
@@ -227,14 +227,19 @@ def hold(folder: Path, host: str = "", lease: float = 60) -> Iterator[subprocess
 
 
 def test_a_lock_is_void_with_its_process(tmp_path: Path) -> None:
-    with hold(tmp_path), pytest.raises(Busy), locked(tmp_path):
-        pass
+    assert not seems_running(tmp_path)
+    with hold(tmp_path):
+        assert seems_running(tmp_path)
+        with pytest.raises(Busy), locked(tmp_path):
+            pass
+    assert not seems_running(tmp_path), "the killed holder's mark is still there, and says so"
     with locked(tmp_path):
         pass
 
 
 def test_a_machine_that_gives_no_sign_of_life_loses_its_run_and_ends_it(tmp_path: Path) -> None:
     with hold(tmp_path, "elsewhere", lease=2) as holder:
+        assert seems_running(tmp_path)
         with pytest.raises(Busy), locked(tmp_path, patience=5, lease=2):  # it lives, so waiting is in vain
             pass
         holder.send_signal(signal.SIGSTOP)  # as a machine that hangs, or one that is cut off
