@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from depthcb.report import print_runs, write_html, write_png
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs, write_header, write_null
 from depthcb.similarity import find_measures
+from depthcb.study.store import write_whole
 from recipes.backbones import load_backbone
 from recipes.causal_lm import CausalLM
 from recipes.corpus import corpus_fingerprint, python_corpus
@@ -256,7 +256,8 @@ def _write_report(settings: Settings, out: Path, console: Console) -> list[Run]:
         console.print("Nothing was measured yet.")
         return []
     verdicts = [{"group": g.title, **dataclasses.asdict(g.verdict)} for g in groups(runs) if g.verdict]
-    _write_json({"verdicts": verdicts, "runs": [run.to_dict() for run in runs]}, out / "summary.json")
+    summary = {"verdicts": verdicts, "runs": [run.to_dict() for run in runs]}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     title = f"Depth profile of {settings.backbone}"
     write_png(runs, out / "profiles.png", title)
     write_html(runs, out / "report.html", title)
@@ -276,12 +277,6 @@ def _print_files(out: Path, console: Console) -> None:
     ]
     for label, text in lines:
         console.print(f"{label:>12}  {text}", highlight=False, soft_wrap=True)
-
-
-def _write_json(summary: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)  # a reader finds the old or the new file, never half of one
 
 
 def _progress(console: Console) -> Progress:

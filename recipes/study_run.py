@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from depthcb import DepthProfile
 from depthcb.compare import null_profiles
-from depthcb.errors import NotFiniteError
+from depthcb.errors import NotFiniteError, chain
 from depthcb.run import Run, read_runs, write_null
 from depthcb.study.grid import RunConfig
 from depthcb.study.store import full_disk
@@ -43,21 +43,20 @@ def make(config: RunConfig, folder: Path) -> dict[str, Any]:
         return {"status": failure(error), "config": config.to_dict(), "message": " ".join(str(error).split())}
 
 
-def failure(error: BaseException | None) -> str:
+def failure(error: BaseException) -> str:
     """What kept a run from its figures, by the error that ended it or one that led to it.
 
     Example:
         >>> failure(MemoryError()), failure(KeyError())
         ('out of memory', 'failed')
     """
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    for e in chain(error):
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e):
             return "out of memory"
-        if isinstance(error, NotFiniteError):
+        if isinstance(e, NotFiniteError):
             return "not finite"
-        if isinstance(error, BackboneNotFoundError):
+        if isinstance(e, BackboneNotFoundError):
             return "missing model"
-        error = error.__cause__ or error.__context__
     return "failed"
 
 

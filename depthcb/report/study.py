@@ -113,7 +113,7 @@ def _card(claim: Claim) -> str:
 
 
 def slopes_chart(pairs: pd.DataFrame) -> go.Figure:
-    """For each pair two points and a line between them, grouped by model and objective."""
+    """A line for each pair, with its two slopes and those of their nulls."""
     labels = [f"{p['model']} · {p['objective']} · {p['optimizer']} · {p['seed']}" for _, p in pairs.iterrows()]
     fig = go.Figure()
     for index, (side, name) in enumerate((("standard", "standard"), ("equal", "equal-step"))):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from depthcb.profile import Profile, Profiles
+from depthcb.profile import Profile
 from depthcb.study.grid import AXES
 from depthcb.verdict import judge
 
@@ -66,8 +66,7 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             continue
         profile = {m: Profile.from_dict(p) for m, p in result["profiles"].items()}
         first = next(iter(profile.values()))
-        null = Profiles(map(Profile.from_dict, result["null"].get(first.measure, ())))
-        share = null.mean_relative_slope
+        null = [Profile.from_dict(p) for p in result["null"].get(first.measure, ())]
         low, high = first.slope_interval or (np.nan, np.nan)
         rows.append({
             **{axis: result["config"][axis] for axis in AXES},
@@ -77,7 +76,7 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "slope": first.slope, "slope_low": low, "slope_high": high,
             "relative_slope": first.relative_slope, "width": first.width, "centre": first.centre, "mean": first.mean,
             "distance": result["objective_distance"], "loss": result["loss"], "loss_before": result["loss_before"],
-            "spread": result["wanted_spread"], "null_relative_slope": np.nan if share is None else share,
+            "spread": result["wanted_spread"], "null_relative_slope": _mean(p.relative_slope for p in null),
             "null_slope": _mean(p.slope for p in null), "null_width": _mean(p.width for p in null),
             "profiles": profile, "initial_weights": result["initial_weights"], "data_order": result["data_order"],
         })  # fmt: skip

@@ -53,7 +53,9 @@ def run_task(args: argparse.Namespace) -> int:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", help="a YAML file, or the name of a bundled study (paper, paper-sgd, mini)")
+    parser.add_argument(
+        "study", help="a YAML file, or the name of a bundled study (paper, paper-sgd, mini, mini-smoke)"
+    )
     parser.add_argument("--out", type=Path, help="the study's folder (default: depthcb-studies/NAME)")
 
 
@@ -168,8 +170,10 @@ def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     counts: dict[str, int] = {}
     for config in configs:
         result = store.result(config)
-        missing = "running" if seems_running(store.folder(config)) else "missing"
-        status = missing if result is None else result["status"]
+        if result is None:
+            status = "running" if seems_running(store.folder(config)) else "missing"
+        else:
+            status = result["status"]
         counts[status] = counts.get(status, 0) + 1
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + f" of {len(configs)} runs")
     return 0

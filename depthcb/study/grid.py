@@ -53,12 +53,12 @@ class RunConfig:
     @property
     def hash(self) -> str:
         """Name of the run's folder: the same for the same configuration, whatever study asks for it."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.to_dict())[:16]
 
     @property
     def pair(self) -> str:
         """What a standard run and its equal-step twin have in common."""
-        return hashlib.sha256(json.dumps(self.to_dict() | {"control": ""}, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.to_dict() | {"control": ""})[:16]
 
     @property
     def resumes(self) -> bool:
@@ -75,6 +75,11 @@ class RunConfig:
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"options": dict(self.options)}
 
 
+def digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def read_study(path: str | Path) -> list[RunConfig]:
     """The runs that a study asks for, in the order of its axes.
 
@@ -83,7 +88,7 @@ def read_study(path: str | Path) -> list[RunConfig]:
     of an axis (``by: {optimizer: {sgd: {model.lr: 0.1}}, model: {gpt2-xl: {gpus: 2}}}``).
 
     Args:
-        path: The file, or the name of a bundled study.
+        path: The file.
 
     Raises:
         ValueError: Not a study: what is wrong, where, and what to write instead.

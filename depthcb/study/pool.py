@@ -196,13 +196,13 @@ class _Driver:
     def _take(self, config: RunConfig, status: int) -> None:
         """What became of a run: a result, or another attempt."""
         result = self._store.result(config)
-        if result is None and status in (0, BUSY):  # elsewhere; or a shared file system that shows it later
-            self._busy.add(config.hash)
-            self._waiting.append(config)
-            return
-        if result is None and status == FULL:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
         if result is None:
+            if status == FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
+            if status in (0, BUSY):  # elsewhere; or a shared file system that shows it later
+                self._busy.add(config.hash)
+                self._waiting.append(config)
+                return
             self._kills[config.hash] = self._kills.get(config.hash, 0) + 1
             if self._kills[config.hash] < MOST_KILLS:
                 self._waiting.insert(0, config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,8 @@ from typing import Any
 import yaml
 from filelock import SoftFileLease, Timeout
 
-from depthcb.study.grid import RunConfig
+from depthcb.errors import chain
+from depthcb.study.grid import RunConfig, digest
 
 RESULT, CONFIG, LOCK, LOG = "result.json", "run.yaml", "lock", "log.txt"
 #: Seconds without a sign of life after which another machine takes a run over.
@@ -143,13 +143,9 @@ def seems_running(folder: Path) -> bool:
     return False
 
 
-def full_disk(error: BaseException | None) -> bool:
+def full_disk(error: BaseException) -> bool:
     """Whether an error, or what led to it, is a disk or a quota that is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain(error))
 
 
 def start_afresh(folder: Path) -> None:
@@ -160,5 +156,4 @@ def start_afresh(folder: Path) -> None:
 
 
 def _digest(result: dict[str, Any]) -> str:
-    rest = {key: value for key, value in result.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return digest({key: value for key, value in result.items() if key != "sha256"})
