@@ -5,7 +5,7 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all browser lint format clean
+.PHONY: demo test test-all browser lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
@@ -27,12 +27,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv depthcb-demo depthcb-report.html build *.egg-info
+	rm -rf .venv depthcb-demo depthcb-report.html build dist *.egg-info
 
 # torch first and pinned: resolved together with the rest, a newer build of several GB could be chosen.
 $(READY): pyproject.toml constraints.txt requirements-models.txt

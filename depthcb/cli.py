@@ -92,9 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from depthcb_recipes.demo import QUICK, Settings, run_demo
     from rich.console import Console
-
-    from recipes.demo import QUICK, Settings, run_demo
 
     settings = QUICK if args.quick else Settings()
     if args.backbone is not None:
@@ -107,16 +106,15 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from depthcb_recipes.compare import compare_backbones
     from rich.console import Console
-
-    from recipes.compare import compare_backbones
 
     compare_backbones(args.reference, args.model, args.text, args.rows, args.json, Console())
     return 0
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from recipes.fit import run_fit
+    from depthcb_recipes.fit import run_fit
 
     run_fit(args.options)
     return 0
@@ -156,25 +154,23 @@ def _workspace(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from recipes.mini_zoo import load_or_pretrain
+    from depthcb_recipes.mini_zoo import load_or_pretrain
 
     print(load_or_pretrain(args.model))
     return 0
 
 
 def _recipes(args: argparse.Namespace) -> int:
+    from depthcb_recipes.catalogue import objectives_table
     from rich.console import Console
-
-    from recipes.catalogue import objectives_table
 
     Console().print(objectives_table())
     return 0
 
 
 def _backbones(args: argparse.Namespace) -> int:
+    from depthcb_recipes.catalogue import backbones_table
     from rich.console import Console
-
-    from recipes.catalogue import backbones_table
 
     Console().print(backbones_table(args.names))
     return 0

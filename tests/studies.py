@@ -13,7 +13,7 @@ import yaml
 from depthcb.study.grid import read_study
 from depthcb.study.store import Store
 
-SMOKE = Path(__file__).parents[1] / "recipes" / "studies" / "mini-smoke.yaml"
+SMOKE = Path(__file__).parents[1] / "recipes" / "depthcb_recipes" / "studies" / "mini-smoke.yaml"
 
 
 def smoke(folder: Path, *models: str) -> Path:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from depthcb_recipes.backbones import load_backbone
 from lightning.pytorch.loggers import CSVLogger
 from support import TinyLM, fit, seeded
 
@@ -15,11 +16,10 @@ from depthcb import DepthProfile, EqualStep
 from depthcb.cli import main
 from depthcb.report import read_html
 from depthcb.run import read_runs
-from recipes.backbones import load_backbone
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, depthcb, depthcb.cli, recipes; print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    code = "import sys, depthcb, depthcb.cli, depthcb_recipes; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

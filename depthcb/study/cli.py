@@ -60,9 +60,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _study_file(name: str) -> Path:
-    import recipes
+    import depthcb_recipes
 
-    bundled = Path(next(iter(recipes.__path__))) / "studies" / f"{name}.yaml"
+    bundled = Path(next(iter(depthcb_recipes.__path__))) / "studies" / f"{name}.yaml"
     return bundled if bundled.is_file() else Path(name)
 
 

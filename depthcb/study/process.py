@@ -15,7 +15,7 @@ from depthcb.study.grid import RunConfig
 from depthcb.study.store import LOG
 
 #: What makes one run: a module with ``make(config, folder)``.
-MAKER = "recipes.study_run"
+MAKER = "depthcb_recipes.study_run"
 
 
 #: Beginnings of variables that the driver's own job may have set, and that would pass for a run's.

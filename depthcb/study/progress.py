@@ -38,11 +38,16 @@ def line(progress: Progress) -> str:
         >>> line(Progress(total=3, done=1, running=2, last="gpt2-mini causal_lm adamw standard 0: slope +0.1"))
         '1/3 done, 2 running, 0 failed; gpt2-mini causal_lm adamw standard 0: slope +0.1'
     """
-    left = progress.seconds_left
-    time_left = (
-        "" if left is None else f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
-    )
+    left = f", {time_left(progress.seconds_left)}" if progress.seconds_left is not None else ""
     last = f"; {progress.last}" if progress.last else ""
-    return (
-        f"{progress.done}/{progress.total} done, {progress.running} running, {progress.failed} failed{time_left}{last}"
-    )
+    return f"{progress.done}/{progress.total} done, {progress.running} running, {progress.failed} failed{left}{last}"
+
+
+def time_left(seconds: float) -> str:
+    """An estimate in words.
+
+    Example:
+        >>> time_left(12.3), time_left(400)
+        ('about 12 s left', 'about 7 min left')
+    """
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

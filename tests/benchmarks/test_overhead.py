@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.data import PackedText
 
 from depthcb import LayerStack
 from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures
 from depthcb.step_ratio import LayerSteps, imposed_ratios, rescale, revert_non_finite, step_ratios
-from recipes.backbones import load_backbone
-from recipes.data import PackedText
 
 pytestmark = pytest.mark.slow
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, _wheel_file, load_backbone, load_tokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -22,8 +23,6 @@ from transformers import (
     RwkvForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
-
-from recipes.backbones import PACKAGED, BackboneNotFoundError, _wheel_file, load_backbone, load_tokenizer
 
 # One connected passage: the first words of a sentence that stands alone are anybody's guess and dominate its mean.
 PASSAGE = (
@@ -56,7 +55,9 @@ def run_python(code, **environment):
 
 
 def test_importing_recipes_does_not_import_torch():
-    process = run_python("import sys, recipes; print('torch' in sys.modules, recipes.__all__ == dir(recipes))")
+    process = run_python(
+        "import sys, depthcb_recipes; print('torch' in sys.modules, depthcb_recipes.__all__ == dir(depthcb_recipes))"
+    )
     assert process.communicate()[0].split() == ["False", "True"]
 
 
@@ -159,7 +160,7 @@ def test_packaged_backbones_load_silently_and_put_the_switches_back(smollm2):
     load_backbone("minilm")
     assert (transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()) == before
     process = run_python(
-        "from recipes import load_backbone; [load_backbone(n, head=c) for n in ('minilm', 'smollm2-135m') "
+        "from depthcb_recipes import load_backbone; [load_backbone(n, head=c) for n in ('minilm', 'smollm2-135m') "
         "for c in ('causal_lm', None)]"
     )
     assert process.communicate() == ("", "")
@@ -209,7 +210,7 @@ def test_a_wheel_without_the_weights_counts_as_missing():
 
 def test_an_unknown_name_gives_one_clear_error():
     code = """
-from recipes.backbones import BackboneNotFoundError, load_backbone
+from depthcb_recipes.backbones import BackboneNotFoundError, load_backbone
 for name in ("nobody/no-such-model", "no-such-model", "no such model"):
     try:
         load_backbone(name)
@@ -249,7 +250,7 @@ def test_the_conversion_keeps_every_weight_of_the_wheel(smollm2):
 
 @pytest.mark.slow
 def test_two_conversions_at_once_repair_a_half_cache(tmp_path):
-    code = "from recipes.backbones import PACKAGED, _folder; print(_folder(PACKAGED['smollm2-135m']))"
+    code = "from depthcb_recipes.backbones import PACKAGED, _folder; print(_folder(PACKAGED['smollm2-135m']))"
     name = Path(run_python(code).communicate()[0].strip()).name
     half = tmp_path / "depthcb" / "backbones" / name
     half.mkdir(parents=True)

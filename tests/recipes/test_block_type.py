@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.block_type import block_type
 from recipes_families import FAMILIES, tiny
-
-from recipes.backbones import load_backbone
-from recipes.block_type import block_type
 
 PARALLEL = ("neox", "codegen")
 

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from depthcb_recipes.backbones import load_backbone, load_tokenizer
+from depthcb_recipes.causal_lm import CausalLM
+from depthcb_recipes.data import PackedText
+from depthcb_recipes.objective import decay_groups
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
-
-from recipes.backbones import load_backbone, load_tokenizer
-from recipes.causal_lm import CausalLM
-from recipes.data import PackedText
-from recipes.objective import decay_groups
 
 VOCABULARY = 50
 

@@ -7,8 +7,7 @@ import re
 import sys
 
 import pytest
-
-from recipes.corpus import (
+from depthcb_recipes.corpus import (
     PACKAGES,
     TOKEN_KINDS,
     _python_files,
@@ -21,7 +20,7 @@ from recipes.corpus import (
     python_tokens,
     split_by_file,
 )
-from recipes.kept import cache_folder
+from depthcb_recipes.kept import cache_folder
 
 LONG = "Words that say in some detail what the thing below is for, so that the docstring is long enough to count."
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from depthcb_recipes.demo import QUICK, Settings, run_demo
 from offline import summary as summary_of
 from PIL import Image
 from rich.console import Console
@@ -21,7 +22,6 @@ from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
-from recipes.demo import QUICK, Settings, run_demo
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from depthcb_recipes.backbones import load_tokenizer
 from lightning.pytorch import seed_everything
 from recipes_families import tiny
 
 from depthcb.cli import main
-from recipes.backbones import load_tokenizer
 
 # Lightning's own use of jsonargparse, and the advice of both that a user would see.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "configs"
 NAMES = ("causal_lm", "completion_lm", "masked_lm", "sequence_classification", "token_classification", "contrastive")
 SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
          "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",

@@ -10,19 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from depthcb_recipes.backbones import load_tokenizer
+from depthcb_recipes.causal_lm import CausalLM
+from depthcb_recipes.completion_lm import CompletionLM
+from depthcb_recipes.contrastive import Contrastive
+from depthcb_recipes.data import LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.masked_lm import MaskedLM
+from depthcb_recipes.objective_distance import ObjectiveDistanceMonitor, own_batch, pretraining_objective
+from depthcb_recipes.sequence_classification import SequenceClassification
+from depthcb_recipes.token_classification import TokenClassification
 from recipes_families import tiny
 from support import Rows, fit
 from torch.utils.data import DataLoader
-
-from recipes.backbones import load_tokenizer
-from recipes.causal_lm import CausalLM
-from recipes.completion_lm import CompletionLM
-from recipes.contrastive import Contrastive
-from recipes.data import LabelledText, LabelledTokens, PackedText, TextPairs
-from recipes.masked_lm import MaskedLM
-from recipes.objective_distance import ObjectiveDistanceMonitor, own_batch, pretraining_objective
-from recipes.sequence_classification import SequenceClassification
-from recipes.token_classification import TokenClassification
 
 
 @pytest.fixture(scope="module")

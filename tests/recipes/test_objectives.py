@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from depthcb_recipes.causal_lm import CausalLM
+from depthcb_recipes.completion_lm import CompletionLM
+from depthcb_recipes.contrastive import Contrastive
+from depthcb_recipes.masked_lm import MaskedLM
+from depthcb_recipes.objective import Objective
+from depthcb_recipes.sequence_classification import SequenceClassification
+from depthcb_recipes.token_classification import TokenClassification
 from lightning.pytorch import Trainer
 from recipes_families import ENCODERS, FAMILIES, VOCABULARY, tiny
 from scipy.special import logsumexp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.retrieval import RetrievalRecall
-
-from recipes.causal_lm import CausalLM
-from recipes.completion_lm import CompletionLM
-from recipes.contrastive import Contrastive
-from recipes.masked_lm import MaskedLM
-from recipes.objective import Objective
-from recipes.sequence_classification import SequenceClassification
-from recipes.token_classification import TokenClassification
 
 LABELS = 3
 

@@ -6,16 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-
-from recipes.causal_lm import CausalLM
-from recipes.completion_lm import CompletionLM
-from recipes.contrastive import Contrastive
-from recipes.corpus import python_corpus
-from recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
-from recipes.masked_lm import MaskedLM
-from recipes.mini_zoo import MINI_ZOO
-from recipes.sequence_classification import SequenceClassification
-from recipes.token_classification import TokenClassification
+from depthcb_recipes.causal_lm import CausalLM
+from depthcb_recipes.completion_lm import CompletionLM
+from depthcb_recipes.contrastive import Contrastive
+from depthcb_recipes.corpus import python_corpus
+from depthcb_recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.masked_lm import MaskedLM
+from depthcb_recipes.mini_zoo import MINI_ZOO
+from depthcb_recipes.sequence_classification import SequenceClassification
+from depthcb_recipes.token_classification import TokenClassification
 
 pytestmark = [
     pytest.mark.slow,

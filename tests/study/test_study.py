@@ -104,9 +104,11 @@ def test_a_bad_study_is_one_clear_sentence(text: str, message: str, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "count"), [("paper", 240), ("paper-sgd", 240), ("mini", 120), ("mini-smoke", 24)])
 def test_bundled_studies_are_studies(name: str, count: int) -> None:
-    runs = read_study(Path(__file__).parents[2] / "recipes" / "studies" / f"{name}.yaml")
+    runs = read_study(Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "studies" / f"{name}.yaml")
     assert len(runs) == count
-    configs = {path.stem for path in (Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")}
+    configs = {
+        path.stem for path in (Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "configs").glob("*.yaml")
+    }
     assert {run.objective for run in runs} <= configs
 
 

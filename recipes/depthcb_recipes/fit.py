@@ -1,0 +1,142 @@
+"""``depthcb fit --config FILE``: any objective on any backbone from a YAML file, through LightningCLI."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import depthcb_recipes
+from depthcb.callbacks.logged import run_folder
+from depthcb_recipes.catalogue import CONFIGS
+from depthcb_recipes.objective import Objective
+from depthcb_recipes.precision import Precision, PrecisionRecord, PrecisionTrainer, device_of, settle
+from depthcb_recipes.progress import FitProgress
+from depthcb_recipes.stopping import Stop, stoppable
+
+
+class FitCLI(LightningCLI):
+    """Settles the precision before the Trainer is made; the objective's backbone is also the data module's."""
+
+    #: What the fit is trained in, known once the options are read.
+    precision: Precision
+
+    def __init__(self, *args: Any, stop: Stop | None = None, **options: Any) -> None:
+        self.stop = stop
+        super().__init__(*args, **options)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
+
+    def before_instantiate_classes(self) -> None:
+        options = self._own(self.config)
+        self.precision = settle(options.precision, device_of(options.accelerator))
+        options.precision = self.precision.precision  # what config.yaml keeps
+
+    def instantiate_trainer(self, **options: Any) -> pl.Trainer:
+        asked = self._own(self.config_init)
+        named = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
+        callbacks: list[pl.Callback] = [*named, PrecisionRecord(self.precision)]
+        if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in named):
+            callbacks.append(FitProgress("fit"))
+        return super().instantiate_trainer(**options, callbacks=callbacks)
+
+    def _own(self, config: Any) -> Any:
+        """The Trainer's options in a configuration."""
+        return (config[self.subcommand] if self.subcommand else config).trainer
+
+    def before_fit(self) -> None:
+        """What is said when the fit is asked to stop."""
+        folder = run_folder(self.trainer)
+        if self.stop is not None and folder is not None:
+            told = f"Stopped. `depthcb report {folder}` shows what was measured."
+            self.stop.last_words = lambda: print(told, flush=True)
+
+
+def run_fit(argv: Sequence[str]) -> None:
+    """Fits what the command line describes.
+
+    Args:
+        argv: ``--config FILE``, or the name of a bundled one (``causal_lm``), and options of LightningCLI, such as
+            ``--model.backbone minilm``.
+
+    Raises:
+        ValueError: A file or an option that cannot be used, in one line.
+        SystemExit: After ``--help`` or ``--print_config``.
+    """
+    with stoppable(lambda: print("Stopped before the first step.", flush=True)) as stop:
+        fit_cli(["fit", *map(_bundled, argv)], stop=stop, exit_on_error=False, fit={"exit_on_error": False})
+
+
+def fit_cli(args: Sequence[str], run: bool = True, stop: Stop | None = None, **parser_kwargs: Any) -> FitCLI:
+    """The command line's objects: Trainer, objective and data.
+
+    Args:
+        args: Options of LightningCLI; the command ``fit`` first if it is to run.
+        run: Whether to run the command, or to make the objects alone.
+        stop: Told what to say when the command is asked to stop.
+        **parser_kwargs: As LightningCLI takes them.
+
+    Raises:
+        ValueError: A file or an option that cannot be used, in one line.
+    """
+    for name in depthcb_recipes.__all__:
+        getattr(depthcb_recipes, name)  # imported, so that a class is found by its bare name
+    try:
+        with warnings.catch_warnings():
+            # It takes our own command line for a second one.
+            warnings.filterwarnings("ignore", ".*LightningCLI's args parameter is intended.*")
+            return FitCLI(
+                Objective,
+                LightningDataModule,
+                trainer_class=PrecisionTrainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=list(args),
+                run=run,
+                stop=stop,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},  # the same folder again is no reason to stop
+                parser_kwargs=parser_kwargs,
+            )
+    except (ArgumentError, MisconfigurationException, ValueError) as error:
+        raise ValueError(_brief(str(error))) from error
+
+
+def _bundled(argument: str) -> str:
+    """The path of a bundled configuration in place of its name; anything else as it is."""
+    flag, name = argument[: argument.find("=") + 1], argument[argument.find("=") + 1 :]
+    path = CONFIGS / f"{name}.yaml"
+    return f"{flag}{path}" if flag in ("", "--config=") and path.is_file() else argument
+
+
+def _brief(message: str) -> str:
+    """One line of what jsonargparse says: of a class that it could not make, the reason alone."""
+    moved = re.search(r"class_path '(recipes\.([\w.]+))'", message)
+    if moved and _exists(f"depthcb_recipes.{moved[2]}"):
+        return f"The class path {moved[1]} is now depthcb_recipes.{moved[2]}: write that one."
+    reason = re.search(r"Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
+    told = reason[1] if reason and not reason[1].startswith("Expected a") else message
+    return " ".join(told.split())
+
+
+def _exists(path: str) -> bool:
+    try:
+        pkgutil.resolve_name(path)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run_fit(sys.argv[1:])

@@ -1,0 +1,302 @@
+"""The mini zoo: a small model of every family and block type, pretrained on this machine from Python's own libraries.
+
+Every machine has that text, so every machine gets models whose pretraining is known to the last detail. They are kept
+in the user's cache under a hash of all that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import tokenizers
+import torch
+import transformers
+from datasets import Dataset
+from filelock import FileLock
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, DataCollatorForLanguageModeling, PretrainedConfig, PreTrainedTokenizerFast
+
+from depthcb.undisturbed import isolated_rng
+from depthcb_recipes.backbones import AUTOS, Head
+from depthcb_recipes.causal_lm import CausalLM
+from depthcb_recipes.corpus import corpus_fingerprint, in_hashed_order, python_corpus, split_by_file
+from depthcb_recipes.data.packed_text import blocks, masking
+from depthcb_recipes.kept import cache_folder
+from depthcb_recipes.masked_lm import MaskedLM
+from depthcb_recipes.objective import Objective
+from depthcb_recipes.quiet import quiet_libraries, silent_transformers
+
+VOCABULARY = 8192
+BLOCK = 128
+SPECIAL = {"eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
+_IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
+# No dropout: the text is read less than once, so there is nothing to overfit.
+_GPT = {**_IDS, "n_embd": 192, "n_layer": 8, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+_SIZES = {**_IDS, "hidden_size": 192, "num_hidden_layers": 8}
+_ATTENTION = {**_SIZES, "num_attention_heads": 6, "max_position_embeddings": 512}
+_BERT = {**_ATTENTION, "intermediate_size": 768, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+_OPT = {**_ATTENTION, "ffn_dim": 768, "word_embed_proj_dim": 192, "dropout": 0}
+
+
+@dataclass(frozen=True)
+class MiniModel:
+    """A small model and how it is pretrained.
+
+    Args:
+        model_type: The architecture, as transformers calls it.
+        settings: Its configuration; what is left out has transformers' default.
+        head: What it is pretrained for.
+        lr: Peak learning rate of AdamW.
+        steps: Optimizer steps.
+        warmup_steps: Steps until the peak.
+        batch_size: Blocks of 128 tokens a step.
+        mask_probability: Share of the tokens to predict, for a masked language model.
+        seed: Of the first weights, the order of the texts, and the masks.
+    """
+
+    model_type: str
+    settings: dict[str, Any]
+    head: Head = "causal_lm"
+    lr: float = 2e-3
+    steps: int = 600
+    warmup_steps: int = 60
+    batch_size: int = 16
+    mask_probability: float = 0.15
+    seed: int = 0
+
+    def config(self) -> PretrainedConfig:
+        """The configuration of a model that is to be built."""
+        return AutoConfig.for_model(self.model_type, **self.settings)
+
+
+MINI_ZOO: dict[str, MiniModel] = {
+    # A masked LM learns from a seventh of the tokens, and blocks normalised after the residual collapse at 2e-3.
+    "bert-mini": MiniModel("bert", _BERT, "masked_lm", lr=1e-3, steps=1200, warmup_steps=150, batch_size=8),
+    "gpt2-mini": MiniModel("gpt2", {**_GPT, "n_head": 6}),
+    "opt-mini": MiniModel("opt", _OPT),
+    "neox-mini": MiniModel("gpt_neox", {**_ATTENTION, "intermediate_size": 768, "use_parallel_residual": True}),
+    "codegen-mini": MiniModel("codegen", {**_GPT, "n_head": 8, "n_ctx": 512, "rotary_dim": 12}),
+    "mamba2-mini": MiniModel(
+        "mamba2",
+        {**_SIZES, "num_heads": 12, "head_dim": 32, "state_size": 32, "n_groups": 1, "expand": 2, "chunk_size": 32},
+        steps=500,
+    ),
+    "rwkv-mini": MiniModel("rwkv", {**_SIZES, "context_length": 512, "rescale_every": 0}, steps=320, warmup_steps=40),
+}
+
+_TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+_TINY_GPT = {"n_embd": 32, "n_layer": 4, "n_head": 2}
+#: Tiny and all but random: for trying out what works on any model in seconds.
+TINY_ZOO: dict[str, MiniModel] = {
+    name.replace("mini", "tiny"): replace(MINI_ZOO[name], settings=MINI_ZOO[name].settings | small, steps=2)
+    for name, small in {
+        "bert-mini": _TINY, "gpt2-mini": _TINY_GPT, "neox-mini": _TINY,
+        "mamba2-mini": {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 16},
+    }.items()
+}  # fmt: skip
+ZOO = MINI_ZOO | TINY_ZOO
+
+
+def load_or_pretrain(name: str) -> Path:
+    """The folder of a mini model; a missing one is made now, which takes minutes and says so.
+
+    Raises:
+        ValueError: A name that is not in the zoo.
+    """
+    if name not in ZOO:
+        raise ValueError(f"{name!r} is not in the mini zoo: take one of {', '.join(ZOO)}.")
+    return pretrain(name, ZOO[name])
+
+
+def pretrain(name: str, model: MiniModel) -> Path:
+    """Pretrain a small model on this machine, unless that has been done; returns its folder.
+
+    The folder holds what ``save_pretrained`` writes and ``pretraining.json`` with the losses. Other settings, another
+    text or another version of what trains it make another folder. It appears when it is whole: an interrupted
+    pretraining starts afresh. A second process that asks for the same model waits for the first. Random streams are
+    left as they were.
+
+    Args:
+        name: First part of the folder's name.
+        model: What to train, and how.
+    """
+    folder = cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}")
+    with FileLock(f"{scratch}.lock"):
+        if not _complete(folder):
+            takes = "about 6 minutes on 2 CPU cores, " if name in MINI_ZOO else ""
+            print(f"Pretraining {name}: {model.steps} steps, {takes}once; kept in {folder}", flush=True)
+            for left_over in (scratch, folder):
+                shutil.rmtree(left_over, ignore_errors=True)
+            with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries(), silent_transformers():
+                _train(name, model, scratch)
+            os.replace(scratch, folder)
+    return folder
+
+
+def _train(name: str, model: MiniModel, folder: Path) -> None:
+    texts = [_texts(side) for side in (0, 1)]
+    tokenizer = _tokenizer()
+    train = Dataset.from_dict({"input_ids": list(blocks(texts[0], tokenizer, BLOCK))})
+    held_out = list(itertools.islice(blocks(texts[1], tokenizer, BLOCK), 128))
+    network = AUTOS[model.head].from_config(model.config())
+    objective = (MaskedLM if model.head == "masked_lm" else CausalLM)(
+        network, lr=model.lr, warmup_steps=model.warmup_steps
+    )
+    bias = getattr(network.get_output_embeddings(), "bias", None)
+    if bias is not None:  # it would take it hundreds of steps to learn how frequent each token is
+        bias.data.copy_(_unigram(train["input_ids"][:], VOCABULARY).log())
+    order = torch.Generator().manual_seed(model.seed)
+    batches = DataLoader(train, model.batch_size, shuffle=True, generator=order, collate_fn=_collate(model, tokenizer))
+    judged = list(_judged(held_out, model, tokenizer))
+    start = time.perf_counter()
+    trainer = _trainer(model.steps, [_Bar(name, model.steps)])
+    before = _held_out_loss(trainer, objective, judged)
+    trainer.fit(objective, batches)
+    after = _held_out_loss(trainer, objective, judged)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report = {
+        "model": name,
+        **asdict(model),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "tokens": model.steps * model.batch_size * BLOCK,
+        "held_out_loss_before": before,
+        "held_out_loss": after,
+        "held_out_unigram_loss": unigram_loss(train["input_ids"][:], held_out),
+        "seconds": time.perf_counter() - start,
+        "text_sha256": _corpus_hash(),
+        "versions": _versions(),
+    }
+    (folder / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def unigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> float:
+    """Nats a token of a guess that looks at no other token: what a model that has learnt must beat.
+
+    The guess is each token's share of the training text, every token counted once more than it occurs.
+
+    Example:
+        >>> round(unigram_loss([[0, 0, 1]], [[0], [1]]), 4)  # shares 3/5 and 2/5
+        0.7136
+    """
+    shares = _unigram(train, max(map(max, held_out)) + 1)
+    return float(-shares[torch.tensor(held_out)].log().mean())
+
+
+def _unigram(rows: Sequence[Sequence[int]], size: int = 0) -> Tensor:
+    """The share of each token in a text, every token counted once more than it occurs."""
+    counts = torch.tensor(rows).flatten().bincount(minlength=size).double() + 1
+    return counts / counts.sum()
+
+
+def _trainer(steps: int, callbacks: list[pl.Callback]) -> pl.Trainer:
+    return pl.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
+        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, inference_mode=False,
+    )  # fmt: skip
+
+
+def _held_out_loss(trainer: pl.Trainer, objective: Objective, batches: list[dict[str, Tensor]]) -> float:
+    objective.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        losses = [objective.loss(batch) for batch in batches]
+    objective.train()
+    return float(sum(x.value * x.weight for x in losses) / sum(x.weight for x in losses))
+
+
+def _collate(model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    if model.head == "masked_lm":
+        return masking(tokenizer, model.mask_probability, model.seed)
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+def _judged(rows: Any, model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
+    collate = _collate(replace(model, mask_probability=0.15, seed=1), tokenizer)
+    rows = Dataset.from_dict({"input_ids": rows})
+    yield from DataLoader(rows, 16, collate_fn=collate, generator=torch.Generator())
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training text, the same for all models."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_texts(0), trainer)
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokens = {f"{name}_token": token for name, token in SPECIAL.items()}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, bos_token=SPECIAL["eos"], model_max_length=512, **tokens
+    )
+
+
+@cache
+def _texts(side: int) -> list[str]:
+    """Code and prose of one side of the split (0 training, 1 held out) in hashed order."""
+    parts = [split_by_file(python_corpus(kind))[side]["text"] for kind in ("code", "prose")]
+    return in_hashed_order([text for part in parts for text in part], seed=0)
+
+
+@cache
+def _corpus_hash() -> str:
+    joined = "".join(corpus_fingerprint(python_corpus(kind)) for kind in ("code", "prose"))
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _state(model: MiniModel) -> str:
+    made_by = {**asdict(model), "text": _corpus_hash(), "special": SPECIAL, "block": BLOCK, **_versions()}
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _versions() -> dict[str, str]:
+    minor = {m.__name__: ".".join(m.__version__.split(".")[:2]) for m in (torch, transformers, tokenizers)}
+    return {**minor, "recipe": "1"}  # raised by hand when this module or the objectives train in another way
+
+
+def _complete(folder: Path) -> bool:
+    return all(
+        (folder / n).is_file() for n in ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json")
+    )
+
+
+class _Bar(pl.Callback):
+    """One bar for the whole of it."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.progress = Progress(transient=True)
+        self.task = self.progress.add_task(name, total=steps)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.progress.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.progress.advance(self.task)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.progress.stop()
