@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import depthcb
+from depthcb.machine import use_threads_politely
 from depthcb.study import cli as study
 
 
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options and args.command != "fit":
         _parser().error(f"unrecognized arguments: {' '.join(options)}")
     args.options = options
+    if args.command in ("demo", "fit", "compare", "pretrain"):
+        use_threads_politely()
     try:
         return COMMANDS[args.command](args)
     except ModuleNotFoundError as error:
@@ -40,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a pretrained model on code with AdamW and SGD, each standard and under equal-step.",
     )
     demo.add_argument("--quick", action="store_true", help="a 6-layer encoder, about 1 minute instead of 7")
+    demo.add_argument("--minutes", type=float, help="what the whole may take (default: 7, with --quick 1)")
+    demo.add_argument("--sizes", metavar="NAME", help="exactly this size, such as smollm2-3: no timing decides")
     demo.add_argument("--backbone", help="another backbone: smollm2-135m, minilm, a hub id or a local folder")
     demo.add_argument("--steps", type=int, help="optimizer steps of each fit")
+    demo.add_argument("--precision", default="auto", help="as Lightning's Trainer takes it (default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("depthcb-demo"), help="where files go (default: %(default)s)")
     compare = commands.add_parser(
         "compare",
@@ -92,16 +98,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from depthcb_recipes.demo import QUICK, Settings, run_demo
+    started = time.monotonic()  # what importing takes is the user's time too
+    from depthcb_recipes.demo import run_demo
+    from depthcb_recipes.demo_sizes import MINUTES, QUICK_MINUTES, chosen
     from rich.console import Console
 
-    settings = QUICK if args.quick else Settings()
-    if args.backbone is not None:
-        settings = dataclasses.replace(settings, backbone=args.backbone)
-    if args.steps is not None:
-        every = max(1, min(settings.validate_every, args.steps // 2))
-        settings = dataclasses.replace(settings, steps=args.steps, validate_every=every)
-    run_demo(settings, args.out, Console())
+    sizes = chosen(args.sizes, quick=args.quick, backbone=args.backbone, steps=args.steps, precision=args.precision)
+    minutes = args.minutes or (QUICK_MINUTES if args.quick else MINUTES)
+    run_demo(sizes, args.out, Console(), minutes=minutes, started=started)
     return 0
 
 
@@ -154,9 +158,13 @@ def _workspace(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from depthcb_recipes.mini_zoo import load_or_pretrain
+    from depthcb.stopping import stoppable
 
-    print(load_or_pretrain(args.model))
+    told = f"Stopped; nothing is kept. `depthcb pretrain --model {args.model}` starts again."
+    with stoppable(lambda: print(told, flush=True)):
+        from depthcb_recipes.mini_zoo import load_or_pretrain
+
+        print(load_or_pretrain(args.model))
     return 0
 
 

@@ -79,6 +79,7 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "spread": result["wanted_spread"], "null_relative_slope": _mean(p.relative_slope for p in null),
             "null_slope": _mean(p.slope for p in null), "null_width": _mean(p.width for p in null),
             "profiles": profile, "initial_weights": result["initial_weights"], "data_order": result["data_order"],
+            "precision": result.get("precision"),  # older results don't say
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -93,7 +94,8 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
         The table that a study is made for.
 
     Raises:
-        ValueError: A pair whose runs did not start from the same weights, or did not see the same batches.
+        ValueError: A pair whose runs differ in precision, did not start from the same weights, or did not see the same
+            batches.
     """
     rows = []
     for _, both in runs.groupby("pair", sort=False):
@@ -101,7 +103,7 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
         if set(sides) != {"standard", "equal-step"}:
             continue
         a, b = sides["standard"], sides["equal-step"]
-        for fact in ("initial_weights", "data_order"):
+        for fact in ("precision", "initial_weights", "data_order"):
             if a[fact] != b[fact]:
                 names = ", ".join(str(a[axis]) for axis in AXES if axis != "control")
                 raise ValueError(

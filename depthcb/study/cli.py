@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depthcb.machine import available_cores
+from depthcb.stopping import stoppable
 from depthcb.study.grid import RunConfig, read_study
 from depthcb.study.store import Store, full_disk, seems_running
 
@@ -75,15 +75,13 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
         raise ValueError(f"--jobs {args.jobs}: run one at least.")
     if args.retry_failed:
         store.forget_failures(own)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, as with Ctrl-C
-    engine = _engine(args, own)
-    here = fitting(own, engine)
+    told = f"Stopped. The same command goes on: `depthcb study run {args.study}`."
     try:
-        with shown() as report:
-            progress = run_study(here, store, engine, report)
-    except KeyboardInterrupt:
-        print(f"Stopped. The same command goes on: `depthcb study run {args.study}`.")
-        return 130
+        with stoppable(lambda: print(told, flush=True)):
+            engine = _engine(args, own)
+            settle_precision(own, store, engine)
+            with shown() as report:
+                progress = run_study(fitting(own, engine), store, engine, report)
     except OSError as error:
         if not full_disk(error):
             raise
@@ -108,7 +106,36 @@ def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
 
     gpus = _gpus() if any(config.gpus for config in configs) else []
     threads = max(config.threads for config in configs)
-    return Pool(args.jobs or max(1, (os.cpu_count() or 1) // threads), gpus)
+    return Pool(args.jobs or max(1, available_cores() // threads), gpus)
+
+
+def settle_precision(configs: Sequence[RunConfig], store: Store, engine: Engine) -> None:
+    """Has the study keep one precision for all its runs on a kind of device: the two of a pair must share it.
+
+    What was chosen is said once, and where this machine would choose otherwise.
+
+    Args:
+        configs: The runs; those that name a precision stay as they are.
+        store: Where the study's choice is kept.
+        engine: Where the runs are made, which decides if nothing is kept yet.
+    """
+    for device, example in {c.device: c for c in configs if c.precision == "auto" and engine.fits(c)}.items():
+        kept = store.precision(device)
+        of_device = [config for config in configs if config.device == device]
+        if kept and all(store.result(config) for config in of_device):
+            continue  # nothing is to be made
+        here = engine.precision(example)
+        if kept is None:
+            older = any(store.result(config) for config in of_device)
+            of_old = {"precision": "bf16-mixed", "reason": "the runs that it has already were made in it"}
+            kept = store.settle_precision(device, of_old if older else here)
+            print(f"Precision {kept['precision']} for the runs on {device}: {kept['reason']}.", flush=True)
+        if kept["precision"] != here["precision"]:
+            print(
+                f"This study keeps precision {kept['precision']} for all its runs on {device}, so that pairs share it; "
+                f"{engine.place} would choose {here['precision']}: {here['reason']}.",
+                flush=True,
+            )
 
 
 def fitting(configs: Sequence[RunConfig], engine: Engine) -> list[RunConfig]:

@@ -15,6 +15,8 @@ import yaml
 #: The axes of a grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
 CONTROLS = ("standard", "equal-step")
+#: The option of a fit that a study settles for all of its runs on a kind of device.
+PRECISION = "trainer.precision"
 #: The study's entries that are numbers of each run, with their defaults and least values.
 _NUMBERS = {"threads": (1, 1), "gpus": (0, 0), "null_seeds": (1, 1)}
 
@@ -57,13 +59,24 @@ class RunConfig:
 
     @property
     def pair(self) -> str:
-        """What a standard run and its equal-step twin have in common."""
-        return digest(self.to_dict() | {"control": ""})[:16]
+        """What a standard run and its equal-step twin have in common; that their precision is the same is checked."""
+        options = {name: value for name, value in self.options.items() if name != PRECISION}
+        return digest(self.to_dict() | {"control": "", "options": options})[:16]
 
     @property
     def resumes(self) -> bool:
         """Whether a killed run goes on from its last checkpoint: its data remember their place [ours]."""
         return bool(self.options.get("data.stateful"))
+
+    @property
+    def device(self) -> str:
+        """The kind of device that it runs on."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def precision(self) -> str:
+        """What it is trained in; ``"auto"`` while the study has not settled that."""
+        return str(self.options.get(PRECISION, "auto"))
 
     @property
     def name(self) -> str:
@@ -148,6 +161,11 @@ def _check_by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> None:
     for axis, choices in by.items():
         if axis not in axes:
             raise ValueError(f"The study {path}: by.{axis} is no axis of the grid ({', '.join(AXES)}).")
+        if axis == "control":
+            raise ValueError(
+                f"The study {path}: by.control would have the two runs of a pair differ in more than the control: give "
+                "both the same options, or make two studies."
+            )
         missing = [value for value in choices if value not in axes[axis]]
         if missing:
             raise ValueError(f"The study {path}: by.{axis} speaks of {missing[0]!r}, which grid.{axis} does not have.")

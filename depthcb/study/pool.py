@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from depthcb.study.grid import RunConfig
-from depthcb.study.process import MAKER, RunProcess, last_lines
+from depthcb.study.process import MAKER, RunProcess, choose_precision, last_lines
 from depthcb.study.store import Store, write_result
 from depthcb.study.worker import BUSY, FULL
 
@@ -37,6 +37,9 @@ class Engine(Protocol):
     @property
     def place(self) -> str:
         """What it is and has, in words."""
+
+    def precision(self, config: RunConfig) -> dict[str, str]:
+        """The precision that suits the device of a run like this one, with its reason."""
 
     def fits(self, config: RunConfig) -> bool:
         """Whether this run could be made here, if nothing else were."""
@@ -64,6 +67,9 @@ class Pool:
     @property
     def place(self) -> str:
         return f"this machine, which shows {len(self._gpus)} GPUs"
+
+    def precision(self, config: RunConfig) -> dict[str, str]:
+        return choose_precision(config.device, config.threads)
 
     def fits(self, config: RunConfig) -> bool:
         return config.gpus <= len(self._gpus)
@@ -125,7 +131,7 @@ def run_study(
         configs: The runs of the study.
         store: Where they are.
         engine: What makes them.
-        report: Called whenever something changes.
+        report: Called at every look at the runs, some 20 times a second.
 
     Returns:
         How the study stands at the end.
@@ -159,10 +165,9 @@ class _Driver:
         try:
             while self._waiting or self._running:
                 changed = self._start() | self._collect()
-                if changed:
-                    self._progress.running = len(self._running)
-                    self._report(self._progress)
-                else:
+                self._progress.running = len(self._running)
+                self._report(self._progress)
+                if not changed:
                     time.sleep(_LOOK)
         finally:
             for handle in self._running:

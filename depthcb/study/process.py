@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from depthcb.study.store import LOG
 
 #: What makes one run: a module with ``make(config, folder)``.
 MAKER = "depthcb_recipes.study_run"
+#: What chooses the precision for a kind of device: a program that prints it as JSON.
+CHOOSER = "depthcb_recipes.precision"
 
 
 #: Beginnings of variables that the driver's own job may have set, and that would pass for a run's.
@@ -71,12 +74,45 @@ class RunProcess:
         self._log.close()
 
 
-def environment(threads: int, gpus: Sequence[str], wait: bool) -> dict[str, str]:
-    """A run's environment: its threads and devices, whom it dies with, and nothing of a batch job around it."""
+def environment(threads: int, gpus: Sequence[str] | None, wait: bool) -> dict[str, str]:
+    """A run's environment: its threads and devices, whom it dies with, and nothing of a batch job around it.
+
+    Args:
+        threads: CPU threads.
+        gpus: The devices it may see; None for all that this process sees.
+        wait: Whether it waits for another process that makes the same run.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     kept |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "DEPTHCB_PARENT": str(os.getpid())}
-    kept |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONSAFEPATH": "1"}  # no module of the current folder's
+    kept |= {"PYTHONSAFEPATH": "1"}  # no module of the current folder's
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see depthcb.machine.use_threads_politely
+    if gpus is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return kept | ({"DEPTHCB_WAIT": "1"} if wait else {})
+
+
+def choose_precision(device: str, threads: int) -> dict[str, str]:
+    """The precision that suits a kind of device of this machine, with its reason.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: Of the process that finds out, which leaves this one free of torch.
+
+    Raises:
+        ValueError: That process failed.
+    """
+    gpus = [os.environ["CUDA_VISIBLE_DEVICES"]] if "CUDA_VISIBLE_DEVICES" in os.environ else None
+    done = subprocess.run(
+        [sys.executable, "-m", CHOOSER, device],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment(threads, gpus, wait=False),
+    )
+    if done.returncode:
+        raise ValueError(f"The precision could not be chosen: {done.stderr.strip().rpartition(chr(10))[2]}")
+    choice: dict[str, str] = json.loads(done.stdout)
+    return choice
 
 
 def last_lines(folder: Path, count: int = 5) -> str:

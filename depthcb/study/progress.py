@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,18 +12,21 @@ from rich.text import Text
 
 from depthcb.study.pool import Progress
 
+#: Seconds after which a log gets a line even when nothing has happened.
+EVERY = 30.0
+
 
 @contextmanager
 def shown() -> Iterator[Callable[[Progress], None]]:
-    """A line that is rewritten in a terminal; where output goes to a file, a line for each run that ends."""
+    """A line that is rewritten in a terminal; elsewhere one for each run that ends, and at least one every 30 s."""
     console = Console()
     if not console.is_terminal:
-        said = ""
+        said, when = None, 0.0
 
         def log(progress: Progress) -> None:
-            nonlocal said
-            if progress.last != said:
-                said = progress.last
+            nonlocal said, when
+            if progress.last != said or time.monotonic() - when >= EVERY:
+                said, when = progress.last, time.monotonic()
                 console.print(Text(line(progress)), soft_wrap=True)
 
         yield log

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from depthcb.study.grid import RunConfig
-from depthcb.study.process import MAKER, RunProcess
+from depthcb.study.process import MAKER, RunProcess, choose_precision
 from depthcb.study.store import CONFIG
 
 try:
@@ -44,6 +44,11 @@ class RayEngine:
     @property
     def place(self) -> str:
         return f"any node of the Ray cluster, which are {_nodes()}"
+
+    def precision(self, config: RunConfig) -> dict[str, str]:
+        choose = ray.remote(num_cpus=config.threads, num_gpus=config.gpus)(choose_precision)
+        found: dict[str, str] = ray.get(choose.remote(config.device, config.threads))
+        return found
 
     def fits(self, config: RunConfig) -> bool:
         return self._jobs is not None or self._slots(config) > 0

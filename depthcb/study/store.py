@@ -24,7 +24,7 @@ import yaml
 from filelock import SoftFileLease, Timeout
 
 from depthcb.errors import chain
-from depthcb.study.grid import RunConfig, digest
+from depthcb.study.grid import PRECISION, RunConfig, digest
 
 RESULT, CONFIG, LOCK, LOG = "result.json", "run.yaml", "lock", "log.txt"
 #: Seconds without a sign of life after which another machine takes a run over.
@@ -50,11 +50,39 @@ class Store:
         return self.root / "runs" / config.hash
 
     def prepare(self, config: RunConfig) -> Path:
-        """The folder of a run, with its configuration in it."""
-        folder = self.folder(config)
+        """The folder of a run, with its configuration in it, in the precision that this study has settled."""
+        folder, fields = self.folder(config), config.to_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if config.precision == "auto" and (kept := self.precision(config.device)):
+            fields["options"][PRECISION] = kept["precision"]
+        write_whole(folder / CONFIG, yaml.safe_dump(fields, sort_keys=False))
         return folder
+
+    def precision(self, device: str) -> dict[str, str] | None:
+        """The precision of this study's runs on a kind of device, with its reason; None before it is settled."""
+        try:
+            found: dict[str, str] = json.loads(self._precision(device).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._precision(device)} cannot be read ({error}): remove it.") from error
+        return found
+
+    def settle_precision(self, device: str, choice: dict[str, str]) -> dict[str, str]:
+        """Keeps a precision for all runs on a kind of device, and returns what is kept: another's, if it came first."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self._precision(device)
+        fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        write_whole(fresh, json.dumps(choice, indent=1) + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+        kept = self.precision(device)
+        assert kept is not None
+        return kept
+
+    def _precision(self, device: str) -> Path:
+        return self.root / f"precision-{device}.json"
 
     def forget_failures(self, configs: Sequence[RunConfig]) -> None:
         """Removes the results of runs that ended without figures, so that they are made again."""

@@ -12,7 +12,7 @@ import torch
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 import depthcb_recipes
 from depthcb import LayerStack
@@ -109,15 +109,36 @@ def describe(name: str, *, local: bool = False) -> Backbone:
     packaged = PACKAGED.get(name)
     source = "wheel" if packaged else "pretrained" if name in ZOO else "hub" if name in HUB else "hub or disk"
     try:
-        config = ZOO[name].config() if name in ZOO else load_config(name, local=local)
+        config = _config(name, local)
     except BackboneNotFoundError:
         if local or packaged:
             return Backbone(name, source)
         raise
+    whole = _without_storage(config)
+    return Backbone(name, source, family(config), _block(config), len(LayerStack.find(whole)), _numbers(whole))
+
+
+def count_parameters(name: str) -> int:
+    """Numbers in a backbone without a head, read from its configuration.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``.
+    """
+    return _numbers(_without_storage(_config(name)))
+
+
+def _config(name: str, local: bool = False) -> PretrainedConfig:
+    return ZOO[name].config() if name in ZOO else load_config(name, local=local)
+
+
+def _without_storage(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        whole = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    layers = len(LayerStack.find(whole))
-    return Backbone(name, source, family(config), _block(config), layers, sum(p.numel() for p in whole.parameters()))
+        model: PreTrainedModel = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _numbers(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def family(config: PretrainedConfig) -> Family:

@@ -4,112 +4,258 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import wandb
+from datasets import Dataset
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
 from depthcb.compare import null_profiles
+from depthcb.machine import free_memory
 from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.report import print_runs, write_html, write_png
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs, write_header, write_null
 from depthcb.similarity import find_measures
+from depthcb.stopping import stoppable
 from depthcb.study.store import write_whole
 from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.catalogue import count_parameters
 from depthcb_recipes.causal_lm import CausalLM
 from depthcb_recipes.corpus import corpus_fingerprint, python_corpus
 from depthcb_recipes.data import PackedText
+from depthcb_recipes.demo_sizes import (
+    CONTROLS,
+    FITS,
+    MINUTES,
+    OPTIMIZERS,
+    SIZES,
+    Costs,
+    Settings,
+    affordable,
+    memory_needed,
+)
 from depthcb_recipes.objective import OptimizerName
+from depthcb_recipes.precision import Precision, device_of, settle
+from depthcb_recipes.progress import FitProgress, Progress
 from depthcb_recipes.quiet import quiet_libraries
 
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
-CONTROLS = ("standard", "equal-step")
 MEASURES = ("cka", "cka_normalized")
 #: Coupled decay would rule the clipped gradient of SGD and make all step ratios alike by itself.
 WEIGHT_DECAY: dict[OptimizerName, float] = {"adamw": 0.01, "sgd": 0.0}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the demo runs; the defaults take about 7 minutes on 2 CPU cores.
+class Plan:
+    """What is run, once the machine is known.
 
     Args:
-        backbone: A name that `load_backbone` takes.
-        steps: Optimizer steps of each of the four fits.
-        batch_size: Blocks a step.
-        block_size: Tokens a block.
-        validate_every: Steps between validations, each of which measures a profile.
-        val_blocks: Blocks in the validation set.
-        probe_rows: Examples in the probe.
-        probe_length: Tokens of a probe example.
-        null_seeds: Draws of noise behind each null profile.
-        lr_adamw: Peak learning rate under AdamW.
-        lr_sgd: Peak learning rate under SGD with momentum 0.9.
-        warmup_steps: Steps until the peak.
-        seed: Seed of data order and dropout, the same in all fits.
+        settings: What every fit is run with; its precision is settled.
+        precision: The same with its reason.
+        pretrained: The network at its pretrained weights.
+        tokenizer: Its tokenizer.
+        costs: What was measured to choose the size; None where the size was given.
+        started: When the demo was started, in seconds of `time.monotonic`.
     """
 
-    backbone: str = "smollm2-135m"
-    steps: int = 24
-    batch_size: int = 8
-    block_size: int = 128
-    validate_every: int = 8
-    val_blocks: int = 16
-    probe_rows: int = 64
-    probe_length: int = 48
-    null_seeds: int = 2
-    lr_adamw: float = 1e-4
-    lr_sgd: float = 0.02
-    warmup_steps: int = 4
-    seed: int = 0
+    settings: Settings
+    precision: Precision
+    pretrained: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    costs: Costs | None
+    started: float
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as ``summary.json`` has it."""
+        seconds = round(self.costs.seconds(self.settings), 1) if self.costs else None
+        return {
+            "sizes": size_name(self.settings),
+            "settings": dataclasses.asdict(self.settings),
+            "precision": self.precision.to_dict(),
+            "costs": dataclasses.asdict(self.costs) if self.costs else None,
+            "estimated_seconds": seconds,
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
 
 
-QUICK = Settings(backbone="minilm", steps=16, validate_every=4, block_size=64, lr_adamw=5e-4, lr_sgd=0.2)
-
-
-def run_demo(settings: Settings, out: Path, console: Console) -> list[Run]:
+def run_demo(
+    sizes: Settings | Sequence[Settings],
+    out: Path,
+    console: Console,
+    *,
+    minutes: float = MINUTES,
+    started: float | None = None,
+) -> list[Run]:
     """Runs the four fits and leaves a report in ``out``, of what was measured so far when interrupted.
 
     Args:
-        settings: What to run.
-        out: Folder for ``summary.json``, ``profiles.png``, ``report.html`` and one folder a run; made if missing.
+        sizes: What to run; of several the first that the machine has memory and, as measured, time for.
+        out: Folder for ``summary.json``, ``profiles.png``, ``report.html`` and one folder per run; made if missing.
         console: Where progress, tables and verdicts are printed.
+        minutes: What the whole may take; it decides among several sizes.
+        started: Since when, in seconds of `time.monotonic`; None for now.
 
     Returns:
         The runs, as their folders hold them.
 
     Raises:
-        ValueError: Settings that cannot be run, or a folder that holds something else.
-        SystemExit: With code 130, after an interrupt.
+        ValueError: Settings that cannot be run, too little memory, or a folder that holds something else.
+        SystemExit: With code 130 or 143, after Ctrl-C or SIGTERM.
     """
-    _check(settings, out)
-    try:
-        with quiet_libraries(), _progress(console) as progress:
-            _run_arms(settings, out, progress)
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        console.print("[yellow]Interrupted: what was measured so far follows.[/]")
-        _write_report(settings, out, console)
-        raise SystemExit(130) from None
-    return _write_report(settings, out, console)
+    sizes = [sizes] if isinstance(sizes, Settings) else list(sizes)
+    for settings in sizes:
+        _check(settings, out)
+    started = time.monotonic() if started is None else started
+    with stoppable(lambda: console.print("Interrupted before anything was measured.")) as stop, quiet_libraries():
+        plan = _plan(sizes, console, minutes, started)
+        _clear(out)
+        stop.last_words = functools.partial(_write_what_there_is, plan, out, console)
+        planned = plan.costs.seconds(plan.settings) if plan.costs else None
+        with Progress(FITS * plan.settings.steps, console, planned) as progress:
+            _run_arms(plan, out, progress)
+        return _write_report(plan, out, console)
 
 
-def _run_arms(settings: Settings, out: Path, progress: Progress) -> None:
-    bar = progress.add_task(f"loading {settings.backbone}", total=len(OPTIMIZERS) * len(CONTROLS) * settings.steps)
-    pretrained, tokenizer = load_backbone(settings.backbone)
-    progress.update(bar, description="reading the Python library")
+def _plan(sizes: Sequence[Settings], console: Console, minutes: float, started: float) -> Plan:
+    """The first size that there is memory and time for; the smallest where there is no time for any."""
+    small_enough = _with_memory(sizes)
+    precision = settle(sizes[0].precision, device_of("auto"))
+    console.print(str(precision), highlight=False, soft_wrap=True)
+    plan: Plan | None = None
+    for backbone, of_one in itertools.groupby(small_enough, key=lambda size: size.backbone):
+        own = list(of_one)
+        console.print(f"Loading {backbone} and measuring what it costs here.", highlight=False, soft_wrap=True)
+        pretrained, tokenizer = load_backbone(backbone)
+        costs = measure(pretrained, own[-1], precision) if len(sizes) > 1 else None
+        found = affordable(own, costs, 60 * minutes - (time.monotonic() - started)) if costs else own[0]
+        settings = dataclasses.replace(found or own[-1], precision=precision.precision)
+        plan = Plan(settings, precision, pretrained, tokenizer, costs, started)
+        if found:
+            break
+    assert plan is not None
+    _tell(plan, console, minutes)
+    return plan
+
+
+def _with_memory(sizes: Sequence[Settings]) -> list[Settings]:
+    """The sizes that there is memory for.
+
+    Raises:
+        ValueError: There is too little for any.
+    """
+    free = free_memory()
+    parameters = {backbone: count_parameters(backbone) for backbone in {size.backbone for size in sizes}}
+    needed = [memory_needed(parameters[size.backbone], size) for size in sizes]
+    if min(needed) > free:
+        raise ValueError(
+            f"The demo needs {min(needed) / 1e9:.1f} GB of memory on {sizes[-1].backbone} and {free / 1e9:.1f} GB are "
+            "free: end other programs, or take --quick."
+        )
+    return [size for size, bytes_ in zip(sizes, needed, strict=True) if bytes_ <= free]
+
+
+def _tell(plan: Plan, console: Console, minutes: float) -> None:
+    """Says what was chosen, and that it will take long where that is so."""
+    s, costs, name = plan.settings, plan.costs, size_name(plan.settings)
+    what = f"{s.steps} steps of {s.batch_size} x {s.block_size} tokens, {s.probe_rows} probe rows"
+    if costs is None:
+        console.print(f"{s.backbone}: {FITS} fits of {what}.", highlight=False, soft_wrap=True)
+        return
+    seconds = time.monotonic() - plan.started + costs.seconds(s)
+    console.print(
+        f"Size {name or 'of your own'}: {FITS} fits of {what}; about {seconds / 60:.1f} min in all (a step takes "
+        f"{costs.step_seconds(s):.2f} s, a probe pass {costs.probe_seconds(s):.2f} s)."
+        + (f" `--sizes {name}` repeats this choice." if name else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if seconds > 2 * 60 * minutes:
+        console.print(
+            f"[yellow]This machine is slow for it: even the smallest size takes {seconds / 60:.0f} min, not "
+            f"{minutes:g}. Ctrl-C ends it at any time.[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -> Costs:
+    """Times a training step with the control in it, and a probe pass, each after one to warm up.
+
+    Args:
+        pretrained: The network; it stays as it is.
+        size: The smallest size, since what takes longer is estimated from it.
+        precision: What to train in.
+    """
+    model = copy.deepcopy(pretrained)
+    generator = torch.Generator().manual_seed(0)
+    shape = 3 * size.batch_size, size.block_size
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    rows = Dataset.from_dict({name: column.tolist() for name, column in columns.items()}).with_format("torch")
+    clock = _Clock()
+    trainer = pl.Trainer(
+        max_steps=3,
+        devices=1,
+        precision=precision.precision,  # type: ignore[arg-type]  # Lightning checks it
+        gradient_clip_val=1.0,
+        callbacks=[EqualStep(), UpdateRatioMonitor(), clock],
+        logger=False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLM(model), DataLoader(rows, size.batch_size, generator=generator))
+    probed = ids.repeat(-(-size.probe_rows // len(ids)), -(-size.probe_length // size.block_size))
+    probed = probed[: size.probe_rows, : size.probe_length]
+    batches = [{"input_ids": b, "attention_mask": torch.ones_like(b)} for b in torch.split(probed, 16)]
+    probe, stack, measures = Probe(tuple(batches)), LayerStack.find(model), find_measures(MEASURES)
+    reference = Reference.record(probe, model.base_model, stack, measures)
+    start = time.perf_counter()
+    reference.profiles(probe.record(model.base_model, stack, reference.causal), measures, step=0, epoch=0)
+    return Costs(min(clock.seconds[1:]), size.tokens, time.perf_counter() - start, probed.numel())
+
+
+class _Clock(pl.Callback):
+    """The seconds of each training step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def size_name(settings: Settings) -> str | None:
+    """The name of a size in `SIZES`, whatever its precision; None for another one."""
+    plain = dataclasses.replace(settings, precision="auto")
+    return next((name for name, size in SIZES.items() if size == plain), None)
+
+
+def _run_arms(plan: Plan, out: Path, progress: Progress) -> None:
+    settings = plan.settings
+    progress.now("reading the Python library")
     data = PackedText(
-        tokenizer,
+        plan.tokenizer,
         kind="code",
         block_size=settings.block_size,
         batch_size=settings.batch_size,
@@ -120,16 +266,14 @@ def _run_arms(settings: Settings, out: Path, progress: Progress) -> None:
     probe = Probe.collect(
         data.probe_batches(rows=settings.probe_rows, block_size=settings.probe_length), settings.probe_rows
     )
-    _clear(out)
-    model = copy.deepcopy(pretrained)
+    model = copy.deepcopy(plan.pretrained)
     reference: Reference | None = None
     for optimizer in OPTIMIZERS:
         for control in CONTROLS:
-            model.load_state_dict(pretrained.state_dict())
-            arm = Arm(settings, optimizer, control, out, probe, reference)
-            arm.fit(model, data, progress, bar)
-            progress.update(bar, description=f"{arm.name}: null profile")
-            arm.measure_null(pretrained, model)
+            model.load_state_dict(plan.pretrained.state_dict())
+            arm = Arm(plan, optimizer, control, out, probe, reference)
+            arm.fit(model, data, progress)
+            arm.measure_null(model, progress)
             reference = arm.watch.reference
 
 
@@ -137,7 +281,7 @@ class Arm:
     """One of the four fits, with a folder of its own.
 
     Args:
-        settings: What the demo runs.
+        plan: What the demo runs.
         optimizer: ``"adamw"`` or ``"sgd"``.
         control: ``"standard"`` or ``"equal-step"``.
         out: The demo's folder.
@@ -147,25 +291,26 @@ class Arm:
 
     def __init__(
         self,
-        settings: Settings,
+        plan: Plan,
         optimizer: OptimizerName,
         control: str,
         out: Path,
         probe: Probe,
         reference: Reference | None,
     ) -> None:
-        self.settings, self.optimizer, self.control, self.probe = settings, optimizer, control, probe
+        self.plan, self.optimizer, self.control, self.probe = plan, optimizer, control, probe
         self.name = f"{optimizer}-{control}"
         self.folder = out / self.name
         self.watch = DepthProfile(probe, measures=MEASURES)
         self.watch.reference = reference
 
-    def fit(self, model: PreTrainedModel, data: PackedText, progress: Progress, bar: TaskID) -> None:
+    def fit(self, model: PreTrainedModel, data: PackedText, progress: Progress) -> None:
         """Fine-tunes ``model``, logging to CSV and to an offline W&B run in the arm's folder."""
-        s = self.settings
+        s, costs = self.plan.settings, self.plan.costs
         self.folder.mkdir()
         corpus = corpus_fingerprint(python_corpus("code"))
-        facts = dataclasses.asdict(s) | {"corpus": "code of the installed Python standard library", "sha256": corpus}
+        facts = dataclasses.asdict(s) | {"precision_reason": self.plan.precision.reason}
+        facts |= {"corpus": "code of the installed Python standard library", "sha256": corpus}
         write_header(self.folder, "demo", "demo", 0, facts)
         pl.seed_everything(s.seed, verbose=False)
         lr = s.lr_adamw if self.optimizer == "adamw" else s.lr_sgd
@@ -178,17 +323,19 @@ class Arm:
             settings=wandb.Settings(silent=True, console="off"),
         )
         control = [EqualStep()] if self.control == "equal-step" else []
+        each = (costs.step_seconds(s), costs.validation_seconds(s)) if costs else (0.0, 0.0)
+        shown = FitProgress(self.name, progress, *each)
         trainer = pl.Trainer(
             max_steps=s.steps,
-            precision="bf16-mixed",
+            devices=1,
+            precision=s.precision,  # type: ignore[arg-type]  # Lightning checks it
             gradient_clip_val=1.0,
-            callbacks=[*control, UpdateRatioMonitor(), self.watch, _ProgressCallback(self.name, progress, bar)],
+            callbacks=[*control, UpdateRatioMonitor(), self.watch, shown],
             logger=[CSVLogger(self.folder, name="", version=""), WandbLogger(experiment=run)],
             val_check_interval=s.validate_every,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             enable_checkpointing=False,
-            enable_progress_bar=False,
             enable_model_summary=False,
         )
         decay = WEIGHT_DECAY[self.optimizer]
@@ -198,31 +345,19 @@ class Arm:
         finally:
             run.finish()
 
-    def measure_null(self, pretrained: PreTrainedModel, model: PreTrainedModel) -> None:
+    def measure_null(self, model: PreTrainedModel, progress: Progress) -> None:
         """Measures what random changes of the same size would have done, and writes it beside the run's own record."""
         assert self.watch.reference is not None
-        seeds = range(self.settings.null_seeds)
+        progress.now(f"{self.name}: null profile")
+        settings, costs, pretrained = self.plan.settings, self.plan.costs, self.plan.pretrained
+        seeds = range(settings.null_seeds)
         measures = find_measures(MEASURES)
         draws = null_profiles(
             pretrained.base_model, model.base_model, self.probe, self.watch.reference, measures, seeds=seeds
         )
         write_null(self.folder, draws)
-
-
-class _ProgressCallback(pl.Callback):
-    """Moves the demo's one progress bar."""
-
-    def __init__(self, name: str, progress: Progress, bar: TaskID) -> None:
-        self.name, self.progress, self.bar = name, progress, bar
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.progress.update(self.bar, description=f"{self.name}: training")
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.progress.advance(self.bar)
-
-    def on_validation_start(self, *_: Any) -> None:
-        self.progress.update(self.bar, description=f"{self.name}: validating and probing")
+        if costs:
+            progress.advance(seconds=costs.null_seconds(settings))
 
 
 def _check(settings: Settings, out: Path) -> None:
@@ -249,16 +384,22 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _write_report(settings: Settings, out: Path, console: Console) -> list[Run]:
+def _write_what_there_is(plan: Plan, out: Path, console: Console) -> None:
+    console.print("[yellow]Interrupted: what was measured so far follows.[/]")
+    console.print(f"`depthcb report {out}` shows it again.", highlight=False, soft_wrap=True)
+    _write_report(plan, out, console)
+
+
+def _write_report(plan: Plan, out: Path, console: Console) -> list[Run]:
     try:
         runs = read_runs(out)
     except ValueError:
         console.print("Nothing was measured yet.")
         return []
     verdicts = [{"group": g.title, **dataclasses.asdict(g.verdict)} for g in groups(runs) if g.verdict]
-    summary = {"verdicts": verdicts, "runs": [run.to_dict() for run in runs]}
+    summary = {**plan.to_dict(), "verdicts": verdicts, "runs": [run.to_dict() for run in runs]}
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    title = f"Depth profile of {settings.backbone}"
+    title = f"Depth profile of {plan.settings.backbone}"
     write_png(runs, out / "profiles.png", title)
     write_html(runs, out / "report.html", title)
     print_runs(runs, console)
@@ -277,12 +418,3 @@ def _print_files(out: Path, console: Console) -> None:
     ]
     for label, text in lines:
         console.print(f"{label:>12}  {text}", highlight=False, soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description:<40}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-    )
-    return Progress(*columns, TimeElapsedColumn(), console=console)

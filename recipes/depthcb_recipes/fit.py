@@ -15,21 +15,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 import depthcb_recipes
 from depthcb.callbacks.logged import run_folder
+from depthcb.stopping import Stop, stoppable
 from depthcb_recipes.catalogue import CONFIGS
 from depthcb_recipes.objective import Objective
 from depthcb_recipes.precision import Precision, PrecisionRecord, PrecisionTrainer, device_of, settle
 from depthcb_recipes.progress import FitProgress
-from depthcb_recipes.stopping import Stop, stoppable
 
 
 class FitCLI(LightningCLI):
     """Settles the precision before the Trainer is made; the objective's backbone is also the data module's."""
 
-    #: What the fit is trained in, known once the options are read.
+    #: What the fit is trained in, known once the options are read, and what writes it down.
     precision: Precision
+    precision_record: PrecisionRecord
 
     def __init__(self, *args: Any, stop: Stop | None = None, **options: Any) -> None:
         self.stop = stop
@@ -41,12 +43,15 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self._own(self.config)
         self.precision = settle(options.precision, device_of(options.accelerator))
+        if options.precision == "auto":
+            rank_zero_only(print)(self.precision, flush=True)
         options.precision = self.precision.precision  # what config.yaml keeps
 
     def instantiate_trainer(self, **options: Any) -> pl.Trainer:
         asked = self._own(self.config_init)
         named = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
-        callbacks: list[pl.Callback] = [*named, PrecisionRecord(self.precision)]
+        self.precision_record = PrecisionRecord(self.precision)
+        callbacks: list[pl.Callback] = [*named, self.precision_record]
         if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in named):
             callbacks.append(FitProgress("fit"))
         return super().instantiate_trainer(**options, callbacks=callbacks)

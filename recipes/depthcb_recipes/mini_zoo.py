@@ -24,7 +24,6 @@ import torch
 import transformers
 from datasets import Dataset
 from filelock import FileLock
-from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,6 +37,8 @@ from depthcb_recipes.data.packed_text import blocks, masking
 from depthcb_recipes.kept import cache_folder
 from depthcb_recipes.masked_lm import MaskedLM
 from depthcb_recipes.objective import Objective
+from depthcb_recipes.precision import Precision, settle
+from depthcb_recipes.progress import FitProgress
 from depthcb_recipes.quiet import quiet_libraries, silent_transformers
 
 VOCABULARY = 8192
@@ -165,7 +166,8 @@ def _train(name: str, model: MiniModel, folder: Path) -> None:
     batches = DataLoader(train, model.batch_size, shuffle=True, generator=order, collate_fn=_collate(model, tokenizer))
     judged = list(_judged(held_out, model, tokenizer))
     start = time.perf_counter()
-    trainer = _trainer(model.steps, [_Bar(name, model.steps)])
+    precision = settle("auto", torch.device("cpu"))
+    trainer = _trainer(name, model.steps, precision)
     before = _held_out_loss(trainer, objective, judged)
     trainer.fit(objective, batches)
     after = _held_out_loss(trainer, objective, judged)
@@ -179,6 +181,7 @@ def _train(name: str, model: MiniModel, folder: Path) -> None:
         "held_out_loss_before": before,
         "held_out_loss": after,
         "held_out_unigram_loss": unigram_loss(train["input_ids"][:], held_out),
+        "precision": precision.to_dict(),
         "seconds": time.perf_counter() - start,
         "text_sha256": _corpus_hash(),
         "versions": _versions(),
@@ -205,17 +208,17 @@ def _unigram(rows: Sequence[Sequence[int]], size: int = 0) -> Tensor:
     return counts / counts.sum()
 
 
-def _trainer(steps: int, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(name: str, steps: int, precision: Precision) -> pl.Trainer:
     return pl.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
-        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, inference_mode=False,
+        max_steps=steps, accelerator="cpu", devices=1, precision=precision.precision,  # type: ignore[arg-type]
+        gradient_clip_val=1.0, logger=False, callbacks=[FitProgress(name)], enable_checkpointing=False,
+        enable_model_summary=False, limit_val_batches=0, inference_mode=False,
     )  # fmt: skip
 
 
 def _held_out_loss(trainer: pl.Trainer, objective: Objective, batches: list[dict[str, Tensor]]) -> float:
     objective.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
         losses = [objective.loss(batch) for batch in batches]
     objective.train()
     return float(sum(x.value * x.weight for x in losses) / sum(x.weight for x in losses))
@@ -280,23 +283,3 @@ def _complete(folder: Path) -> bool:
     return all(
         (folder / n).is_file() for n in ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json")
     )
-
-
-class _Bar(pl.Callback):
-    """One bar for the whole of it."""
-
-    def __init__(self, name: str, steps: int) -> None:
-        self.progress = Progress(transient=True)
-        self.task = self.progress.add_task(name, total=steps)
-
-    def on_train_start(self, *_: Any) -> None:
-        self.progress.start()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.progress.advance(self.task)
-
-    def on_train_end(self, *_: Any) -> None:
-        self.progress.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.progress.stop()

@@ -7,7 +7,10 @@ as long on one that emulates them. What a CPU lists as its capabilities does not
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +18,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn import functional as F
 
 from depthcb.callbacks.logged import run_folder
@@ -30,6 +33,8 @@ TOO_SLOW = 2.0
 #: After its warm-up, a product that takes this many times as long as float32 needs no further timing.
 HOPELESS = 10.0
 ROUNDS = 7
+#: The variable by which a fit's further processes learn the choice.
+_SETTLED = "DEPTHCB_PRECISION"
 _DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "bf16-true": torch.bfloat16,
@@ -92,15 +97,17 @@ class PrecisionRecord(pl.Callback):
 def settle(asked: Any, device: torch.device) -> Precision:
     """The precision of a fit: the one that is asked for, or for ``"auto"`` the one that suits the device.
 
-    What was chosen is said once; a precision that was named and is slow here is used, with one warning.
+    A precision that was named and is slow here is used, with one warning. Further processes of a fit on several
+    devices use what the first one settled.
 
     Args:
         asked: As `PrecisionTrainer` takes it.
         device: What the fit runs on.
     """
     if asked == "auto":
-        choice = choose(device)
-        rank_zero_info(str(choice))
+        settled = os.environ.get(_SETTLED) if int(os.environ.get("LOCAL_RANK", 0)) else None
+        choice = Precision(**json.loads(settled)) if settled else choose(device)
+        os.environ[_SETTLED] = json.dumps(choice.to_dict())
         return choice
     dtype = _DTYPES.get(str(asked))
     if dtype is not None:
@@ -110,7 +117,7 @@ def settle(asked: Any, device: torch.device) -> Precision:
                 f"precision={asked} was asked for, but its matrix products take {1 / speed:.1f} times as long as "
                 f"float32's on this {device.type}: leave it out, or give precision=auto."
             )
-    return Precision(str(asked), "asked for")
+    return Precision("32-true" if asked is None else str(asked), "asked for")
 
 
 def choose(device: torch.device, products: Callable[[torch.device, torch.dtype], Product] | None = None) -> Precision:
@@ -206,3 +213,7 @@ def _seconds(call: Product) -> float:
     start = clock()
     call()
     return clock() - start
+
+
+if __name__ == "__main__":  # a study asks, whose own process is to stay free of torch
+    print(json.dumps(choose(device_of(sys.argv[1])).to_dict()))

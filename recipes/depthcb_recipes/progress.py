@@ -14,11 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from depthcb.callbacks.logged import logged_step
-from depthcb.study.progress import time_left
-
-#: Seconds after which a log gets a line even when nothing has happened.
-EVERY = 30.0
+from depthcb.study.progress import EVERY, time_left
 
 
 class Progress:
@@ -153,7 +149,7 @@ class FitProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._enabled:
             return
-        self._seen = logged_step(trainer) if trainer.global_step else 0  # a resumed fit has done some
+        self._seen = trainer.global_step  # a resumed fit has done some
         if self._shared is None:
             planned = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
             total = int(planned) - self._seen if 0 < planned < float("inf") else None
@@ -161,7 +157,7 @@ class FitProgress(ProgressBar):
         self._say("training starts")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        steps, self._seen = logged_step(trainer) - self._seen, logged_step(trainer)
+        steps, self._seen = trainer.global_step - self._seen, trainer.global_step
         if self._enabled and self.progress is not None:
             self.progress.advance(steps=steps, seconds=steps * self.step_seconds)
             self.progress.now(f"{self.name}: training")

@@ -20,11 +20,12 @@ from depthcb.compare import null_profiles
 from depthcb.errors import NotFiniteError, chain
 from depthcb.run import Run, read_runs, write_null
 from depthcb.study.grid import RunConfig
-from depthcb.study.store import full_disk
+from depthcb.study.store import Store, full_disk
 from depthcb_recipes.backbones import BackboneNotFoundError
 from depthcb_recipes.catalogue import CONFIGS, describe
 from depthcb_recipes.fit import fit_cli
 from depthcb_recipes.objective_distance import ObjectiveDistanceMonitor
+from depthcb_recipes.precision import Precision
 
 
 def make(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Makes a run's fit and its null, and says what came of them."""
     cli = fit_cli(arguments(config, folder), run=False, exit_on_error=False)
     trainer, module = cli.trainer, cli.model
+    cli.precision_record.choice = precision_of(config, folder) or cli.precision
     prints = Fingerprints()
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
     watch = next(c for c in callbacks if isinstance(c, DepthProfile))
@@ -181,7 +183,14 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return {}  # the first process says what came of it
     (run,) = read_runs(folder)
-    return {"pair": config.pair, **summary(run), **facts(config, callbacks, prints)}
+    made = {"pair": config.pair, "precision": str(trainer.precision)}
+    return made | summary(run) | facts(config, callbacks, prints)
+
+
+def precision_of(config: RunConfig, folder: Path) -> Precision | None:
+    """The precision that the run's study has settled, with its reason; None where the run names one itself."""
+    kept = Store(folder.parents[1]).precision(config.device)
+    return Precision(**kept) if kept and kept["precision"] == config.precision else None
 
 
 def arguments(config: RunConfig, folder: Path) -> list[str]:

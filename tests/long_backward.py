@@ -1,0 +1,45 @@
+"""An objective whose second backward is one call of 20 seconds or more; marks that it has begun."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from depthcb_recipes import CausalLM
+from torch import Tensor
+
+SECONDS = 20.0
+SIZE = 1200
+
+
+class LongBackward(CausalLM):
+    """`CausalLM`, with a chain of matrix products behind its loss."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + chain() if batch_idx == 1 else loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        if self.global_step == 1:
+            Path(os.environ["MARK"]).write_text("begun")
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 1:
+            Path(os.environ["MARK"]).write_text("ended")
+
+
+def chain() -> Any:
+    """A number whose backward takes long: twice the products of its forward."""
+    matrix = torch.eye(SIZE, requires_grad=True)
+    product = matrix @ matrix
+    start = time.perf_counter()
+    product = product @ matrix
+    count = int(SECONDS / 2 / (time.perf_counter() - start)) + 1
+    for _ in range(2 * count):  # the clock is that of one product, which may have been a slow one
+        product = product @ matrix
+        if time.perf_counter() - start > SECONDS / 2:
+            break
+    return product.sum()
