@@ -99,9 +99,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(args: argparse.Namespace) -> int:
     started = time.monotonic()  # what importing takes is the user's time too
+    from rich.console import Console
+
     from depthcb_recipes.demo import run_demo
     from depthcb_recipes.demo_sizes import MINUTES, QUICK_MINUTES, chosen
-    from rich.console import Console
 
     sizes = chosen(args.sizes, quick=args.quick, backbone=args.backbone, steps=args.steps, precision=args.precision)
     minutes = args.minutes or (QUICK_MINUTES if args.quick else MINUTES)
@@ -110,8 +111,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from depthcb_recipes.compare import compare_backbones
     from rich.console import Console
+
+    from depthcb_recipes.compare import compare_backbones
 
     compare_backbones(args.reference, args.model, args.text, args.rows, args.json, Console())
     return 0
@@ -169,16 +171,18 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from depthcb_recipes.catalogue import objectives_table
     from rich.console import Console
+
+    from depthcb_recipes.catalogue import objectives_table
 
     Console().print(objectives_table())
     return 0
 
 
 def _backbones(args: argparse.Namespace) -> int:
-    from depthcb_recipes.catalogue import backbones_table
     from rich.console import Console
+
+    from depthcb_recipes.catalogue import backbones_table
 
     Console().print(backbones_table(args.names))
     return 0

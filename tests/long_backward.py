@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from depthcb_recipes import CausalLM
 from torch import Tensor
+
+from depthcb_recipes import CausalLM
 
 SECONDS = 20.0
 SIZE = 1200

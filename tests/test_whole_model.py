@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from depthcb_recipes.backbones import load_backbone
-from depthcb_recipes.data import PackedText
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthcb import LayerStack, depth_profile
+from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.data import PackedText
 
 
 def float64_rows(model: nn.Module, batches: list[dict[str, Tensor]], causal: bool) -> list[np.ndarray]:

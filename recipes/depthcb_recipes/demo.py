@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import shutil
@@ -12,11 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import wandb
-from datasets import Dataset
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -193,7 +194,7 @@ def _tell(plan: Plan, console: Console, minutes: float) -> None:
 
 
 def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -> Costs:
-    """Times a training step with the control in it, and a probe pass, each after one to warm up.
+    """Times training steps of two lengths with the control in them, and a probe pass, each after some to warm up.
 
     Args:
         pretrained: The network; it stays as it is.
@@ -201,14 +202,11 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
         precision: What to train in.
     """
     model = copy.deepcopy(pretrained)
-    generator = torch.Generator().manual_seed(0)
-    shape = 3 * size.batch_size, size.block_size
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    rows = Dataset.from_dict({name: column.tolist() for name, column in columns.items()}).with_format("torch")
+    batch = _random_batch(model, size.batch_size, size.block_size)
+    twice = {name: torch.cat([column, column]) for name, column in batch.items()}
     clock = _Clock()
     trainer = pl.Trainer(
-        max_steps=3,
+        max_steps=5,
         devices=1,
         precision=precision.precision,  # type: ignore[arg-type]  # Lightning checks it
         gradient_clip_val=1.0,
@@ -219,15 +217,24 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(CausalLM(model), DataLoader(rows, size.batch_size, generator=generator))
-    probed = ids.repeat(-(-size.probe_rows // len(ids)), -(-size.probe_length // size.block_size))
-    probed = probed[: size.probe_rows, : size.probe_length]
-    batches = [{"input_ids": b, "attention_mask": torch.ones_like(b)} for b in torch.split(probed, 16)]
-    probe, stack, measures = Probe(tuple(batches)), LayerStack.find(model), find_measures(MEASURES)
+    batches: Any = [batch, batch, batch, twice, twice]
+    trainer.fit(CausalLM(model), DataLoader(batches, batch_size=None))
+    rows = [min(16, size.probe_rows - start) for start in range(0, size.probe_rows, 16)]  # as `PackedText` gives them
+    probe = Probe(tuple(_random_batch(model, n, size.probe_length) for n in rows))
+    stack, measures = LayerStack.find(model), find_measures(MEASURES)
     reference = Reference.record(probe, model.base_model, stack, measures)
     start = time.perf_counter()
     reference.profiles(probe.record(model.base_model, stack, reference.causal), measures, step=0, epoch=0)
-    return Costs(min(clock.seconds[1:]), size.tokens, time.perf_counter() - start, probed.numel())
+    probed = time.perf_counter() - start
+    del model, trainer, stack
+    gc.collect()  # the optimizer's state is in circles, and the fits need its memory
+    return Costs(clock.seconds[2], min(clock.seconds[3:]), size.tokens, probed, size.probe_rows * size.probe_length)
+
+
+def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Tokens that take as long as any text."""
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 class _Clock(pl.Callback):
@@ -275,6 +282,8 @@ def _run_arms(plan: Plan, out: Path, progress: Progress) -> None:
             arm.fit(model, data, progress)
             arm.measure_null(model, progress)
             reference = arm.watch.reference
+            del arm
+            gc.collect()  # as after `measure`
 
 
 class Arm:

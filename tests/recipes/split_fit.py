@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from datasets import Dataset
-from depthcb_recipes import CausalLM, MaskedLM
 from lightning.pytorch.strategies import ModelParallelStrategy
 from recipes_families import tiny
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from depthcb import DepthProfile, EqualStep
 from depthcb.compare import null_profiles
+from depthcb_recipes import CausalLM, MaskedLM
 
 
 def loader(ranks: int, rank: int) -> DataLoader[Any]:

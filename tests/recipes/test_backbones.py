@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, _wheel_file, load_backbone, load_tokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +22,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
+
+from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, _wheel_file, load_backbone, load_tokenizer
 
 # One connected passage: the first words of a sentence that stands alone are anybody's guess and dominate its mean.
 PASSAGE = (

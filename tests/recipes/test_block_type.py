@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from recipes_families import FAMILIES, tiny
+
 from depthcb_recipes.backbones import load_backbone
 from depthcb_recipes.block_type import block_type
-from recipes_families import FAMILIES, tiny
 
 PARALLEL = ("neox", "codegen")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, pretraining
-from depthcb_recipes.catalogue import HUB, backbones, describe, family
-from depthcb_recipes.mini_zoo import MINI_ZOO
 from recipes_families import FAMILIES, tiny
 from rich.console import Console
 
 from depthcb.cli import main
+from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, pretraining
+from depthcb_recipes.catalogue import HUB, backbones, describe, family
+from depthcb_recipes.mini_zoo import MINI_ZOO
 
 EXPECTED = {
     "bert-mini": ("encoder", "sequential"),

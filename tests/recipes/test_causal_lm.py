@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
+
 from depthcb_recipes.backbones import load_backbone, load_tokenizer
 from depthcb_recipes.causal_lm import CausalLM
 from depthcb_recipes.data import PackedText
 from depthcb_recipes.objective import decay_groups
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
 
 VOCABULARY = 50
 

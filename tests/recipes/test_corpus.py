@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+
 from depthcb_recipes.corpus import (
     PACKAGES,
     TOKEN_KINDS,

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from depthcb_recipes.demo import QUICK, Settings, run_demo
 from offline import summary as summary_of
 from PIL import Image
 from rich.console import Console
@@ -22,6 +22,9 @@ from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
+from depthcb_recipes import demo
+from depthcb_recipes.demo import run_demo
+from depthcb_recipes.demo_sizes import QUICK, SIZES, Settings, chosen
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
@@ -91,25 +94,29 @@ def test_a_short_quick_demo(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "keep me"
 
 
-def test_an_interrupted_demo_leaves_what_it_measured(tmp_path: Path) -> None:
-    """Ctrl-C in the second arm: the first arm's profiles, picture and page are there."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C or SIGTERM in the second arm: the first arm's profiles, picture and page are there within 5 seconds."""
     out = tmp_path / "out"
     # A background job of a shell starts with Ctrl-C ignored.
     handle = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     script = f"{handle}; from depthcb.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "demo", "--quick", "--steps", "6", "--out", str(out)]
+    command = [sys.executable, "-c", script, "demo", "--sizes", "minilm-4", "--steps", "6", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as demo:
+    ) as process:
         deadline = time.monotonic() + 300
         while not (out / ARMS[1] / "metrics.csv").exists():
-            assert demo.poll() is None, demo.stdout and demo.stdout.read()
+            assert process.poll() is None, process.stdout and process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        demo.send_signal(signal.SIGINT)
-        text, _ = demo.communicate(timeout=120)
-    assert demo.returncode == 130, text
+        process.send_signal(number)
+        sent = time.monotonic()
+        text, _ = process.communicate(timeout=120)
+        assert time.monotonic() - sent < 5, text
+    assert process.returncode == 128 + number, text
+    assert f"`depthcb report {out}` shows it again." in text
     assert "Interrupted: what was measured so far follows." in text
     assert "Traceback" not in text
     equal, standard = read_html(out / "report.html")
@@ -117,6 +124,31 @@ def test_an_interrupted_demo_leaves_what_it_measured(tmp_path: Path) -> None:
     assert min(standard.profiles["cka"][-1].change) > 0
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdicts"] == []
     assert (out / "profiles.png").stat().st_size > 10_000
+
+
+def test_the_machine_decides_the_size_and_the_size_can_be_repeated(tmp_path: Path) -> None:
+    """No time for any size: the smallest is run, and what it will take is said first."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    sizes = [dataclasses.replace(size, null_seeds=1) for size in chosen(quick=True, steps=4)[-2:]]
+    with open(log, "w", encoding="utf-8") as screen:
+        run_demo(sizes, out, Console(file=screen, width=80), minutes=0.01)
+    text, summary = log.read_text(encoding="utf-8"), json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert text.index("This machine is slow for it: even the smallest size takes") < text.index("training starts")
+    assert "Size of your own: 4 fits of 4 steps of 4 x 32 tokens, 32 probe rows; about" in text
+    assert re.search(r"^\d:\d\d adamw-standard: training starts; 0/16 steps, about \d+ s left$", text, re.MULTILINE)
+    settings = Settings(**summary["settings"])
+    assert settings == dataclasses.replace(sizes[-1], precision=summary["precision"]["precision"])
+    assert 0.2 < summary["estimated_seconds"] / summary["seconds"] < 5
+    first = {run.name: run.profiles["cka"][-1].change for run in read_runs(out)}
+    run_demo(settings, tmp_path / "again", Console(quiet=True))
+    assert {run.name: run.profiles["cka"][-1].change for run in read_runs(tmp_path / "again")} == first
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "free_memory", lambda: 10**9)
+    with pytest.raises(ValueError, match=r"needs \d\.\d GB of memory on minilm and 1\.0 GB are free: end other"):
+        run_demo(chosen(), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("steps", "every"), [(0, 1), (4, 5), (4, 0)])
@@ -133,7 +165,12 @@ def test_the_demo(tmp_path: Path) -> None:
     """In a process of its own, as a user runs it, with all cores."""
     command = [str(Path(sys.executable).with_name("depthcb")), "demo", "--out", str(tmp_path / "out")]
     subprocess.run(command, check=True)
-    runs = check_outcome(tmp_path / "out", Settings())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    settings = Settings(**summary["settings"])
+    assert dataclasses.replace(SIZES[summary["sizes"]], precision=summary["precision"]["precision"]) == settings
+    runs = check_outcome(tmp_path / "out", settings)
+    if settings.backbone == "minilm":
+        pytest.skip("this machine is too slow for the larger backbone in 7 minutes")
     assert {len(run.layers) for run in runs} == {30}
     spreads = {group.title: group.verdict.spread for group in groups(runs)}
     assert spreads["SGD"] > 2 > spreads["AdamW"], "with SGD the control bites, with AdamW it has little to do"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from depthcb_recipes.backbones import load_tokenizer
 from lightning.pytorch import seed_everything
 from recipes_families import tiny
 
 from depthcb.cli import main
+from depthcb_recipes.backbones import load_tokenizer
 
 # Lightning's own use of jsonargparse, and the advice of both that a user would see.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from depthcb.cli import main
 from depthcb_recipes.backbones import load_backbone
 from depthcb_recipes.kept import cache_folder
 from depthcb_recipes.mini_zoo import MINI_ZOO, MiniModel, load_or_pretrain, pretrain, unigram_loss
-
-from depthcb.cli import main
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 8192, "bos_token_id": 0,
          "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip

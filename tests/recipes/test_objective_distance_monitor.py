@@ -10,6 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from recipes_families import tiny
+from support import Rows, fit
+from torch.utils.data import DataLoader
+
 from depthcb_recipes.backbones import load_tokenizer
 from depthcb_recipes.causal_lm import CausalLM
 from depthcb_recipes.completion_lm import CompletionLM
@@ -19,9 +23,6 @@ from depthcb_recipes.masked_lm import MaskedLM
 from depthcb_recipes.objective_distance import ObjectiveDistanceMonitor, own_batch, pretraining_objective
 from depthcb_recipes.sequence_classification import SequenceClassification
 from depthcb_recipes.token_classification import TokenClassification
-from recipes_families import tiny
-from support import Rows, fit
-from torch.utils.data import DataLoader
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from recipes_families import ENCODERS, FAMILIES, VOCABULARY, tiny
+from scipy.special import logsumexp
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.retrieval import RetrievalRecall
+
 from depthcb_recipes.causal_lm import CausalLM
 from depthcb_recipes.completion_lm import CompletionLM
 from depthcb_recipes.contrastive import Contrastive
@@ -15,12 +22,6 @@ from depthcb_recipes.masked_lm import MaskedLM
 from depthcb_recipes.objective import Objective
 from depthcb_recipes.sequence_classification import SequenceClassification
 from depthcb_recipes.token_classification import TokenClassification
-from lightning.pytorch import Trainer
-from recipes_families import ENCODERS, FAMILIES, VOCABULARY, tiny
-from scipy.special import logsumexp
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchmetrics.retrieval import RetrievalRecall
 
 LABELS = 3
 

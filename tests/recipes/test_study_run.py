@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from depthcb_recipes.backbones import load_tokenizer
 from recipes_families import tiny
 from studies import alive, command, drive, figures, gone, smoke
 
@@ -19,6 +18,7 @@ from depthcb.cli import main
 from depthcb.run import read_runs
 from depthcb.study.grid import read_study
 from depthcb.study.store import Store
+from depthcb_recipes.backbones import load_tokenizer
 
 OPTIONS = {
     "trainer.max_steps": 4, "trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1, "trainer.accelerator": "cpu",

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+
 from depthcb_recipes.causal_lm import CausalLM
 from depthcb_recipes.completion_lm import CompletionLM
 from depthcb_recipes.contrastive import Contrastive

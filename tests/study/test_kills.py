@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from depthcb_recipes.backbones import load_tokenizer
 from recipes_families import tiny
 from studies import SMOKE, alive, drive, figures, gone, smoke
 
 from depthcb.study.grid import read_study
 from depthcb.study.store import RESULT, Store, read_result
+from depthcb_recipes.backbones import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,233 @@
+"""The precision is measured, not assumed; what is named is used; both runs of a pair share it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from recipes_families import tiny
+from studies import drive, smoke
+
+from depthcb.cli import main
+from depthcb.run import read_runs
+from depthcb.study.grid import read_study
+from depthcb.study.store import Store
+from depthcb_recipes import precision
+from depthcb_recipes.backbones import load_tokenizer
+from depthcb_recipes.catalogue import CONFIGS
+from depthcb_recipes.demo_sizes import Settings
+from depthcb_recipes.precision import Product, choose, device_of, product, settle, speedup
+
+CPU = torch.device("cpu")
+
+
+def busy(milliseconds: float) -> Product:
+    """A product that takes this much of the processor's time, however fast the machine."""
+
+    def compute() -> None:
+        end = time.thread_time() + milliseconds / 1e3
+        while time.thread_time() < end:
+            pass
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "chosen", "told"),
+    [
+        (3, 1, "bf16-mixed", "3.0 times as fast as"),
+        (3, 2.6, "32-true", "1.2 times as fast as"),  # not worth it
+        (2, 6, "32-true", "3.0 times slower than"),
+        (1, 50, "32-true", "times slower than"),
+    ],
+)
+def test_a_cpu_is_timed(float32: float, bfloat16: float, chosen: str, told: str) -> None:
+    def products(device: torch.device, dtype: torch.dtype) -> Product:
+        return busy(bfloat16 if dtype == torch.bfloat16 else float32)
+
+    choice = choose(CPU, products)
+    assert choice.precision == chosen
+    assert told in choice.reason
+
+
+def test_a_hopeless_dtype_is_not_timed_long() -> None:
+    calls = []
+    start = time.thread_time()
+    assert speedup(lambda: calls.append(busy(100)()), busy(1)) == pytest.approx(1 / 100, rel=0.5)
+    assert len(calls) == 2, "one to warm up, one timed"
+    assert time.thread_time() - start < 0.3
+
+
+def test_real_products_decide_on_this_machine_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(CPU)
+    start = time.thread_time()
+    choice = choose(CPU)
+    assert time.thread_time() - start < 1
+    again = speedup(product(CPU, torch.bfloat16), product(CPU, torch.float32))
+    if not 0.8 * precision.WORTH_IT < again < 1.25 * precision.WORTH_IT:  # near the threshold either is right
+        assert (choice.precision == "bf16-mixed") == (again > precision.WORTH_IT)
+    assert torch.get_num_threads() == 1, "as conftest.py set it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variables are those of x86 builds of torch")
+def test_a_cpu_without_bfloat16_trains_in_float32() -> None:
+    """Most laptops: the instructions are hidden from the libraries, where this machine has them."""
+    hidden = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-m", "depthcb_recipes.precision", "cpu"]
+    found = json.loads(subprocess.run(command, env=hidden, capture_output=True, text=True, check=True).stdout)
+    assert found["precision"] == "32-true"
+    assert "times slower than a float32 one" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"), [([(8, 0)], "bf16-mixed"), ([(9, 0), (7, 5)], "32-true"), ([(7, 0)], "32-true")]
+)
+def test_a_gpu_is_asked_for_its_capability(
+    capabilities: list[tuple[int, int]], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`is_bf16_supported` would count emulation; of several devices the oldest decides."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    choice = choose(torch.device("cuda", 0))
+    assert choice.precision == chosen
+    major, minor = min(capabilities)
+    assert f"compute capability {major}.{minor}" in choice.reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_is_used() -> None:
+    assert device_of("auto").type == "cuda"
+    major, _ = torch.cuda.get_device_capability()
+    assert choose(device_of("auto")).precision == ("bf16-mixed" if major >= 8 else "32-true")
+
+
+def test_elsewhere_it_is_float32() -> None:
+    assert choose(torch.device("mps")).precision == choose(device_of("tpu")).precision == "32-true"
+
+
+def test_a_named_precision_is_used_and_warned_about_once_where_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    times = {torch.float32: 2.0, torch.bfloat16: 5.0}
+    monkeypatch.setattr(precision, "product", lambda device, dtype: busy(times[dtype]))
+    with pytest.warns(UserWarning, match=r"precision=bf16-mixed was asked for, .* take 2\.\d times as long") as told:
+        assert settle("bf16-mixed", CPU).precision == "bf16-mixed"
+    assert len(told) == 1
+    times[torch.bfloat16] = 3.0  # slower, but not by twice
+    assert settle("bf16-mixed", CPU).to_dict() == {"precision": "bf16-mixed", "reason": "asked for"}
+    assert settle("32-true", CPU).precision == settle(None, CPU).precision == "32-true"
+    assert not recwarn.list
+
+
+def test_further_processes_of_a_fit_use_what_the_first_one_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the threshold two measurements may differ, and two ranks must not."""
+    monkeypatch.setenv("DEPTHCB_PRECISION", json.dumps({"precision": "bf16-mixed", "reason": "the first one's"}))
+    monkeypatch.setattr(precision, "choose", lambda device: precision.Precision("32-true", "its own"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert settle("auto", CPU).reason == "the first one's"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert settle("auto", CPU).reason == "its own"
+
+
+def test_a_fit_prints_records_and_keeps_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer("minilm")
+    tiny("gpt2", "ForCausalLM", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"]
+    options += ["--data.block_size=32", "--data.val_rows=64", "--data.batch_size=8"]
+    logger = [f"--trainer.logger.init_args.{k}={v}" for k, v in (("save_dir", tmp_path), ("name", ""), ("version", ""))]
+    assert main(["fit", "--config=causal_lm", f"--model.backbone={tmp_path / 'model'}", *options, *logger]) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("Precision ")]
+    (run,) = read_runs(tmp_path)
+    written = run.records["precision"].settings
+    assert line == f"Precision {written['precision']}: {written['reason']}."
+    assert "matrix product" in written["reason"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["precision"] == written["precision"]
+    assert run.records["depth"].fit["precision"] == written["precision"]
+    assert "fit: training starts; 0/2 steps" in said, "pytest's output is no terminal"
+
+
+def test_nothing_that_is_bundled_names_a_precision() -> None:
+    for path in [*CONFIGS.glob("*.yaml"), *(CONFIGS.parent / "studies").glob("*.yaml")]:
+        config = yaml.safe_load(path.read_text())
+        assert config.get("trainer", {}).get("precision", "auto") == "auto", path
+        assert "trainer.precision" not in config.get("options", {}), path
+    assert Settings().precision == "auto"
+
+
+def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
+    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+    study = yaml.safe_load(path.read_text())
+    study["grid"] |= {"objective": ["causal_lm"], "seed": [0]}
+    path.write_text(yaml.safe_dump(study))
+    store = Store(out)
+    # What another machine settled, of the other opinion than this one.
+    here = choose(CPU).precision
+    other = {"bf16-mixed": "32-true", "32-true": "bf16-mixed"}[here]
+    assert store.settle_precision("cpu", {"precision": other, "reason": "elsewhere"})["precision"] == other
+    assert store.settle_precision("cpu", {"precision": here, "reason": "too late"})["reason"] == "elsewhere"
+    command = [sys.executable, "-m", "depthcb", "study", "run", str(path), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"This study keeps precision {other} for all its runs on cpu") == 1
+    assert f"would choose {here}: a bfloat16 matrix product" in done.stdout
+    for run in read_runs(out):
+        assert run.records["depth"].fit["precision"] == other
+        assert run.records["precision"].settings == {"precision": other, "reason": "elsewhere"}
+    results = [store.result(config) for config in read_study(path)]
+    assert {result["precision"] for result in results if result} == {other}
+    assert main(["study", "table", str(path), "--out", str(out)]) == 0
+
+
+def test_a_pair_of_different_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+    study = yaml.safe_load(path.read_text())
+    study["grid"] |= {"objective": ["causal_lm"], "seed": [0]}
+    both = study["grid"]["control"]
+    for control, kept in zip(both, ("32-true", "bf16-mixed"), strict=True):
+        # A folder whose file was removed and settled anew, or that was put together from two machines' runs.
+        (out / "precision-cpu.json").unlink(missing_ok=True)
+        Store(out).settle_precision("cpu", {"precision": kept, "reason": "planted"})
+        path.write_text(yaml.safe_dump(study | {"grid": study["grid"] | {"control": [control]}}))
+        assert drive(path, out).wait() == 0
+    path.write_text(yaml.safe_dump(study))
+    assert main(["study", "table", str(path), "--out", str(out)]) == 2
+    assert "differs in precision: what it shows is not the control's" in capsys.readouterr().err
+
+
+def test_a_study_whose_older_runs_say_nothing_keeps_what_they_were_made_in(maker: Any, tmp_path: Path) -> None:
+    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+    old = read_study(path)[0]
+    Store(out).prepare(old)
+    maker(Store(out).folder(old))
+    command = [sys.executable, "-m", "depthcb", "study", "run", str(path), "--out", str(out), "--shard", "4/4"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "Precision bf16-mixed for the runs on cpu: the runs that it has already were made in it." in said
+
+
+@pytest.fixture
+def maker() -> Any:
+    """Writes a result as an earlier version did."""
+    from depthcb.study.store import write_result
+
+    return lambda folder: write_result(folder, {"status": "finished", "slope": 0.1})
+
+
+def test_options_of_one_control_alone_are_refused(tmp_path: Path) -> None:
+    path = smoke(tmp_path, "gpt2-tiny")
+    study = yaml.safe_load(path.read_text())
+    study["by"]["control"] = {"equal-step": {"trainer.precision": "32-true"}}
+    path.write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match=r"by\.control would have the two runs of a pair differ in more than the"):
+        read_study(path)
