@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import signal
@@ -50,6 +49,8 @@ def die_with_the_parent() -> None:
     """Has the system end this process when the one that started it ends, however it ends (Linux)."""
     parent = os.environ.get("DEPTHCB_PARENT")
     if parent and sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):  # it ended before we asked
             os._exit(1)
