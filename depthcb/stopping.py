@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-import psutil
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: Seconds that the main thread has to come to its end, and that everything has.
 GRACE, LIMIT = 2.0, 4.5
@@ -68,6 +66,8 @@ class Stop:
         self.last_words()
 
     def _exit(self) -> None:
+        import psutil  # comes with the recipes, where all long work is
+
         sys.stdout.flush()
         # Not W&B's writer, which finishes its file when this process is gone.
         for child in psutil.Process().children(recursive=True):

@@ -179,8 +179,9 @@ def full_disk(error: BaseException) -> bool:
 def start_afresh(folder: Path) -> None:
     """Removes what an earlier attempt left; half a run is no run."""
     for path in folder.iterdir():
-        if path.name not in (CONFIG, LOG) and not path.name.startswith(LOCK):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Another driver may be writing the configuration anew at this moment, which is the same for all.
+        if path.name not in (CONFIG, LOG) and not path.name.startswith((LOCK, f".{CONFIG}.")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _digest(result: dict[str, Any]) -> str:

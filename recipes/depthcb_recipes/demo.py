@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import shutil
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
 from depthcb.compare import null_profiles
-from depthcb.machine import free_memory
+from depthcb.machine import free_memory, release_memory
 from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.report import print_runs, write_html, write_png
@@ -227,7 +226,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     reference.profiles(probe.record(model.base_model, stack, reference.causal), measures, step=0, epoch=0)
     probed = time.perf_counter() - start
     del model, trainer, stack
-    gc.collect()  # the optimizer's state is in circles, and the fits need its memory
+    release_memory()
     return Costs(clock.seconds[2], min(clock.seconds[3:]), size.tokens, probed, size.probe_rows * size.probe_length)
 
 
@@ -283,7 +282,7 @@ def _run_arms(plan: Plan, out: Path, progress: Progress) -> None:
             arm.measure_null(model, progress)
             reference = arm.watch.reference
             del arm
-            gc.collect()  # as after `measure`
+            release_memory()
 
 
 class Arm:

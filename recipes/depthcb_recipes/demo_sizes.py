@@ -90,7 +90,7 @@ MINUTES, QUICK_MINUTES = 7.0, 1.0
 #: Seconds that a fit and the whole take beside their steps, validations and probe passes: loggers, pictures, the page.
 _EACH_FIT, _REPORT = 2.0, 5.0
 #: A step of the four fits takes this share of the costliest one's (AdamW under the control), which is the one timed.
-_MEAN_STEP = 0.85
+_MEAN_STEP = 0.75
 #: A forward pass is this share of a training step.
 _FORWARD = 1 / 3
 
