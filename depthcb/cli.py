@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
         description="Trains a small model on the text of the installed Python libraries and keeps it in the cache.",
     )
+    pretrain.add_argument("--minutes", type=float, default=6.0, help="what its steps may take (default: %(default)g)")
     pretrain.add_argument("--model", required=True, help="a name out of `depthcb backbones`, such as gpt2-mini")
     commands.add_parser("recipes", help="list the objectives and their YAML files")
     backbones = commands.add_parser("backbones", help="list the networks to start from, or describe some")
@@ -166,7 +167,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     with stoppable(lambda: print(told, flush=True)):
         from depthcb_recipes.mini_zoo import load_or_pretrain
 
-        print(load_or_pretrain(args.model))
+        print(load_or_pretrain(args.model, args.minutes))
     return 0
 
 

@@ -74,7 +74,7 @@ def test_the_scan_sees_what_is_needed_at_import(source: str) -> None:
 def test_no_module_needs_a_posix_system_to_be_imported() -> None:
     files = [*ROOT.glob("depthcb/**/*.py"), *ROOT.glob("recipes/**/*.py")]
     found = {str(f.relative_to(ROOT)): posix_only(f.read_text(encoding="utf-8")) for f in files}
-    assert {"depthcb/study/worker.py", "recipes/depthcb_recipes/stopping.py"} <= set(found)
+    assert {"depthcb/study/worker.py", "depthcb/stopping.py"} <= set(found)
     assert {name: uses for name, uses in found.items() if uses} == {}
 
 

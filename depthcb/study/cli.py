@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
     try:
         with stoppable(lambda: print(told, flush=True)):
             engine = _engine(args, own)
-            settle_precision(own, store, engine)
+            settle_precision(configs, store, engine)
             with shown() as report:
                 progress = run_study(fitting(own, engine), store, engine, report)
     except OSError as error:

@@ -51,7 +51,7 @@ from depthcb_recipes.demo_sizes import (
 )
 from depthcb_recipes.objective import OptimizerName
 from depthcb_recipes.precision import Precision, device_of, settle
-from depthcb_recipes.progress import FitProgress, Progress
+from depthcb_recipes.progress import FitProgress, Progress, StepClock
 from depthcb_recipes.quiet import quiet_libraries
 
 MEASURES = ("cka", "cka_normalized")
@@ -203,7 +203,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     model = copy.deepcopy(pretrained)
     batch = _random_batch(model, size.batch_size, size.block_size)
     twice = {name: torch.cat([column, column]) for name, column in batch.items()}
-    clock = _Clock()
+    clock = StepClock()
     trainer = pl.Trainer(
         max_steps=5,
         devices=1,
@@ -234,21 +234,6 @@ def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, t
     """Tokens that take as long as any text."""
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-class _Clock(pl.Callback):
-    """The seconds of each training step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: object) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
 
 
 def size_name(settings: Settings) -> str | None:

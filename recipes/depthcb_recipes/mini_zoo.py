@@ -6,6 +6,7 @@ in the user's cache under a hash of all that made them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -27,7 +28,13 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, DataCollatorForLanguageModeling, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    DataCollatorForLanguageModeling,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from depthcb.undisturbed import isolated_rng
 from depthcb_recipes.backbones import AUTOS, Head
@@ -38,9 +45,11 @@ from depthcb_recipes.kept import cache_folder
 from depthcb_recipes.masked_lm import MaskedLM
 from depthcb_recipes.objective import Objective
 from depthcb_recipes.precision import Precision, settle
-from depthcb_recipes.progress import FitProgress
+from depthcb_recipes.progress import FitProgress, StepClock
 from depthcb_recipes.quiet import quiet_libraries, silent_transformers
 
+#: What pretraining a model may take, about.
+MINUTES = 6.0
 VOCABULARY = 8192
 BLOCK = 128
 SPECIAL = {"eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
@@ -112,18 +121,22 @@ TINY_ZOO: dict[str, MiniModel] = {
 ZOO = MINI_ZOO | TINY_ZOO
 
 
-def load_or_pretrain(name: str) -> Path:
+def load_or_pretrain(name: str, minutes: float = MINUTES) -> Path:
     """The folder of a mini model; a missing one is made now, which takes minutes and says so.
+
+    Args:
+        name: The model's.
+        minutes: As for `pretrain`.
 
     Raises:
         ValueError: A name that is not in the zoo.
     """
     if name not in ZOO:
         raise ValueError(f"{name!r} is not in the mini zoo: take one of {', '.join(ZOO)}.")
-    return pretrain(name, ZOO[name])
+    return pretrain(name, ZOO[name], minutes)
 
 
-def pretrain(name: str, model: MiniModel) -> Path:
+def pretrain(name: str, model: MiniModel, minutes: float = MINUTES) -> Path:
     """Pretrain a small model on this machine, unless that has been done; returns its folder.
 
     The folder holds what ``save_pretrained`` writes and ``pretraining.json`` with the losses. Other settings, another
@@ -134,40 +147,79 @@ def pretrain(name: str, model: MiniModel) -> Path:
     Args:
         name: First part of the folder's name.
         model: What to train, and how.
+        minutes: What the steps may take; a slower machine makes fewer of them, as ``pretraining.json`` says.
     """
     folder = cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}")
     with FileLock(f"{scratch}.lock"):
         if not _complete(folder):
-            takes = "about 6 minutes on 2 CPU cores, " if name in MINI_ZOO else ""
+            takes = f"about {minutes:g} minutes, " if name in MINI_ZOO else ""
             print(f"Pretraining {name}: {model.steps} steps, {takes}once; kept in {folder}", flush=True)
             for left_over in (scratch, folder):
                 shutil.rmtree(left_over, ignore_errors=True)
             with torch.device("cpu"), isolated_rng(model.seed), quiet_libraries(), silent_transformers():
-                _train(name, model, scratch)
+                _train(name, model, scratch, minutes)
             os.replace(scratch, folder)
     return folder
 
 
-def _train(name: str, model: MiniModel, folder: Path) -> None:
+def shortened(model: MiniModel, step_seconds: float, minutes: float) -> MiniModel:
+    """A model with as many of its steps as there is time for: all, three quarters or half of them.
+
+    A masked language model, which learns from a seventh of its tokens, needs all.
+
+    Args:
+        model: What to train.
+        step_seconds: How long a step takes here.
+        minutes: What the steps may take, or a little more.
+
+    Example:
+        >>> [shortened(MINI_ZOO["gpt2-mini"], seconds, 6).steps for seconds in (0.6, 0.8, 9.0)]
+        [600, 450, 300]
+    """
+    for share in () if model.head == "masked_lm" else (1.0, 0.75, 0.5):
+        fewer = replace(model, steps=round(share * model.steps), warmup_steps=round(share * model.warmup_steps))
+        if fewer.steps * step_seconds <= 60 * minutes * 1.15:
+            return fewer
+    return model if model.head == "masked_lm" else fewer
+
+
+def _step_seconds(network: PreTrainedModel, model: MiniModel, precision: Precision, batch: dict[str, Tensor]) -> float:
+    """The time of a step: the least of some, on a copy of the network."""
+    clock = StepClock()
+    trainer = _trainer(6, precision, clock)
+    trainer.fit(_objective(copy.deepcopy(network), model), DataLoader([batch] * 6, batch_size=None))  # type: ignore[arg-type]
+    return min(clock.seconds[2:])
+
+
+def _objective(network: PreTrainedModel, model: MiniModel) -> Objective:
+    kind = MaskedLM if model.head == "masked_lm" else CausalLM
+    return kind(network, lr=model.lr, warmup_steps=model.warmup_steps)
+
+
+def _train(name: str, model: MiniModel, folder: Path, minutes: float) -> None:
     texts = [_texts(side) for side in (0, 1)]
     tokenizer = _tokenizer()
     train = Dataset.from_dict({"input_ids": list(blocks(texts[0], tokenizer, BLOCK))})
     held_out = list(itertools.islice(blocks(texts[1], tokenizer, BLOCK), 128))
     network = AUTOS[model.head].from_config(model.config())
-    objective = (MaskedLM if model.head == "masked_lm" else CausalLM)(
-        network, lr=model.lr, warmup_steps=model.warmup_steps
-    )
     bias = getattr(network.get_output_embeddings(), "bias", None)
     if bias is not None:  # it would take it hundreds of steps to learn how frequent each token is
         bias.data.copy_(_unigram(train["input_ids"][:], VOCABULARY).log())
+    judged = list(_judged(held_out, model, tokenizer))
+    precision = settle("auto", torch.device("cpu"))
+    if name in MINI_ZOO:
+        example = {key: value[: model.batch_size] for key, value in judged[0].items()}
+        seconds, whole = _step_seconds(network, model, precision, example), model.steps
+        model = shortened(model, seconds, minutes)
+        takes = f"{model.steps} of {whole} steps, about {model.steps * seconds / 60:.0f} min"
+        print(f"A step takes {seconds:.2f} s in {precision.precision} on this machine: {takes}.", flush=True)
+    objective = _objective(network, model)
     order = torch.Generator().manual_seed(model.seed)
     batches = DataLoader(train, model.batch_size, shuffle=True, generator=order, collate_fn=_collate(model, tokenizer))
-    judged = list(_judged(held_out, model, tokenizer))
     start = time.perf_counter()
-    precision = settle("auto", torch.device("cpu"))
-    trainer = _trainer(name, model.steps, precision)
+    trainer = _trainer(model.steps, precision, FitProgress(name))
     before = _held_out_loss(trainer, objective, judged)
     trainer.fit(objective, batches)
     after = _held_out_loss(trainer, objective, judged)
@@ -208,11 +260,12 @@ def _unigram(rows: Sequence[Sequence[int]], size: int = 0) -> Tensor:
     return counts / counts.sum()
 
 
-def _trainer(name: str, steps: int, precision: Precision) -> pl.Trainer:
+def _trainer(steps: int, precision: Precision, callback: pl.Callback) -> pl.Trainer:
     return pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, precision=precision.precision,  # type: ignore[arg-type]
-        gradient_clip_val=1.0, logger=False, callbacks=[FitProgress(name)], enable_checkpointing=False,
-        enable_model_summary=False, limit_val_batches=0, inference_mode=False,
+        gradient_clip_val=1.0, logger=False, callbacks=[callback], enable_checkpointing=False,
+        enable_progress_bar=isinstance(callback, FitProgress), enable_model_summary=False,
+        limit_val_batches=0, inference_mode=False,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -187,3 +188,18 @@ class FitProgress(ProgressBar):
         if self._shared is None and self.progress is not None:
             self.progress.__exit__(None, None, None)
             self.progress = None
+
+
+class StepClock(pl.Callback):
+    """Times each training step, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)

@@ -139,6 +139,7 @@ def test_further_processes_of_a_fit_use_what_the_first_one_settled(monkeypatch: 
     assert settle("auto", CPU).reason == "its own"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # jsonargparse's own
 def test_a_fit_prints_records_and_keeps_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer("minilm")
     tiny("gpt2", "ForCausalLM", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
@@ -166,11 +167,18 @@ def test_nothing_that_is_bundled_names_a_precision() -> None:
     assert Settings().precision == "auto"
 
 
-def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
-    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+def one_pair(folder: Path) -> Path:
+    """A study of two runs."""
+    path = smoke(folder, "gpt2-tiny")
     study = yaml.safe_load(path.read_text())
-    study["grid"] |= {"objective": ["causal_lm"], "seed": [0]}
+    study["grid"]["objective"] = ["causal_lm"]
+    del study["by"]["objective"]["contrastive"]
     path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
+    path, out = one_pair(tmp_path), tmp_path / "out"
     store = Store(out)
     # What another machine settled, of the other opinion than this one.
     here = choose(CPU).precision
@@ -191,9 +199,8 @@ def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise
 
 
 def test_a_pair_of_different_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
+    path, out = one_pair(tmp_path), tmp_path / "out"
     study = yaml.safe_load(path.read_text())
-    study["grid"] |= {"objective": ["causal_lm"], "seed": [0]}
     both = study["grid"]["control"]
     for control, kept in zip(both, ("32-true", "bf16-mixed"), strict=True):
         # A folder whose file was removed and settled anew, or that was put together from two machines' runs.
