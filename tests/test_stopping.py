@@ -83,6 +83,7 @@ def test_a_fit_ends_in_the_middle_of_a_backward_of_twenty_seconds(number: signal
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
 
 
+@pytest.mark.slow
 def test_a_pretraining_ends(tmp_path: Path) -> None:
     process = start(tmp_path, "pretrain", "--model", "gpt2-mini", XDG_CACHE_HOME=str(tmp_path))
     assert process.stdout is not None
@@ -93,6 +94,7 @@ def test_a_pretraining_ends(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("depthcb/mini-zoo/*/pretraining.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_ends_with_all_that_it_started(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, "study", "run", str(smoke(tmp_path, "gpt2-tiny")), "--out", str(tmp_path / "out"))

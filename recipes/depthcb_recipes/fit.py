@@ -19,11 +19,43 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 import depthcb_recipes
 from depthcb.callbacks.logged import run_folder
+from depthcb.run import write_header
 from depthcb.stopping import Stop, stoppable
 from depthcb_recipes.catalogue import CONFIGS
 from depthcb_recipes.objective import Objective
-from depthcb_recipes.precision import Precision, PrecisionRecord, PrecisionTrainer, device_of, settle
+from depthcb_recipes.precision import Precision, choose, device_of, settle
 from depthcb_recipes.progress import FitProgress
+
+
+class PrecisionTrainer(pl.Trainer):
+    """A Trainer whose precision may be ``"auto"``.
+
+    Args:
+        precision: As Lightning takes it, or ``"auto"``: bfloat16 autocast where the device computes it natively,
+            float32 elsewhere.
+        **options: As `lightning.pytorch.Trainer` takes them.
+    """
+
+    def __init__(self, *, precision: str | int | None = "auto", **options: Any) -> None:
+        if precision == "auto":
+            precision = choose(device_of(options.get("accelerator", "auto"))).precision
+        super().__init__(precision=precision, **options)  # type: ignore[arg-type]  # Lightning checks it
+
+
+class PrecisionRecord(pl.Callback):
+    """Writes the precision of a fit, and why it was chosen, beside the other callbacks' records.
+
+    Args:
+        choice: What was chosen.
+    """
+
+    def __init__(self, choice: Precision) -> None:
+        self.choice = choice
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = run_folder(trainer)
+        if folder is not None:
+            write_header(folder, "precision", "precision", 0, self.choice.to_dict())
 
 
 class FitCLI(LightningCLI):

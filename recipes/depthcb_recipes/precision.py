@@ -16,13 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn import functional as F
-
-from depthcb.callbacks.logged import run_folder
-from depthcb.run import write_header
 
 Product = Callable[[], object]
 
@@ -63,37 +59,6 @@ class Precision:
         return asdict(self)
 
 
-class PrecisionTrainer(pl.Trainer):
-    """A Trainer whose precision may be ``"auto"``.
-
-    Args:
-        precision: As Lightning takes it, or ``"auto"``: bfloat16 autocast where the device computes it natively,
-            float32 elsewhere.
-        **options: As `lightning.pytorch.Trainer` takes them.
-    """
-
-    def __init__(self, *, precision: str | int | None = "auto", **options: Any) -> None:
-        if precision == "auto":
-            precision = choose(device_of(options.get("accelerator", "auto"))).precision
-        super().__init__(precision=precision, **options)  # type: ignore[arg-type]  # Lightning checks it
-
-
-class PrecisionRecord(pl.Callback):
-    """Writes the precision of a fit, and why it was chosen, beside the other callbacks' records.
-
-    Args:
-        choice: What was chosen.
-    """
-
-    def __init__(self, choice: Precision) -> None:
-        self.choice = choice
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = run_folder(trainer)
-        if folder is not None:
-            write_header(folder, "precision", "precision", 0, self.choice.to_dict())
-
-
 def settle(asked: Any, device: torch.device) -> Precision:
     """The precision of a fit: the one that is asked for, or for ``"auto"`` the one that suits the device.
 
@@ -101,7 +66,7 @@ def settle(asked: Any, device: torch.device) -> Precision:
     devices use what the first one settled.
 
     Args:
-        asked: As `PrecisionTrainer` takes it.
+        asked: As Lightning's Trainer takes it, or ``"auto"``.
         device: What the fit runs on.
     """
     if asked == "auto":

@@ -22,7 +22,7 @@ from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
-from depthcb_recipes import demo
+from depthcb_recipes import demo_plan
 from depthcb_recipes.demo import run_demo
 from depthcb_recipes.demo_sizes import QUICK, SIZES, Settings, chosen
 
@@ -126,6 +126,7 @@ def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp
     assert (out / "profiles.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_machine_decides_the_size_and_the_size_can_be_repeated(tmp_path: Path) -> None:
     """No time for any size: the smallest is run, and what it will take is said first."""
     out, log = tmp_path / "out", tmp_path / "log.txt"
@@ -145,7 +146,7 @@ def test_the_machine_decides_the_size_and_the_size_can_be_repeated(tmp_path: Pat
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(demo_plan, "free_memory", lambda: 10**9)
     with pytest.raises(ValueError, match=r"needs \d\.\d GB of memory on minilm and 1\.0 GB are free: end other"):
         run_demo(chosen(), tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from studies import drive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
+from depthcb.study.analysis import pairs_table, runs_table
 from depthcb.study.grid import read_study
 from depthcb.study.store import Store
 from depthcb_recipes import precision
@@ -198,7 +200,22 @@ def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise
     assert main(["study", "table", str(path), "--out", str(out)]) == 0
 
 
-def test_a_pair_of_different_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_refuses_a_pair_of_different_precision() -> None:
+    results = planted.study(planted.everywhere, {"model": ("sequential", 1e8)}, seeds=1)
+    for result in results:
+        result["precision"] = "bf16-mixed"
+    assert len(pairs_table(runs_table(results))) == len(results) / 2
+    results[1]["precision"] = "32-true"
+    with pytest.raises(
+        ValueError, match=r"The pair model, causal_lm, sgd, 0 differs in precision: what it shows is not"
+    ):
+        pairs_table(runs_table(results))
+
+
+@pytest.mark.slow
+def test_a_study_put_together_from_two_precisions_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, out = one_pair(tmp_path), tmp_path / "out"
     study = yaml.safe_load(path.read_text())
     both = study["grid"]["control"]
@@ -213,6 +230,7 @@ def test_a_pair_of_different_precision_is_refused(tmp_path: Path, capsys: pytest
     assert "differs in precision: what it shows is not the control's" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_whose_older_runs_say_nothing_keeps_what_they_were_made_in(maker: Any, tmp_path: Path) -> None:
     path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
     old = read_study(path)[0]
