@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a pretrained model on code with AdamW and SGD, each standard and under equal-step.",
     )
     demo.add_argument("--quick", action="store_true", help="a 6-layer encoder, about 1 minute instead of 7")
-    demo.add_argument("--minutes", type=float, help="what the whole may take (default: 7, with --quick 1)")
+    demo.add_argument("--minutes", type=_minutes, help="what the whole may take (default: 7, with --quick 1)")
     demo.add_argument("--sizes", metavar="NAME", help="exactly this size, such as smollm2-3: no timing decides")
     demo.add_argument("--backbone", help="another backbone: smollm2-135m, minilm, a hub id or a local folder")
     demo.add_argument("--steps", type=int, help="optimizer steps of each fit")
@@ -90,12 +91,20 @@ def _parser() -> argparse.ArgumentParser:
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
         description="Trains a small model on the text of the installed Python libraries and keeps it in the cache.",
     )
-    pretrain.add_argument("--minutes", type=float, default=6.0, help="what its steps may take (default: %(default)g)")
+    pretrain.add_argument("--minutes", type=_minutes, default=6.0, help="for its steps (default: %(default)g)")
     pretrain.add_argument("--model", required=True, help="a name out of `depthcb backbones`, such as gpt2-mini")
     commands.add_parser("recipes", help="list the objectives and their YAML files")
     backbones = commands.add_parser("backbones", help="list the networks to start from, or describe some")
     backbones.add_argument("names", nargs="*", metavar="NAME", help="a name, hub id or local folder")
     return parser
+
+
+def _minutes(text: str) -> float:
+    """A number of minutes, as the parser takes it."""
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return minutes
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -106,7 +115,8 @@ def _demo(args: argparse.Namespace) -> int:
     from depthcb_recipes.demo_sizes import MINUTES, QUICK_MINUTES, chosen
 
     sizes = chosen(args.sizes, quick=args.quick, backbone=args.backbone, steps=args.steps, precision=args.precision)
-    minutes = args.minutes or (QUICK_MINUTES if args.quick else MINUTES)
+    usual = QUICK_MINUTES if args.quick else MINUTES
+    minutes = usual if args.minutes is None else args.minutes
     run_demo(sizes, args.out, Console(), minutes=minutes, started=started)
     return 0
 

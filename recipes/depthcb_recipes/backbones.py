@@ -7,8 +7,10 @@ cache.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -251,7 +253,8 @@ def _converted(packaged: Packaged, gguf: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "model"
-        _convert(gguf, fresh)
+        with silent_transformers(), contextlib.redirect_stderr(io.StringIO()):  # the bar of GGUF files has no switch
+            _convert(gguf, fresh)
         if not _complete(folder):  # a cleaner may have taken single files out of it
             shutil.rmtree(folder, ignore_errors=True)
         try:

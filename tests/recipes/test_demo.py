@@ -18,6 +18,7 @@ from offline import summary as summary_of
 from PIL import Image
 from rich.console import Console
 
+from depthcb.cli import main
 from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
@@ -145,6 +146,15 @@ def test_the_machine_decides_the_size_and_the_size_can_be_repeated(tmp_path: Pat
     assert {run.name: run.profiles["cka"][-1].change for run in read_runs(tmp_path / "again")} == first
 
 
+def test_bad_options_are_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--sizes", "huge"]) == 2
+    assert "--sizes huge is none of smollm2-1, smollm2-2" in capsys.readouterr().err
+    for command in (["demo"], ["pretrain", "--model", "gpt2-mini"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--minutes", "0"])
+        assert "argument --minutes: 0: give a number above 0" in capsys.readouterr().err
+
+
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_plan, "free_memory", lambda: 10**9)
     with pytest.raises(ValueError, match=r"needs \d\.\d GB of memory on minilm and 1\.0 GB are free: end other"):
@@ -165,7 +175,8 @@ def test_settings_that_cannot_be_run_are_refused(tmp_path: Path, steps: int, eve
 def test_the_demo(tmp_path: Path) -> None:
     """In a process of its own, as a user runs it, with all cores."""
     command = [str(Path(sys.executable).with_name("depthcb")), "demo", "--out", str(tmp_path / "out")]
-    subprocess.run(command, check=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    subprocess.run(command, check=True, env=own)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     settings = Settings(**summary["settings"])
     assert dataclasses.replace(SIZES[summary["sizes"]], precision=summary["precision"]["precision"]) == settings
