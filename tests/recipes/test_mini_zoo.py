@@ -62,6 +62,7 @@ def test_pretraining_learns_is_recorded_and_happens_once(cache: Path, capfd: pyt
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_starts_afresh(cache: Path) -> None:
     """A real process is killed while it trains: nothing passes for a model, and the next one clears up after it."""
     code = (
@@ -97,6 +98,7 @@ def test_a_fit_that_asks_for_a_missing_model_makes_it_first(cache: Path, capfd: 
     assert "depth/objective_distance" in metrics.read_text()
 
 
+@pytest.mark.slow
 def test_what_made_a_model_is_in_the_name_of_its_folder(cache: Path) -> None:
     one = MiniModel("gpt2", SMALL, steps=1, batch_size=1)
     assert pretrain("tiny", one) != pretrain("tiny", MiniModel("gpt2", SMALL, steps=2, batch_size=1))

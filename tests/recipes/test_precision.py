@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +21,9 @@ from studies import drive, smoke
 from depthcb.cli import main
 from depthcb.run import read_runs
 from depthcb.study.analysis import pairs_table, runs_table
+from depthcb.study.cli import settle_precision
 from depthcb.study.grid import read_study
+from depthcb.study.pool import Pool
 from depthcb.study.store import Store
 from depthcb_recipes import precision
 from depthcb_recipes.backbones import load_tokenizer
@@ -179,7 +182,27 @@ def one_pair(folder: Path) -> Path:
     return path
 
 
-def test_a_study_settles_it_once_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
+def test_a_study_settles_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, store = one_pair(tmp_path), Store(tmp_path / "out")
+    configs, kept = read_study(path), {}
+    for _ in range(2):
+        settle_precision(configs, store, Pool(1))
+        said = capsys.readouterr().out
+        if not kept:
+            assert said.startswith("Precision ")
+            assert said.count("for the runs on cpu: a bfloat16 matrix product") == 1
+            kept = store.precision("cpu")
+    assert store.precision("cpu") == kept
+    assert store.precision("cuda") is None
+    assert "Precision" not in said, "it is said once"
+    run = yaml.safe_load((store.prepare(configs[0]) / "run.yaml").read_text())
+    assert run["options"]["trainer.precision"] == kept["precision"], "what the run's own process reads"
+    named = dataclasses.replace(configs[0], options={"trainer.precision": "64-true"})
+    assert yaml.safe_load((store.prepare(named) / "run.yaml").read_text())["options"] == named.options
+
+
+@pytest.mark.slow
+def test_a_study_keeps_its_precision_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
     path, out = one_pair(tmp_path), tmp_path / "out"
     store = Store(out)
     # What another machine settled, of the other opinion than this one.
