@@ -52,6 +52,11 @@ class Plan:
     costs: Costs | None
     started: float
 
+    @property
+    def seconds_in_all(self) -> float | None:
+        """What the demo takes from its start, by the measured costs."""
+        return time.monotonic() - self.started + self.costs.seconds(self.settings) if self.costs else None
+
     def to_dict(self) -> dict[str, object]:
         """The plan as ``summary.json`` has it."""
         seconds = round(self.costs.seconds(self.settings), 1) if self.costs else None
@@ -82,6 +87,8 @@ def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, start
         plan = Plan(settings, precision, pretrained, tokenizer, costs, started)
         if found:
             break
+        if plan.seconds_in_all:
+            console.print(f"{backbone}: even its smallest size would take about {plan.seconds_in_all / 60:.1f} min.")
     assert plan is not None
     _tell(plan, console, minutes)
     return plan
@@ -106,12 +113,11 @@ def _with_memory(sizes: Sequence[Settings], device: torch.device) -> list[Settin
 
 def _tell(plan: Plan, console: Console, minutes: float) -> None:
     """Says what was chosen, and that it will take long where that is so."""
-    s, costs, name = plan.settings, plan.costs, size_name(plan.settings)
+    s, costs, name, seconds = plan.settings, plan.costs, size_name(plan.settings), plan.seconds_in_all
     what = f"{s.steps} steps of {s.batch_size} x {s.block_size} tokens, {s.probe_rows} probe rows"
-    if costs is None:
+    if costs is None or seconds is None:
         console.print(f"{s.backbone}: {FITS} fits of {what}.", highlight=False, soft_wrap=True)
         return
-    seconds = time.monotonic() - plan.started + costs.seconds(s)
     console.print(
         f"Size {name or 'of your own'}: {FITS} fits of {what}; about {seconds / 60:.1f} min in all (a step takes "
         f"{costs.step_seconds(s):.2f} s, a probe pass {costs.probe_seconds(s):.2f} s)."
@@ -129,7 +135,7 @@ def _tell(plan: Plan, console: Console, minutes: float) -> None:
 
 
 def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -> Costs:
-    """Times training steps of two lengths with the control in them, and a probe pass, each after some to warm up.
+    """Times training steps of two lengths with the control in them, and a probe pass, after one to warm up.
 
     Args:
         pretrained: The network; it stays as it is.
@@ -141,7 +147,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     twice = {name: torch.cat([column, column]) for name, column in batch.items()}
     clock = StepClock()
     trainer = pl.Trainer(
-        max_steps=5,
+        max_steps=4,
         devices=1,
         precision=precision.precision,  # type: ignore[arg-type]  # Lightning checks it
         gradient_clip_val=1.0,
@@ -152,7 +158,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches: Any = [batch, batch, batch, twice, twice]
+    batches: Any = [batch, batch, batch, twice]
     trainer.fit(CausalLM(model), DataLoader(batches, batch_size=None))
     rows = [min(16, size.probe_rows - start) for start in range(0, size.probe_rows, 16)]  # as `PackedText` gives them
     probe = Probe(tuple(_random_batch(model, n, size.probe_length) for n in rows))
@@ -163,7 +169,8 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     probed = time.perf_counter() - start
     del model, trainer, stack
     release_memory()
-    return Costs(clock.seconds[2], min(clock.seconds[3:]), size.tokens, probed, size.probe_rows * size.probe_length)
+    _, *steps, step_twice = clock.seconds  # the first one warms up
+    return Costs(min(steps), step_twice, size.tokens, probed, size.probe_rows * size.probe_length)
 
 
 def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
