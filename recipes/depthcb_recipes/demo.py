@@ -180,6 +180,7 @@ class Arm:
             trainer.fit(module, data)
         finally:
             run.finish()
+            data.trainer = None  # the arms share their data, which would keep this one's optimizer and copies
 
     def measure_null(self, model: PreTrainedModel, progress: Progress) -> None:
         """Measures what random changes of the same size would have done, and writes it beside the run's own record."""
