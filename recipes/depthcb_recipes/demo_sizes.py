@@ -90,7 +90,9 @@ MINUTES, QUICK_MINUTES = 7.0, 1.0
 #: Seconds that a fit and the whole take beside their steps, validations and probe passes: loggers, pictures, the page.
 _EACH_FIT, _REPORT = 2.0, 5.0
 #: A step of the four fits takes this share of the costliest one's (AdamW under the control), which is the one timed.
-_MEAN_STEP = 0.75
+_MEAN_STEP = 0.85
+#: A fit's first step takes about so many steps longer, for the optimizer's state and the control's copies.
+_FIRST_STEP = 2
 #: A forward pass is this share of a training step.
 _FORWARD = 1 / 3
 
@@ -171,7 +173,7 @@ class Costs:
 
     def fit_seconds(self, size: Settings) -> float:
         """One of the four fits, with its null."""
-        trained = size.steps * self.step_seconds(size) + size.validations * self.validation_seconds(size)
+        trained = (size.steps + _FIRST_STEP) * self.step_seconds(size) + size.validations * self.validation_seconds(size)
         return trained + self.null_seconds(size)
 
     def seconds(self, size: Settings) -> float:

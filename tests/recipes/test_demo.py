@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -13,17 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 from offline import summary as summary_of
 from PIL import Image
 from rich.console import Console
 
 from depthcb.cli import main
+from depthcb.machine import release_memory
 from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
-from depthcb_recipes import demo_plan
+from depthcb_recipes import demo, demo_plan
 from depthcb_recipes.demo import run_demo
 from depthcb_recipes.demo_sizes import QUICK, SIZES, Settings, chosen
 
@@ -73,10 +76,19 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
-def test_a_short_quick_demo(tmp_path: Path) -> None:
+def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+
+    def release() -> None:
+        release_memory()
+        left.append(sum(type(thing) is pl.Trainer for thing in gc.get_objects()))
+
+    release()
+    monkeypatch.setattr(demo, "release_memory", release)
     settings = dataclasses.replace(QUICK, steps=4, validate_every=2, probe_rows=16, probe_length=32, val_blocks=8)
     with open(tmp_path / "screen.txt", "w", encoding="utf-8") as screen:
         run_demo(settings, tmp_path / "out", Console(file=screen, width=80))
+    assert left[1:] == left[:1] * len(ARMS), "an arm keeps its Trainer, and with it gigabytes"
     runs = check_outcome(tmp_path / "out", settings)
     text = (tmp_path / "screen.txt").read_text(encoding="utf-8")
     for group in groups(runs):
