@@ -173,8 +173,8 @@ class Costs:
 
     def fit_seconds(self, size: Settings) -> float:
         """One of the four fits, with its null."""
-        trained = (size.steps + _FIRST_STEP) * self.step_seconds(size) + size.validations * self.validation_seconds(size)
-        return trained + self.null_seconds(size)
+        trained = (size.steps + _FIRST_STEP) * self.step_seconds(size)
+        return trained + size.validations * self.validation_seconds(size) + self.null_seconds(size)
 
     def seconds(self, size: Settings) -> float:
         """The whole demo from here on."""
