@@ -1,4 +1,4 @@
-"""Adapters (LoRA and its kin): a layer multiplies with what they make of its weight W0, not with their own tensors.
+"""Adapters (LoRA and its variants): a layer multiplies by the weight that they make of W0, not by their own tensors.
 
 Modules are known by the methods that every adapter layer of ``peft`` has, so that the package itself is not needed.
 """

@@ -1,4 +1,4 @@
-"""How far a new objective is from the one a model was pretrained with, before any training."""
+"""How far a new objective is from the one per model was pretrained with, before any training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from depthcb.errors import NotFiniteError
+from depthcb.isolation import undisturbed
 from depthcb.stack import LayerStack
-from depthcb.undisturbed import undisturbed
 
 #: A module and the mean loss that one of its objectives gives a batch.
 Objective = tuple[nn.Module, Callable[[Any, Any], Tensor]]
@@ -124,7 +124,7 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _gradient(name: str, objective: Objective, stack: LayerStack, batches: Sequence[Any]) -> Gradient:
-    """The mean gradient over batches, a list of tensors a layer; zeros where a loss does not reach."""
+    """The mean gradient over batches, a list of tensors per layer; zeros where a loss does not reach."""
     module, loss_of = objective
     groups = stack.parameters()
     flat = [p for layer in groups for p in layer]
@@ -170,7 +170,7 @@ def _check(stacks: list[LayerStack], halves: Halves, other_halves: Halves | None
         )
     for name, a, b in zip(stacks[0].names, stacks[0].parameters(), stacks[1].parameters(), strict=True):
         if any(isinstance(p, DTensor) for p in (*a, *b)):
-            raise ValueError(f"Layer {name} lies in pieces on several processes: measure the distance on one process.")
+            raise ValueError(f"Layer {name} is sharded over several processes: measure the distance on one process.")
         if [p.shape for p in a] != [p.shape for p in b]:
             raise ValueError(f"Layer {name} has other shapes under the new objective: the two must share one stack.")
         if not all(torch.equal(p.detach().to(q.device), q.detach()) for p, q in zip(a, b, strict=True)):

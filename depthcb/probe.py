@@ -30,9 +30,9 @@ from depthcb.batches import (
     perturbed,
     positions_input,
 )
+from depthcb.isolation import isolated_rng, undisturbed
 from depthcb.similarity.cka import MIN_ROWS
 from depthcb.stack import LayerStack
-from depthcb.undisturbed import isolated_rng, undisturbed
 
 Rows = Literal["mean", "tokens", "last", "first"]
 Forward = Callable[[nn.Module, Any], Any]

@@ -39,6 +39,8 @@ class Profile:
         slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers which rows the probe
             happened to hold, not training seeds [ours].
         relative_slope_interval: The same for ``relative_slope``.
+        title: What the measure is called; by default as `depthcb.similarity.MEASURES` has it, else its name.
+        unit: The label of an axis that shows it; by default the same.
 
     Raises:
         ValueError: Fewer than 2 layers, a figure that is not finite or below 0, or lengths that differ.
@@ -61,8 +63,17 @@ class Profile:
     band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     slope_interval: Interval | None = None
     relative_slope_interval: Interval | None = None
+    title: str = ""
+    unit: str = ""
 
     def __post_init__(self) -> None:
+        if not self.title or not self.unit:  # made by hand, or recorded before profiles had words
+            from depthcb.similarity import MEASURES  # not above: it needs torch, which reading a record does not
+
+            known = MEASURES.get(self.measure)
+            for words in ("title", "unit"):
+                own = getattr(self, words) or (getattr(known, words) if known else "") or self.measure
+                object.__setattr__(self, words, own)  # as dataclasses do it in frozen ones
         if len(self.change) < 2:
             raise ValueError(f"A depth profile needs at least 2 layers, got {len(self.change)}.")
         if len(self.change) != len(self.layer_names):
@@ -207,7 +218,7 @@ class Profiles(list[Profile]):
         Returns:
             The axes that were drawn on.
         """
-        from depthcb.report.curves import draw_curves, new_axes
+        from depthcb.curves import draw_curves, new_axes
 
         ax = new_axes() if ax is None else ax
         draw_curves(ax, self)
@@ -215,10 +226,19 @@ class Profiles(list[Profile]):
 
     def _repr_html_(self) -> str:
         try:
-            from depthcb.report.curves import profiles_html
+            from depthcb.curves import profiles_html
         except ModuleNotFoundError:  # without matplotlib a notebook shows the list's own text
             return f"<pre>{html.escape(repr(self))}</pre>"
         return profiles_html(self)
+
+
+def layer_key(index: int) -> str:
+    """How a layer is called in logged keys.
+
+    >>> layer_key(7)
+    'L07'
+    """
+    return f"L{index:02d}"
 
 
 def relative_depth(layers: int) -> FloatArray:

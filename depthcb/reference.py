@@ -29,7 +29,7 @@ class Reference:
     """Sketches of L layers' reference activations: enough for every measure asked for, and no more.
 
     Args:
-        sketches: By kind, one tensor a layer: ``"gram"``, doubly centred and unnormalised with its diagonal (n, n) in
+        sketches: By kind, one tensor per layer: ``"gram"``, doubly centred and unnormalised with its diagonal (n, n) in
             float64, so that memory grows neither with width nor with time; ``"rows"`` (n, d) only where a measure
             needs them.
         examples: (n,) number of the example behind each row.
@@ -51,7 +51,7 @@ class Reference:
         """Records ``model`` as the reference.
 
         Raises:
-            ValueError: What `Probe.record` raises; a layer whose activations are not finite or all alike.
+            ValueError: What `Probe.record` raises; a layer whose activations are not finite or all the same.
         """
         recording = probe.record(model, stack)
         kinds = {"gram"} | {m.needs for m in measures}  # the effective rank always needs the Grams
@@ -67,7 +67,7 @@ class Reference:
         """The profile of each measure for activations of the same probe now.
 
         Raises:
-            ValueError: Activations that are not finite or all alike, naming the layer; a model that attends otherwise.
+            ValueError: Activations that are not finite or all the same, naming the layer; another attention.
         """
         if recording.causal != self.causal:
             kinds = ["causal" if causal else "not causal" for causal in (self.causal, recording.causal)]
@@ -83,19 +83,21 @@ class Reference:
         for name, before, after in zip(self.layer_names, self.sketches[measure.needs], now, strict=True):
             before = before.to(after.device)
             try:
-                change.append(check_defined(measure.change(before, after)).item())
+                change.append(check_defined(measure(before, after)).item())
                 over_halves.append(_over_halves(measure, before, after, halves))
             except ValueError as error:
                 raise ValueError(f"Layer {name!r}, measure {measure.name!r}: {error}.") from error
         fields: dict[str, Any] = {
             "layer_names": self.layer_names,
             "measure": measure.name,
+            "title": measure.title,
+            "unit": measure.unit,
             "step": step,
             "epoch": epoch,
             "rows": len(self.examples),
         }
         samples = torch.stack(over_halves, dim=1)
-        samples = samples[~samples.isnan().any(dim=1)]  # a half may hold rows that are all alike
+        samples = samples[~samples.isnan().any(dim=1)]  # a half may hold rows that are all the same
         if len(samples) < ENOUGH_HALVES:
             return Profile(tuple(change), **fields)
         return Profile.from_halves(change, samples.numpy(), **fields)
@@ -169,5 +171,5 @@ def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: list[T
             part = members[start : start + at_once]
             index = torch.stack([halves[i] for i in part]).to(after.device)
             cut = (index[:, :, None], index[:, None, :]) if measure.needs == "gram" else (index,)
-            changes[part] = measure.change(before[cut], after[cut]).cpu()
+            changes[part] = measure(before[cut], after[cut]).cpu()
     return changes

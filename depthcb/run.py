@@ -41,7 +41,7 @@ class Record:
         settings: What the callback measures or does, as it was resolved.
         fit: The Trainer's and the module's settings.
         provenance: Versions, seed, git commit and date.
-        rows: One a logged step, in the order of the steps.
+        rows: One per logged step, in the order of the steps.
         end: What was written when the fit came to its end; None where it was interrupted or still runs.
     """
 
@@ -94,6 +94,11 @@ class Run:
         """Of each layer's reference; none without `DepthProfile`."""
         return list(self._depth.settings["effective_rank"]) if self._depth else []
 
+    @property
+    def definitions(self) -> dict[str, str]:
+        """What was measured by, in words, by measure; none without `DepthProfile`."""
+        return dict(self._depth.settings["measures"]) if self._depth else {}
+
     @cached_property
     def profiles(self) -> dict[str, Profiles]:
         """The curves by measure, oldest first."""
@@ -101,7 +106,7 @@ class Run:
 
     @cached_property
     def null(self) -> dict[str, Profiles]:
-        """Profiles of noise of the same size by measure, one a seed; none where they were not measured."""
+        """Profiles of noise of the same size by measure, one per seed; none where they were not measured."""
         return _profiles(self.record("null_profiles"))
 
     @cached_property
@@ -217,7 +222,7 @@ def write_row(folder: Path, name: str, row: Row) -> None:
 
 
 def write_null(folder: Path, draws: Sequence[Mapping[str, Profile]]) -> None:
-    """Writes the profiles of noise of the same size beside a run's own, one draw a seed from 0 on."""
+    """Writes the profiles of noise of the same size beside a run's own, one draw per seed from 0 on."""
     write_header(folder, "null", "null_profiles", 0, {"seeds": list(range(len(draws)))})
     for seed, draw in enumerate(draws):
         write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
@@ -227,7 +232,7 @@ def read_runs(*folders: str | Path) -> list[Run]:
     """The runs at or below some folders; one that was measured by several `DepthProfile` counts once for each.
 
     Args:
-        folders: Each one a run's folder, or one that holds such folders at any depth.
+        folders: Each one per run's folder, or one that holds such folders at any depth.
 
     Raises:
         ValueError: A folder that does not exist or holds no run, or a file that is no record.

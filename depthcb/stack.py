@@ -58,7 +58,7 @@ class LayerStack:
             found = f"only {self.names[0]!r}" if self.names else "none"
             raise ValueError(f"A layer stack needs at least 2 layers, found {found}: name more of them ({_HOW}).")
         if len({id(m) for m in self.modules}) < len(self.modules):
-            raise ValueError(f"One module stands twice among the layers {list(self.names)}: depth needs distinct ones.")
+            raise ValueError(f"One module appears twice among the layers {list(self.names)}: each must be distinct.")
         for name, after in zip(sorted(self.names), sorted(self.names)[1:], strict=False):
             if after.startswith(f"{name}."):
                 raise ValueError(f"Layer {after!r} lies inside layer {name!r}: name layers that don't overlap.")
@@ -132,7 +132,7 @@ class _Candidate:
 
     @property
     def size(self) -> int:
-        return sum(map(_size, {m for _, m in self.layers}))  # a fused module stands for several layers
+        return sum(map(_size, {m for _, m in self.layers}))  # a fused module counts as several layers
 
     @property
     def trains(self) -> bool:

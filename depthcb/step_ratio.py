@@ -152,7 +152,7 @@ def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
     [5.0, 1.0]
     """
     parts = shares(layers)
-    return everywhere([_squares([[local(t) for t in layer] for layer in layers], parts)], parts)[0].sqrt()
+    return all_reduce([_squares([[local(t) for t in layer] for layer in layers], parts)], parts)[0].sqrt()
 
 
 @torch.no_grad()
@@ -160,17 +160,16 @@ def step_ratios(
     now: Sequence[Sequence[Tensor]],
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
-    broken: Tensor | None = None,
 ) -> Tensor:
-    """||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before`` with before - now.
+    """||now - before|| / ||before|| of each layer: (L,) [paper]. What ``before`` held is lost.
 
     Args:
-        now: The parameters of each layer, or this process's shards of them.
-        before: The same from before the step.
+        now: The parameters of each of L layers, of any shapes, or this process's shards of them.
+        before: The same from before the step, of the same shapes.
         shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
-        broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
     """
-    return as_ratios(everywhere([step_squares(now, before, shares, broken)], shares)[0])
+    squares, _ = step_squares(now, before, shares)
+    return as_ratios(all_reduce([squares], shares)[0])
 
 
 @torch.no_grad()
@@ -179,17 +178,29 @@ def step_squares(
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
     broken: Tensor | None = None,
-) -> Tensor:
-    """This process's part of ||before||^2 and ||now - before||^2 of each layer: (2, L). Arguments as `step_ratios`."""
+) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
+    """This process's part of the squared norms behind the step ratios, and the way back to before the step.
+
+    Args:
+        now: As for `step_ratios`.
+        before: As for `step_ratios`.
+        shares: As for `step_ratios`.
+        broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
+
+    Returns:
+        (2, L): ||before||^2 and ||now - before||^2 of each layer; and ``before - now``, shaped as ``before``, whose
+        memory it takes over: what ``before`` held is lost.
+    """
     sizes = _squares(before, shares)
     torch._foreach_sub_(_flat(before), _flat(now))
-    moved = _squares(before, shares)
+    way_back = before
+    moved = _squares(way_back, shares)
     if broken is not None:
         moved = torch.where(broken, torch.nan, moved)
-    return torch.stack([sizes, moved])
+    return torch.stack([sizes, moved]), way_back
 
 
-def everywhere(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
+def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
     """The sums over all processes, in one collective call, where shares say that each holds only a part."""
     if shares is None:
         return list(sums)
@@ -233,16 +244,22 @@ def revert_non_finite(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence
 
 
 @torch.no_grad()
-def rescale(now: Sequence[Sequence[Tensor]], minus_delta: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
-    """Rescales each layer's step: now <- before + scale * (now - before), given before - now, which is overwritten.
+def rescale(now: Sequence[Sequence[Tensor]], way_back: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
+    """Rescales each layer's step: now <- before + scale * (now - before). What ``way_back`` held is lost.
 
     Written as now + (1 - scale) * (before - now), so that a scale of 1 changes no bit and an interrupt finds either
     the old or the new weights.
+
+    Args:
+        now: The parameters of each of L layers, of any shapes; they are changed.
+        way_back: ``before - now``, of the same shapes, as `step_squares` gives it.
+        scale: (L,) factors.
     """
     shares = (1 - scale).unbind()
-    factors = [s.to(t.device, t.dtype) for s, layer in zip(shares, minus_delta, strict=True) for t in layer]
-    torch._foreach_mul_(_flat(minus_delta), factors)
-    torch._foreach_add_(_flat(now), _flat(minus_delta))
+    factors = [s.to(t.device, t.dtype) for s, layer in zip(shares, way_back, strict=True) for t in layer]
+    torch._foreach_mul_(_flat(way_back), factors)
+    correction = way_back
+    torch._foreach_add_(_flat(now), _flat(correction))
 
 
 def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:

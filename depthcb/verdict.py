@@ -54,14 +54,15 @@ def judge(standard: Mapping[str, Profile], equal_step: Mapping[str, Profile], sp
     before, before_interval = _relative(standard[measure])
     after, after_interval = _relative(equal_step[measure])
     if before is None or before_interval is None or _contains_zero(before_interval):
-        verdict, reason = "none", f"the standard slope is not told from 0 ({_show(before, before_interval)})"
+        verdict, reason = "none", f"the standard slope is not distinguishable from 0 ({_show(before, before_interval)})"
     elif not agree:
         shown = ", ".join(f"{name} {p.slope:+.3g}" for name, p in standard.items())
         verdict, reason = "none", f"the measures disagree on the sign of the standard slope ({shown})"
     elif after is None or after_interval is None:
         verdict, reason = "none", "nothing changed under equal step"
     elif _contains_zero(after_interval):
-        verdict, reason = "collapses", f"the equal-step slope is not told from 0 ({_show(after, after_interval)})"
+        shown = _show(after, after_interval)
+        verdict, reason = "collapses", f"the equal-step slope is not distinguishable from 0 ({shown})"
     elif (after > 0) != (before > 0):
         verdict, reason = "reverses", f"relative slope {before:+.3g} became {after:+.3g}"
     elif abs(after) < WEAKENS_BELOW * abs(before):

@@ -6,7 +6,8 @@ import wandb_workspaces.workspaces as ws
 from pydantic import TypeAdapter
 from wandb_workspaces.reports.v2 import Layout, LinePlot, MediaBrowser  # type: ignore[attr-defined]  # a star import
 
-from depthcb.glossary import MEASURES, RATIO_UNIT
+from depthcb.glossary import RATIO_UNIT
+from depthcb.similarity import MEASURES
 
 NAME = "Depth profiles"
 STEP = "trainer/global_step"

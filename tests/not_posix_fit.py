@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
 
     everything = pkgutil.walk_packages(depthcb.__path__, "depthcb.")
     for name in [module.name for module in everything]:
-        if not name.startswith(("depthcb.study", "depthcb.__main__")):
+        if name != "depthcb.__main__":
             importlib.import_module(name)
 
     from lightning.pytorch.loggers import CSVLogger

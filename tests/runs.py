@@ -10,6 +10,7 @@ import numpy as np
 
 from depthcb.profile import Profile
 from depthcb.run import Run
+from depthcb.similarity import MEASURES as ALL_MEASURES
 
 MEASURES = ("cka", "cka_normalized")
 
@@ -18,7 +19,8 @@ def make_profile(rng: np.random.Generator, names: Sequence[str], measure: str, s
     depth = np.linspace(0, 1, len(names))
     change = size * (0.2 + depth**1.5) * np.exp(rng.normal(0, 0.1, len(names)))
     halves = change * np.exp(rng.normal(0, 0.12, (200, len(names))) + rng.normal(0, 0.05, (200, 1)))
-    fields: dict[str, Any] = {"layer_names": tuple(names), "measure": measure, "step": step, "epoch": 0, "rows": 512}
+    fields: dict[str, Any] = {"layer_names": tuple(names), "measure": measure, "step": step, "epoch": 0, "rows": 512,
+                              "title": ALL_MEASURES[measure].title, "unit": ALL_MEASURES[measure].unit}  # fmt: skip
     return Profile.from_halves(change.tolist(), halves, **fields)
 
 
@@ -53,7 +55,7 @@ def make_run(
     ]  # fmt: skip
     fit = {"module": "CausalLM", "optimizers": [{"class": optimizer, "lr": 1e-4}], "max_steps": 160}
     settings = {"layers": names, "effective_rank": [2.5 + 3 * i for i in range(layers)], "rows": "mean",
-                "measures": dict.fromkeys(MEASURES, ""), "probe_hash": "0f" * 32, "probe_rows": 512}  # fmt: skip
+                "measures": {m: ALL_MEASURES[m].definition for m in MEASURES}, "probe_hash": "0f" * 32, "probe_rows": 512}  # fmt: skip
     end = {"seconds": 70.1, "probe_seconds": 13.2} if finished else None
     ratios = {
         i: [float(w) * (1 + i / 10) for w in wanted] for i in range(1 if validations else 0, 9 if validations else 0)

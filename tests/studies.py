@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from depthcb.study.grid import read_study
-from depthcb.study.store import Store
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.store import Store
 
 SMOKE = Path(__file__).parents[1] / "recipes" / "depthcb_recipes" / "studies" / "mini-smoke.yaml"
 

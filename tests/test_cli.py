@@ -15,7 +15,7 @@ from depthcb import DepthProfile, EqualStep
 from depthcb.cli import main
 from depthcb.report import read_html
 from depthcb.run import read_runs
-from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.backbones.loading import load_backbone
 
 
 def test_importing_the_package_is_light() -> None:

@@ -11,7 +11,7 @@ import transformers as hf
 from support import TinyLM, fit, loaders, seeded
 
 from depthcb import LayerStack, depth_profile
-from depthcb.compare import null_profiles
+from depthcb.null import null_profiles
 from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures

@@ -462,7 +462,7 @@ def test_models(make: Callable[[], pl.LightningModule]) -> None:
 @pytest.mark.parametrize("callback", [EqualStep, UpdateRatioMonitor, DepthProfile])
 def test_shared_layers_are_refused(callback: Callable[[], pl.Callback]) -> None:
     """The same block at several depths has no depth of its own."""
-    with pytest.raises(ValueError, match=r"No list of same-kind layers|stands twice|of one layer only"):
+    with pytest.raises(ValueError, match=r"No list of same-kind layers|appears twice|of one layer only"):
         fit(seeded(Shared), [callback()])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from depthcb import machine
+from depthcb_recipes import machine
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_without_groups_the_machine_decides(monkeypatch: pytest.MonkeyPatch, tmp
 def test_affinity_counts_and_what_the_user_has_set_stays() -> None:
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-        "from depthcb.machine import use_threads_politely; use_threads_politely(); "
+        "from depthcb_recipes.machine import use_threads_politely; use_threads_politely(); "
         "print(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'])"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}

@@ -40,6 +40,7 @@ def test_no_output_is_kept(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # a kernel's own
 def test_quickstart(tmp_path: Path) -> None:
     outputs = execute("01_quickstart", tmp_path)

@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from runs import make_run, make_runs
 
 from depthcb import report
-from depthcb.report.study import write_study
 from depthcb.run import Run
-from depthcb.study.analysis import pairs_table, runs_table
+from depthcb_recipes.studies.analysis import pairs_table, runs_table
+from depthcb_recipes.studies.page import write_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

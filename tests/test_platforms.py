@@ -74,13 +74,13 @@ def test_the_scan_sees_what_is_needed_at_import(source: str) -> None:
 def test_no_module_needs_a_posix_system_to_be_imported() -> None:
     files = [*ROOT.glob("depthcb/**/*.py"), *ROOT.glob("recipes/**/*.py")]
     found = {str(f.relative_to(ROOT)): posix_only(f.read_text(encoding="utf-8")) for f in files}
-    assert {"depthcb/study/worker.py", "depthcb/stopping.py"} <= set(found)
+    assert {"recipes/depthcb_recipes/studies/worker.py", "recipes/depthcb_recipes/stopping.py"} <= set(found)
     assert {name: uses for name, uses in found.items() if uses} == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
 def test_the_callbacks_measure_the_same_without_a_posix_system(tmp_path: Path) -> None:
-    """In a process that has lost what Windows has not: every module but the study's, a fit, its record, its bars."""
+    """In a process that has lost what Windows has not: every module of the library, a fit, its record, its bars."""
     done = run_script("not_posix_fit.py", tmp_path / "without")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

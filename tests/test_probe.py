@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from depthcb import LayerStack
+from depthcb.isolation import isolated_rng
 from depthcb.probe import Probe, Recording
-from depthcb.undisturbed import isolated_rng
 
 WIDTH = 6
 

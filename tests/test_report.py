@@ -22,8 +22,8 @@ from runs import MEASURES, make_run, make_runs
 from depthcb import report
 from depthcb.report.charts import heatmaps, profile_chart, progress_chart, ratio_heatmaps
 from depthcb.report.groups import groups, label
-from depthcb.report.style import MISSING
 from depthcb.run import Run
+from depthcb.style import MISSING
 
 HOSTILE = "</script><script>alert('$x_1$')</script>[bold]&<!--"
 

@@ -208,7 +208,7 @@ def test_the_user_can_name_layers() -> None:
         (["encoder.block.0", "x"], "layers='x' matches no module"),
         (["encoder.block.0"], "at least 2 layers, found only 'encoder.block.0'"),
         (["encoder.block.0", "encoder.block.0.layer"], "lies inside layer 'encoder.block.0'"),
-        (["encoder.block.0", "encoder.block.0"], "One module stands twice"),
+        (["encoder.block.0", "encoder.block.0"], "One module appears twice"),
     ],
 )
 def test_bad_names_are_refused(layers: str | list[str], message: str) -> None:

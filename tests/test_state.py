@@ -145,7 +145,7 @@ def forbid(event, arguments):
 sys.addaudithook(forbid)
 from support import TinyLM, fit, seeded
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
-from depthcb_recipes.backbones import load_backbone
+from depthcb_recipes.backbones.loading import load_backbone
 
 watch = DepthProfile()
 fit(seeded(TinyLM), [EqualStep(), UpdateRatioMonitor(), watch])

@@ -16,7 +16,7 @@ from studies import alive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
-from depthcb_recipes.catalogue import CONFIGS
+from depthcb_recipes.backbones.catalogue import CONFIGS
 
 TESTS = Path(__file__).parent
 #: What the issue allows between the signal and the end of the process.

@@ -25,7 +25,6 @@ from wandb_server import backend
 
 import depthcb
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
-from depthcb.callbacks.depth_profile import deserves_pictures
 from depthcb.profile import DERIVED, Profile
 from depthcb.run import read_runs
 from depthcb.workspace import specification, workspace
@@ -203,7 +202,7 @@ def test_each_validation_arrives_before_training_goes_on(tmp_path: Path) -> None
     assert not any("artifact" in name.lower() for name in kept.other), kept.other
 
 
-@pytest.mark.parametrize("server", ["slow", "dead"])
+@pytest.mark.parametrize("server", ["slow", pytest.param("dead", marks=pytest.mark.slow)])
 def test_a_bad_server_does_not_hold_training_up(server: str, tmp_path: Path) -> None:
     """In a process of its own: with a dead server W&B would wait for it at the end."""
     script = str(Path(__file__).with_name("slow_server_fit.py"))
@@ -266,17 +265,22 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path) -> None:
 
 def test_pictures_stay_under_the_file_limit() -> None:
     """W&B takes some 1,000 files a run."""
-    drawn = [n for n in range(1, 100_001) if deserves_pictures(n)]
+    watch = DepthProfile()
+    drawn = [n for n in range(1, 100_001) if watch.deserves_pictures(n)]
     assert drawn[:32] == list(range(1, 33))
     assert 2 * len(drawn) < 500
     gaps = [b / a for a, b in itertools.pairwise(drawn[32:])]
     assert max(gaps) < 1.07, "never far behind"
 
 
-def test_the_last_profile_is_drawn_whatever_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthcb.callbacks.depth_profile.deserves_pictures", lambda n: n in (1, 3))
+class Sparing(DepthProfile):
+    def deserves_pictures(self, measurements: int) -> bool:
+        return measurements in (1, 3)
+
+
+def test_the_last_profile_is_drawn_whatever_its_number(tmp_path: Path) -> None:
     logger = offline_logger(tmp_path)
-    watch = DepthProfile()
+    watch = Sparing()
     fit(seeded(TinyLM), [watch], logger=logger, max_steps=5, val_check_interval=1)
     finish(logger)
     drawn = [row["trainer/global_step"] for row in history(tmp_path) if "depth/heatmap._type" in row]
@@ -285,10 +289,10 @@ def test_the_last_profile_is_drawn_whatever_its_number(tmp_path: Path, monkeypat
 
 
 def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("matplotlib", "depthcb.report", "depthcb.wandb"))]:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "depthcb.curves", "depthcb.report"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(depthcb, "wandb")
-    monkeypatch.delattr(depthcb, "report", raising=False)
+    for name in ("curves", "report"):
+        monkeypatch.delattr(depthcb, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logger = offline_logger(tmp_path)
     with pytest.warns(UserWarning, match=r"matplotlib.* is not installed, so loggers get scalars and no pictures"):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthcb import LayerStack, depth_profile
-from depthcb_recipes.backbones import load_backbone
-from depthcb_recipes.data import PackedText
+from depthcb_recipes import PackedText
+from depthcb_recipes.backbones.loading import load_backbone
 
 
 def float64_rows(model: nn.Module, batches: list[dict[str, Tensor]], causal: bool) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Watches how far each layer's representations have moved from the pretrained model."""
+"""Watches in a Trainer how far each layer's representations have moved from the pretrained model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.callbacks.logged import log_pictures, logged_step, open_record, record_row
-from depthcb.callbacks.step_events import damage_named, refuse_sharding
-from depthcb.glossary import LOW_RANK, MEASURES
-from depthcb.probe import Forward, Probe, Recording, Rows
-from depthcb.profile import DERIVED, Profile, Profiles
+from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row
+from depthcb.callbacks.step_events import refuse_sharding
+from depthcb.engine.profile_recorder import ProfileRecorder
+from depthcb.engine.step_hooks import damage_named
+from depthcb.engine.warn import warn
+from depthcb.probe import Forward, Probe, Rows
+from depthcb.profile import Profiles
 from depthcb.reference import Reference
-from depthcb.similarity import find_measures
-from depthcb.stack import LayerStack, half_dtypes
+from depthcb.similarity import Measure
 
 
 class DepthProfile(Callback):
@@ -40,7 +40,7 @@ class DepthProfile(Callback):
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
     ``depth/cka/width``              share of the layers that the change is spread over
-    ``depth/heatmap``                W&B and TensorBoard: layer x validation, a panel a measure
+    ``depth/heatmap``                W&B and TensorBoard: layer x validation, one panel per measure
     ``depth/curves``                 the same two: the curves of all validations, the latest with its band
     ===============================  ==============================================================================
 
@@ -50,7 +50,8 @@ class DepthProfile(Callback):
         probe: What is measured on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
             of the (first) validation dataset through its loader's ``collate_fn``. A `Probe` is used as it is.
         layers: The layers, as `LayerStack.find` takes them; None finds them.
-        measures: Names out of `depthcb.similarity.MEASURES`; the first one is in `profiles`.
+        measures: Names out of `depthcb.similarity.MEASURES`, or a `depthcb.similarity.Measure` of your own; the first
+            one is in `profiles`.
         rows: What a row is, as `Probe` takes it: ``"mean"``, ``"tokens"``, ``"last"`` or ``"first"``.
         every_n_validations: Measure at every n-th validation.
         name: First part of the logged keys; two profiles in one Trainer need two names.
@@ -73,7 +74,7 @@ class DepthProfile(Callback):
         self,
         probe: Any = None,
         layers: str | list[str] | None = None,
-        measures: Sequence[str] = ("cka", "cka_normalized"),
+        measures: Sequence[str | Measure] = ("cka", "cka_normalized"),
         rows: Rows = "mean",
         every_n_validations: int = 1,
         name: str = "depth",
@@ -82,60 +83,79 @@ class DepthProfile(Callback):
     ) -> None:
         if every_n_validations < 1:
             raise ValueError(f"every_n_validations={every_n_validations}: measure at every validation (1) or fewer.")
-        self.measures = find_measures(measures)
-        self.probe = probe
-        self.layers = layers
-        self.rows: Rows = rows
-        self.every_n_validations = every_n_validations
         self.name = name
-        self.probe_rows = probe_rows
-        self.forward = forward
-        #: Wall-clock time spent on measuring so far, in seconds.
-        self.seconds = 0.0
+        self.every_n_validations = every_n_validations
+        #: What does the work, without a Trainer.
+        self.recorder = ProfileRecorder(probe, layers, measures, rows, name, probe_rows, forward)
         self.reset()
 
     def reset(self) -> None:
         """Forgets the reference and the profiles: the next fit records its own."""
-        #: The probe as it was collected, known from train start on.
-        self.fixed_probe: Probe | None = None
-        #: The recorded pretrained side, known from train start on.
-        self.reference: Reference | None = None
-        #: All profiles so far, by measure.
-        self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
+        self.recorder.reset()
         self._validations = 0
         self._unpublished, self._drawn = False, True
 
     @property
+    def measures(self) -> list[Measure]:
+        """What is measured."""
+        return self.recorder.measures
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time spent on measuring so far."""
+        return self.recorder.seconds
+
+    @property
+    def fixed_probe(self) -> Probe | None:
+        """The probe as it was collected, known from train start on."""
+        return self.recorder.fixed_probe
+
+    @property
+    def reference(self) -> Reference | None:
+        """The recorded pretrained side, known from train start on; setting it has the next fit compare with it."""
+        return self.recorder.reference
+
+    @reference.setter
+    def reference(self, reference: Reference | None) -> None:
+        self.recorder.reference = reference
+
+    @property
     def profiles(self) -> Profiles:
         """The first measure's profiles so far, oldest first."""
-        return self.profiles_by_measure[self.measures[0].name]
+        return self.recorder.profiles
+
+    @property
+    def profiles_by_measure(self) -> dict[str, Profiles]:
+        """All profiles so far, by measure."""
+        return self.recorder.profiles_by_measure
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    def deserves_pictures(self, measurements: int) -> bool:
+        """Whether pictures go with this measurement: the first 32, then every 2nd, 4th, ... as the run doubles.
+
+        A run of a million validations thus sends two files 270 times: W&B takes some 1,000 per run. Override it for
+        another rule; the last measurement of a fit is always drawn.
+
+        Args:
+            measurements: Measurements so far, this one included.
+        """
+        every: int = 2 ** max(0, (measurements - 1).bit_length() - 5)
+        return measurements % every == 0
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        start = time.perf_counter()
-        self._stack = LayerStack.find(pl_module, self.layers)
-        self.fixed_probe = self._collect(trainer)
-        if self.reference is not None:
-            self._check_reference(self.reference, self.fixed_probe)
-        elif trainer.ckpt_path is not None and trainer.global_step > 0:  # finders restore their own, from step 0
-            raise ValueError(
-                f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
-                "and the resumed weights would be a wrong one: resume from a full checkpoint of a run that had this "
-                "callback, or compare two checkpoints with depthcb.depth_profile."
-            )
-        else:
-            with _muted(pl_module):
-                self.reference = Reference.record(self.fixed_probe, pl_module, self._stack, self.measures)
-            self._warn_low_rank(self.reference)
-        self._warn_half(pl_module)
-        self._open_record(trainer, pl_module, self.reference)
-        self.seconds += time.perf_counter() - start
+        self._refuse_lost_reference(trainer)
+        if self.recorder.probe is not None and trainer.val_dataloaders is None:
+            warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
+        with _muted(pl_module):
+            source = _validation_loader(trainer) if self.recorder.probe is None else None
+            self.recorder.prepare(pl_module, source=source)
+        self._open_record(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self.reference is None:
@@ -143,20 +163,14 @@ class DepthProfile(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        assert self.fixed_probe is not None
-        start = time.perf_counter()
         with _muted(pl_module):
-            recording: Recording = self.fixed_probe.record(pl_module, self._stack, self.reference.causal)
-        step, epoch = logged_step(trainer), trainer.current_epoch
-        for measure, profile in self.reference.profiles(recording, self.measures, step, epoch).items():
-            self.profiles_by_measure[measure].append(profile)
+            profiles = self.recorder.measure(logged_step(trainer), trainer.current_epoch)
+        shown = f"{self.name}/{self.measures[0].name}/slope"
+        for key, value in self.recorder.row(profiles).items():
             # Every rank computes the same figures; saying so keeps Lightning from warning about each key. Their maximum
             # is the figure itself, at half the collectives of a mean.
-            shown = f"{self.name}/{measure}/slope" if measure == self.measures[0].name else None
-            for key, value in _row(f"{self.name}/{measure}", profile).items():
-                pl_module.log(key, value, prog_bar=key == shown, sync_dist=True, reduce_fx="max")
+            pl_module.log(key, value, prog_bar=key == shown, sync_dist=True, reduce_fx="max")
         self._unpublished = True
-        self.seconds += time.perf_counter() - start
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._unpublished:
@@ -164,10 +178,10 @@ class DepthProfile(Callback):
         self._unpublished = False
         start = time.perf_counter()
         record_row(self, trainer, self._record(len(self.profiles) - 1) | {"metrics": self._other_metrics(trainer)})
-        self._drawn = deserves_pictures(len(self.profiles))
+        self._drawn = self.deserves_pictures(len(self.profiles))
         if self._drawn:
             self._log_pictures(trainer)
-        self.seconds += time.perf_counter() - start
+        self.recorder.seconds += time.perf_counter() - start
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.profiles and not self._drawn:
@@ -176,35 +190,30 @@ class DepthProfile(Callback):
         record_row(self, trainer, {"step": logged_step(trainer), "end": end})
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in self.profiles_by_measure.items()},
-            "validations": self._validations,
-        }
+        return {**self.recorder.state_dict(), "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with damage_named(self):
-            reference = state_dict["reference"]
-            self.reference = None if reference is None else Reference.from_state_dict(reference)
-            for measure in self.profiles_by_measure:
-                saved = state_dict["profiles"].get(measure, [])
-                self.profiles_by_measure[measure] = Profiles(map(Profile.from_json, saved))
+        self.recorder.load_state_dict(state_dict)
+        with damage_named(f"DepthProfile {self.name!r}"):
             self._validations = int(state_dict["validations"])
 
-    def _collect(self, trainer: pl.Trainer) -> Probe:
-        source = self.probe
-        if source is None:
-            source = _validation_loader(trainer)
-        elif trainer.val_dataloaders is None:
-            rank_zero_warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
-        return Probe.collect(source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward)
+    def _refuse_lost_reference(self, trainer: pl.Trainer) -> None:
+        if self.reference is None and trainer.ckpt_path is not None and trainer.global_step > 0:
+            # Finders restore their own checkpoint, from step 0.
+            raise ValueError(
+                f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
+                "and the resumed weights would be a wrong one: resume from a full checkpoint of a run that had this "
+                "callback, or compare two checkpoints with depthcb.depth_profile."
+            )
 
-    def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reference: Reference) -> None:
+    def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began, self._unpublished = time.perf_counter(), False  # whatever an earlier fit left
+        reference = self.reference
+        assert reference is not None
         settings = {
             "layers": reference.layer_names,
-            "measures": {m.name: MEASURES[m.name].definition for m in self.measures},
-            "rows": self.rows,
+            "measures": {m.name: m.definition for m in self.measures},
+            "rows": self.recorder.rows,
             "probe_rows": len(reference.examples),
             "probe_hash": reference.probe_hash,
             "causal": reference.causal,
@@ -221,7 +230,7 @@ class DepthProfile(Callback):
         return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
 
     def _other_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """What was logged by others, as it stands at the end of a validation."""
+        """What was logged by others, as it is at the end of a validation."""
         known = {key: float(value) for key, value in trainer.callback_metrics.items()}
         return {key: value for key, value in known.items() if not key.startswith(f"{self.name}/")}
 
@@ -230,59 +239,15 @@ class DepthProfile(Callback):
         try:
             log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
         except ModuleNotFoundError as error:
-            rank_zero_warn(
+            warn(
                 f"DepthProfile {self.name!r}: {error.name} is not installed, so loggers get scalars and no pictures: "
                 "pip install 'depthcb[wandb]'."
             )
 
-    def _check_reference(self, reference: Reference, probe: Probe) -> None:
-        if reference.layer_names != self._stack.names:
-            raise ValueError(
-                f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model "
-                f"{_ends(self._stack.names)}: use a new callback, or reset() it, for another model."
-            )
-        if reference.probe_hash != probe.hash:
-            raise ValueError(
-                f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): give the "
-                "probe of the first run, or reset() the callback."
-            )
-        missing = {m.needs for m in self.measures} - set(reference.sketches)
-        if missing:
-            raise ValueError(
-                f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: ask for "
-                "the measures of the first run, or reset() the callback."
-            )
-
-    def _warn_low_rank(self, reference: Reference) -> None:
-        pairs = zip(reference.layer_names, reference.effective_rank, strict=True)
-        low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_RANK]
-        if low and any(m.name == "cka" for m in self.measures):
-            rank_zero_warn(
-                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective "
-                f"rank) in {', '.join(low)}: read cka_normalized beside it."
-            )
-
-    def _warn_half(self, pl_module: pl.LightningModule) -> None:
-        half = half_dtypes(p for layer in self._stack.parameters() for p in layer)
-        if half:
-            rank_zero_warn(
-                f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that: "
-                "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
-            )
-
-
-def deserves_pictures(measurements: int) -> bool:
-    """Whether pictures go with this measurement: all of the first 32, then every 2nd, 4th, ... as the run doubles.
-
-    So a run of a million validations sends 270 times two files: W&B takes some 1,000 a run.
-    """
-    every: int = 2 ** max(0, (measurements - 1).bit_length() - 5)
-    return measurements % every == 0
-
 
 @contextlib.contextmanager
 def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Lets a forward that logs say nothing while the probe goes through it."""
+    """Disables ``self.log`` while the probe runs."""
     attributes: dict[str, Any] = vars(pl_module)
     before = dict(attributes)
     attributes |= {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
@@ -319,14 +284,3 @@ def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
             "batch or a map-style dataset."
         )
     return loader
-
-
-def _row(prefix: str, profile: Profile) -> dict[str, float]:
-    row: dict[str, float | None] = {f"L{i:02d}": c for i, c in enumerate(profile.change)}
-    row |= {key: getattr(profile, key) for key in DERIVED}
-    row["slope_low"], row["slope_high"] = profile.slope_interval or (None, None)
-    return {f"{prefix}/{key}": value for key, value in row.items() if value is not None}  # NaN stops EarlyStopping
-
-
-def _ends(names: Sequence[str]) -> str:
-    return f"{names[0]!r} to {names[-1]!r} ({len(names)})"

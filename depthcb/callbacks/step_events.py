@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.optim import Optimizer
+
+from depthcb.engine.step_hooks import hooked
 
 
 class OptimizerStepCallback(Callback):
@@ -32,6 +32,9 @@ class OptimizerStepCallback(Callback):
         ...         self.steps += 1
     """
 
+    #: What its runs are called in comparisons, where it changes the steps; None of one that watches.
+    control: str | None = None
+
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -46,15 +49,13 @@ class OptimizerStepCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
 
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def before(optimizer: Optimizer) -> None:
             self.on_before_optimizer_closure(trainer, pl_module, optimizer)
 
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def after(optimizer: Optimizer) -> None:
             self.on_after_optimizer_step(trainer, pl_module, optimizer)
 
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(before))
-            self._handles.append(optimizer.register_step_post_hook(after))
+        self._handles.extend(hooked(trainer.optimizers, before, after))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
@@ -87,18 +88,3 @@ def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
             "parameters or steps them by an engine of its own: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
         )
-
-
-@contextlib.contextmanager
-def damage_named(callback: Callback) -> Iterator[None]:
-    """Says whose part of a checkpoint is damaged.
-
-    Raises:
-        ValueError: In place of what reading a state without its parts, or with others, raises.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"The checkpoint's state of {callback.state_key} is damaged ({error!r}): resume from another checkpoint."
-        ) from error

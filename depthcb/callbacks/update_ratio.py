@@ -1,20 +1,16 @@
-"""Watches ||dW|| / ||W|| per layer and touches nothing."""
+"""Watches ||dW|| / ||W|| per layer in a Trainer."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
-from depthcb.adapters import adapted_modules, effective_weights
-from depthcb.callbacks.logged import is_log_step, log_row, logged_step, open_record
-from depthcb.callbacks.step_events import OptimizerStepCallback, damage_named
-from depthcb.stack import LayerStack
-from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
+from depthcb.callbacks.logging import is_log_step, logged_step, open_record, rows_of
+from depthcb.callbacks.step_events import OptimizerStepCallback
+from depthcb.engine.step_ratio_meter import StepRatioMeter
+from depthcb.step_ratio import MeanRatios
 
 
 class UpdateRatioMonitor(OptimizerStepCallback):
@@ -42,12 +38,19 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     """
 
     def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio") -> None:
-        self.layers = layers
         self.name = name
-        #: Names of the watched layers, known from fit start on.
-        self.names: tuple[str, ...] = ()
-        #: Mean ratio of each layer over the logged steps.
-        self.mean = MeanRatios(0)
+        #: What does the work, without a Trainer.
+        self.meter = StepRatioMeter(layers, name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the watched layers, known from fit start on."""
+        return self.meter.names
+
+    @property
+    def mean(self) -> MeanRatios:
+        """Mean ratio of each layer over the logged steps."""
+        return self.meter.mean
 
     @property
     def state_key(self) -> str:
@@ -55,66 +58,26 @@ class UpdateRatioMonitor(OptimizerStepCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not later: after a forward, FSDP shows gathered parameters in place of the shards that the optimizer owns.
-        stack = LayerStack.find(pl_module, self.layers)
-        self.names = stack.names
-        self._steps = LayerSteps(stack.parameters())
-        self._adapted = [adapted_modules(layer) for layer in stack.modules]
-        if any(self._adapted) and shares(stack.parameters()) is not None:
-            raise ValueError(
-                "UpdateRatioMonitor: adapters on parameters in pieces (FSDP2, tensor parallelism) are not "
-                "supported: use strategy='ddp' or 'auto'."
-            )
-        self._effective_weights()  # refuses what can't be measured before any training
+        self.meter.prepare(pl_module, trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
-            self.mean = MeanRatios(len(self.names))
+            self.meter.reset()
+        self.meter.log = rows_of(self, trainer)
         open_record(self, "UpdateRatioMonitor", trainer, pl_module, {"layers": self.names})
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not is_log_step(trainer):
-            return
-        if not self._steps.waiting:
-            self._weights = self._effective_weights()
-        self._steps.begin(optimizer, trainer.optimizers)
+        if is_log_step(trainer):
+            self.meter.begin(optimizer)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        done = self._steps.finish(optimizer, trainer.optimizers)
-        if not done:
-            return
-        ratios = dict(zip(done, self._measure(done).tolist(), strict=True))
-        broken = [self.names[i] for i, ratio in ratios.items() if not math.isfinite(ratio)]
-        if broken:
-            rank_zero_warn(f"UpdateRatioMonitor: the step ratio of layer {', '.join(broken)} is not finite.")
-        updated = {i: ratio for i, ratio in ratios.items() if ratio > 0 and math.isfinite(ratio)}
-        if not updated:
-            return
-        row = {f"{self.name}/L{i:02d}": ratio for i, ratio in updated.items()}
-        row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
-        log_row(self, trainer, row, logged_step(trainer))
-        self.mean.note(updated)
-
-    def _measure(self, done: list[int]) -> Tensor:
-        """Step ratios of the layers in ``done``; adapters count by the weights that they make, not by their own."""
-        if not any(self._adapted):
-            return step_ratios(self._steps.now(done), self._steps.before(done), self._steps.shares(done))
-        own = {p for layer in self._adapted for m in layer for p in m.parameters()}
-        opened, now, before = self._steps.opened(done), self._steps.now(done), self._steps.before(done)
-        made = self._effective_weights()
-        for i, parameters, *sides in zip(done, opened, now, before, strict=True):
-            for side, weights in zip(sides, (made[i], self._weights[i]), strict=True):
-                side[:] = [t for p, t in zip(parameters, side, strict=True) if p not in own] + weights
-        return step_ratios(now, before)
-
-    def _effective_weights(self) -> list[list[Tensor]]:
-        return [[weight for m in layer for weight in effective_weights(m)] for layer in self._adapted]
+        self.meter.measure(optimizer, logged_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.state_dict()}
+        return self.meter.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with damage_named(self):
-            self.mean.load_state_dict(state_dict["mean"])
+        self.meter.load_state_dict(state_dict)

@@ -10,11 +10,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from depthcb.glossary import MEASURES, RATIO_UNIT
-from depthcb.profile import Profile, relative_depth
-from depthcb.report.groups import Group, label, last, log_axis, null_change
-from depthcb.report.style import PALE, line_style, thinned, tick_step
+from depthcb.glossary import RATIO_UNIT
+from depthcb.profile import Profile, layer_key, relative_depth
+from depthcb.report.groups import Group, label, last, log_axis, null_change, title_of, unit_of
 from depthcb.run import Run
+from depthcb.style import PALE, line_style, thinned, tick_step
 
 #: Most validations on a slider, and most columns of a heatmap; of more, evenly spaced ones are shown.
 MOST_VALIDATIONS, MOST_COLUMNS = 100, 300
@@ -96,7 +96,7 @@ def profile_chart(group: Group) -> go.Figure:
     steps, measures = slider_steps(group), group.measures
     drawn = [(m, i) for m in measures for i, run in enumerate(group.runs) if last(run, m)]
     columns = min(2, len(measures))
-    titles = [MEASURES[m].title for m in measures]
+    titles = [title_of(group, m) for m in measures]
     rows = math.ceil(len(measures) / columns)
     fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.25 / rows)
     named: set[int] = set()
@@ -117,7 +117,7 @@ def profile_chart(group: Group) -> go.Figure:
     fig.update_yaxes(rangemode="tozero")
     for index, measure in enumerate(measures):
         row, col = divmod(index, columns)
-        fig.update_yaxes(title={"text": MEASURES[measure].unit}, row=1 + row, col=1 + col)
+        fig.update_yaxes(title={"text": unit_of(group, measure)}, row=1 + row, col=1 + col)
     return layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
 
 
@@ -154,7 +154,7 @@ def _rgba(color: str, alpha: float) -> str:
 def heatmaps(group: Group) -> go.Figure:
     """Layer x validation, a row per run and a column per measure; the runs of a measure share their colours."""
     measures, runs = group.measures, group.runs
-    titles = [_cell_title(MEASURES[m].title, run, group, bool(last(run, m))) for run in runs for m in measures]
+    titles = [_cell_title(title_of(group, m), run, group, bool(last(run, m))) for run in runs for m in measures]
     fig = _grid(len(runs), len(measures), titles)
     for row, run in enumerate(runs):
         for col, measure in enumerate(measures):
@@ -171,7 +171,7 @@ def heatmaps(group: Group) -> go.Figure:
 
 
 def ratio_heatmaps(group: Group) -> go.Figure:
-    """Step ratio, layer x step, one panel a run, on one logarithmic colour scale."""
+    """Step ratio, layer x step, one panel per run, on one logarithmic colour scale."""
     runs = group.runs
     titles = [_cell_title("step ratio", run, group, bool(run.step_ratio.steps)) for run in runs]
     columns = min(2, len(runs))
@@ -208,9 +208,9 @@ def _grid(rows: int, columns: int, titles: Sequence[str]) -> go.Figure:
 def _heatmap(
     steps: Sequence[int], columns: Sequence[Values], layers: Sequence[str], axis: str, shown: Any = None
 ) -> go.Heatmap:
-    """One panel: a column a step, as given; ``shown`` are the figures for the reader where colours are of others."""
+    """One panel: one column per step. ``shown`` are the figures for the reader, where the colours show others."""
     count = len(columns[0])
-    names = [html.escape(layers[i]) if i < len(layers) else f"L{i:02d}" for i in range(count)]
+    names = [html.escape(layers[i]) if i < len(layers) else layer_key(i) for i in range(count)]
     figures = [list(row) for row in zip(*(shown or columns), strict=True)]
     return go.Heatmap(
         x=[str(step) for step in steps],

@@ -10,10 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from depthcb.glossary import MEASURES, RATIO_UNIT
-from depthcb.report.groups import Group, context, groups, headline, label, last, log_axis, null_change
-from depthcb.report.style import decorate, layer_axis, line_style
+from depthcb.glossary import RATIO_UNIT
+from depthcb.report.groups import (
+    Group,
+    context,
+    groups,
+    headline,
+    label,
+    last,
+    log_axis,
+    null_change,
+    title_of,
+    unit_of,
+)
 from depthcb.run import Run
+from depthcb.style import decorate, layer_axis, line_style
 
 
 def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
@@ -74,7 +85,7 @@ def _draw_change(ax: Axes, group: Group, measure: str) -> None:
         if null:  # the offset makes the dashes of nulls that coincide (often at 0) alternate, so that all stay visible
             dashes = (5 * i, (5, 5))
             ax.plot(x, null, color=color, lw=1, ls=dashes, label=f"null of {label(run, group)} (random directions)")
-    _name(ax, f"{MEASURES[measure].title} per layer, with 95 % band", MEASURES[measure].unit, absent)
+    _name(ax, f"{title_of(group, measure)} per layer, with 95 % band", unit_of(group, measure), absent)
     _from_zero(ax)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from depthcb.glossary import LOW_RANK
 from depthcb.profile import Profile
-from depthcb.report.style import MISSING, show, show_interval
 from depthcb.run import Run
+from depthcb.style import MISSING, show, show_interval
 from depthcb.verdict import Verdict, judge
 
 #: Step ratios whose largest is more than this many times their smallest get a log axis.
@@ -97,6 +97,21 @@ def last(run: Run, measure: str) -> Profile | None:
     """The latest profile; None before the first."""
     profiles = run.profiles.get(measure)
     return profiles[-1] if profiles else None
+
+
+def title_of(group: Group, measure: str) -> str:
+    """What a measure is called."""
+    return next((p[-1].title for run in group.runs if (p := run.profiles.get(measure))), measure)
+
+
+def unit_of(group: Group, measure: str) -> str:
+    """The label of an axis that shows a measure."""
+    return next((p[-1].unit for run in group.runs if (p := run.profiles.get(measure))), measure)
+
+
+def definition_of(group: Group, measure: str) -> str:
+    """What a measure is, as the runs' records say it."""
+    return next((text for run in group.runs if (text := run.definitions.get(measure))), "")
 
 
 def null_change(run: Run, measure: str) -> list[float]:

@@ -12,11 +12,12 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
-from depthcb.glossary import COLUMNS, MEASURES, VERDICTS
+from depthcb.glossary import RUN_COLUMNS, VERDICTS
 from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
 from depthcb.report.groups import (
     Group,
     context,
+    definition_of,
     groups,
     headline,
     label,
@@ -24,9 +25,10 @@ from depthcb.report.groups import (
     layer_rows,
     null_slope,
     run_line,
+    title_of,
 )
-from depthcb.report.style import MISSING, show, show_interval
 from depthcb.run import Run
+from depthcb.style import MISSING, show, show_interval
 
 _CONFIG = {
     "displaylogo": False,
@@ -34,7 +36,7 @@ _CONFIG = {
     "responsive": True,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
-_SLOPES = list(COLUMNS)[list(COLUMNS).index("run") :]
+_SLOPES = list(RUN_COLUMNS)[list(RUN_COLUMNS).index("run") :]
 # No request can leave the page, whatever a script in it may try; plotly needs inline scripts, styles and data images.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
@@ -196,20 +198,20 @@ def html_table(
 
 def _layers_table(group: Group) -> str:
     names = [label(run, group) for run in group.runs]
-    head = [("", ""), ("layer", COLUMNS["layer"])]
-    head += [(f"{MEASURES[m].title}, {name}", MEASURES[m].definition) for m in group.measures for name in names]
-    head += [(f"step ratio, {name}", COLUMNS["step ratio"]) for name in names]
-    head += [("effective rank", COLUMNS["effective rank"])]
+    head = [("", ""), ("layer", RUN_COLUMNS["layer"])]
+    head += [(f"{title_of(group, m)}, {name}", definition_of(group, m)) for m in group.measures for name in names]
+    head += [(f"step ratio, {name}", RUN_COLUMNS["step ratio"]) for name in names]
+    head += [("effective rank", RUN_COLUMNS["effective rank"])]
     return html_table(head, layer_rows(group, group.measures), text=2)
 
 
 def _slopes_table(found: Sequence[Group]) -> str:
-    rows = [_slope_row(run, measure) for group in found for run in group.runs for measure in group.measures or ["cka"]]
-    return html_table([(name, COLUMNS[name]) for name in _SLOPES], rows, text=3)
+    rows = [_slope_row(group, run, m) for group in found for run in group.runs for m in group.measures or ["cka"]]
+    return html_table([(name, RUN_COLUMNS[name]) for name in _SLOPES], rows, text=3)
 
 
-def _slope_row(run: Run, measure: str) -> list[str]:
-    start, p = [run.name, run.control, MEASURES[measure].title], last(run, measure)
+def _slope_row(group: Group, run: Run, measure: str) -> list[str]:
+    start, p = [run.name, run.control, title_of(group, measure)], last(run, measure)
     if p is None:
         return [*start[:2], f"{start[2]}: not measured", *[MISSING] * (len(_SLOPES) - 3)]
     signed = [show(v, "+.3g") for v in (p.slope, p.relative_slope, p.spearman, null_slope(run, measure))]
@@ -219,7 +221,7 @@ def _slope_row(run: Run, measure: str) -> list[str]:
 
 
 def _settings_table(runs: Sequence[Run]) -> str:
-    """One row a setting, one column a run; what differs between them is marked."""
+    """One row per setting, one column per run; what differs between them is marked."""
     columns = [dict(_facts(run)) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]

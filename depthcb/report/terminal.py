@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthcb.glossary import LOW_RANK, MEASURES
-from depthcb.report.groups import Group, context, groups, headline, last, layer_rows, run_line
-from depthcb.report.style import BLUE, show, show_interval
+from depthcb.glossary import LOW_RANK
+from depthcb.report.groups import Group, context, groups, headline, last, layer_rows, run_line, title_of
 from depthcb.run import Run
+from depthcb.style import BLUE, show, show_interval
 
 _SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
@@ -39,7 +39,7 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
 
 
 def print_bars(run: Run, console: Console) -> None:
-    """Prints the latest profile of a run as a bar a layer, by the first measure.
+    """Prints the latest profile of a run as one bar per layer, by the first measure.
 
     Args:
         run: The run.
@@ -56,10 +56,10 @@ def print_bars(run: Run, console: Console) -> None:
     top = max(profile.change) or 1.0
     for name, change in zip(profile.layer_names, profile.change, strict=True):
         table.add_row(Text(name), show(change), Bar(top, 0, change, color=BLUE))
-    console.print(Text(f"{run.name}, {run.control}: {MEASURES[profile.measure].title} at step {profile.step}", "bold"))
+    console.print(Text(f"{run.name}, {run.control}: {profile.title} at step {profile.step}", "bold"))
     console.print(table)
     slope = f"slope {profile.slope:+.3g}{show_interval(profile.slope_interval)} per whole depth"
-    console.print(Text(f"{slope}, {MEASURES[profile.measure].unit}, {profile.rows} rows"))
+    console.print(Text(f"{slope}, {profile.unit}, {profile.rows} rows"))
 
 
 def _hanging(line: str, console: Console) -> Text:
@@ -73,7 +73,7 @@ def _layers_table(group: Group) -> Table:
         title=Text(group.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     table.add_column("layer", no_wrap=True)
-    for name in [*(MEASURES[m].title.replace("normalised change", "normal.") for m in measures), "step"]:
+    for name in [*(title_of(group, m).replace("normalised change", "normal.") for m in measures), "step"]:
         for run in group.runs:
             short = _SHORT[run.control] if group.paired else run.name
             table.add_column(Text(f"{name}\n{short}"), justify="right", no_wrap=True)

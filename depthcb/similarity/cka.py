@@ -53,7 +53,7 @@ def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool 
 
 
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """`cka_change` from Gram matrices (..., n, n), centred or not: (...), NaN where all rows of a side are alike."""
+    """`cka_change` from Gram matrices (..., n, n), centred or not: (...), NaN where all rows of a side are the same."""
     centre = u_centred if debiased else doubly_centred
     return half_squared_distance(*(unit_norm(centre(k), k) for k in (reference, current)))
 

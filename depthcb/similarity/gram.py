@@ -56,7 +56,7 @@ def unit_rows(k: Tensor) -> Tensor:
 
 
 def unit_norm(centred: Tensor, k: Tensor) -> Tensor:
-    """``centred`` scaled to Frobenius norm 1; NaN where centring left only rounding of ``k``: all rows were alike."""
+    """``centred`` scaled to Frobenius norm 1; NaN where centring left only rounding of ``k``: equal rows."""
     norm = torch.linalg.matrix_norm(centred, keepdim=True)
     spread = norm > DEGENERATE * torch.linalg.matrix_norm(k, keepdim=True)
     return centred / torch.where(spread, norm, torch.nan)

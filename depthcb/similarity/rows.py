@@ -30,7 +30,7 @@ def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
 def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     """||current - reference||_F / ||reference||_F: the size of the move in units of the reference's size.
 
-    Invariant to rotating or scaling both sides alike; not to changing one side alone. NaN for a reference of zeros.
+    Invariant to rotating or scaling both sides equally; not to changing one side alone. NaN for a reference of zeros.
 
     Example:
         >>> relative_l2_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])).item()
@@ -47,7 +47,7 @@ def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
 
     A and B are the two sides, columns centred and scaled to Frobenius norm 1. Source: the Procrustes distance in Ding
     et al., "Grounding representation similarity through statistical testing" (2021), halved to the scale of 1 - CKA
-    [ours]. Invariant to rotating, shifting and scaling either side. NaN where all rows of a side are alike.
+    [ours]. Invariant to rotating, shifting and scaling either side. NaN where all rows of a side are the same.
 
     Example:
         >>> x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))

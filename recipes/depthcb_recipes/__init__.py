@@ -6,16 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from depthcb_recipes.backbones import load_backbone
-    from depthcb_recipes.causal_lm import CausalLM
-    from depthcb_recipes.completion_lm import CompletionLM
-    from depthcb_recipes.contrastive import Contrastive
-    from depthcb_recipes.corpus import python_corpus
-    from depthcb_recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
-    from depthcb_recipes.masked_lm import MaskedLM
-    from depthcb_recipes.objective_distance import ObjectiveDistanceMonitor
-    from depthcb_recipes.sequence_classification import SequenceClassification
-    from depthcb_recipes.token_classification import TokenClassification
+    from depthcb_recipes.backbones.loading import load_backbone
+    from depthcb_recipes.data.completions import Completions
+    from depthcb_recipes.data.corpus import python_corpus
+    from depthcb_recipes.data.labelled_text import LabelledText
+    from depthcb_recipes.data.labelled_tokens import LabelledTokens
+    from depthcb_recipes.data.packed_text import PackedText
+    from depthcb_recipes.data.text_pairs import TextPairs
+    from depthcb_recipes.objectives.causal_lm import CausalLM
+    from depthcb_recipes.objectives.completion_lm import CompletionLM
+    from depthcb_recipes.objectives.contrastive import Contrastive
+    from depthcb_recipes.objectives.distance_monitor import ObjectiveDistanceMonitor
+    from depthcb_recipes.objectives.masked_lm import MaskedLM
+    from depthcb_recipes.objectives.sequence_classification import SequenceClassification
+    from depthcb_recipes.objectives.token_classification import TokenClassification
 
 __all__ = [
     "CausalLM",
@@ -35,20 +39,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "CausalLM": "depthcb_recipes.causal_lm",
-    "CompletionLM": "depthcb_recipes.completion_lm",
-    "Contrastive": "depthcb_recipes.contrastive",
-    "MaskedLM": "depthcb_recipes.masked_lm",
-    "ObjectiveDistanceMonitor": "depthcb_recipes.objective_distance",
-    "Completions": "depthcb_recipes.data",
-    "LabelledText": "depthcb_recipes.data",
-    "LabelledTokens": "depthcb_recipes.data",
-    "PackedText": "depthcb_recipes.data",
-    "TextPairs": "depthcb_recipes.data",
-    "SequenceClassification": "depthcb_recipes.sequence_classification",
-    "TokenClassification": "depthcb_recipes.token_classification",
-    "load_backbone": "depthcb_recipes.backbones",
-    "python_corpus": "depthcb_recipes.corpus",
+    "CausalLM": "depthcb_recipes.objectives.causal_lm",
+    "CompletionLM": "depthcb_recipes.objectives.completion_lm",
+    "Contrastive": "depthcb_recipes.objectives.contrastive",
+    "MaskedLM": "depthcb_recipes.objectives.masked_lm",
+    "ObjectiveDistanceMonitor": "depthcb_recipes.objectives.distance_monitor",
+    "Completions": "depthcb_recipes.data.completions",
+    "LabelledText": "depthcb_recipes.data.labelled_text",
+    "LabelledTokens": "depthcb_recipes.data.labelled_tokens",
+    "PackedText": "depthcb_recipes.data.packed_text",
+    "TextPairs": "depthcb_recipes.data.text_pairs",
+    "SequenceClassification": "depthcb_recipes.objectives.sequence_classification",
+    "TokenClassification": "depthcb_recipes.objectives.token_classification",
+    "load_backbone": "depthcb_recipes.backbones.loading",
+    "python_corpus": "depthcb_recipes.data.corpus",
 }
 
 

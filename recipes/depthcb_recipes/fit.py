@@ -18,13 +18,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import depthcb_recipes
-from depthcb.callbacks.logged import run_folder
+from depthcb.callbacks.logging import run_folder
 from depthcb.run import write_header
-from depthcb.stopping import Stop, stoppable
-from depthcb_recipes.catalogue import CONFIGS
-from depthcb_recipes.objective import Objective
+from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes.backbones.pretraining import pretrain_if_missing
+from depthcb_recipes.fit_progress import FitProgress
+from depthcb_recipes.objectives.objective import Objective
 from depthcb_recipes.precision import Precision, choose, device_of, settle
-from depthcb_recipes.progress import FitProgress
+from depthcb_recipes.stopping import Stop, stoppable
 
 
 class PrecisionTrainer(pl.Trainer):
@@ -73,6 +74,10 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
 
     def before_instantiate_classes(self) -> None:
+        whole = self.config[self.subcommand] if self.subcommand else self.config
+        backbone = whole.model.init_args.get("backbone")
+        if isinstance(backbone, str):
+            pretrain_if_missing(backbone)  # several processes wait for the first one
         options = self._own(self.config)
         self.precision = settle(options.precision, device_of(options.accelerator))
         if options.precision == "auto":

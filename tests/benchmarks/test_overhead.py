@@ -15,8 +15,8 @@ from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures
 from depthcb.step_ratio import LayerSteps, imposed_ratios, rescale, revert_non_finite, step_ratios
-from depthcb_recipes.backbones import load_backbone
-from depthcb_recipes.data import PackedText
+from depthcb_recipes import PackedText
+from depthcb_recipes.backbones.loading import load_backbone
 from depthcb_recipes.precision import choose
 
 pytestmark = pytest.mark.slow

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from depthcb.study.grid import RunConfig, read_study
-from depthcb.study.pool import Pool, run_study
-from depthcb.study.process import RunProcess
-from depthcb.study.store import Store, write_result
+from depthcb_recipes.studies.grid import RunConfig, read_study
+from depthcb_recipes.studies.pool import Pool, run_study
+from depthcb_recipes.studies.process import RunProcess
+from depthcb_recipes.studies.store import Store, write_result
 
 pytestmark = pytest.mark.slow
 STUDY = Path(__file__).parents[1] / "study"

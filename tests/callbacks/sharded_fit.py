@@ -1,4 +1,4 @@
-"""Run by test_sharded.py as a script, once a process: fits a model whose parameters lie in pieces on several processes.
+"""Run by test_sharded.py as a script, once a process: fits a model whose parameters are sharded over several processes.
 
 The data are the same whatever the number of processes, so that all layouts must end with the weights of one process.
 """

@@ -70,14 +70,14 @@ def test_the_control_refuses_adapters() -> None:
         fit(seeded(Adapted), [EqualStep()])
 
 
-def test_adapters_in_pieces_are_refused() -> None:
+def test_sharded_adapters_are_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         module = seeded(Adapted)
         layer: Any = LayerStack.find(module).modules[0]
         whole = layer.ln_1.weight.detach()
         layer.ln_1.weight = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
-        with pytest.raises(ValueError, match="adapters on parameters in pieces"):
+        with pytest.raises(ValueError, match="adapters on sharded parameters"):
             UpdateRatioMonitor().on_fit_start(pl.Trainer(logger=False, accelerator="cpu"), module)
     finally:
         dist.destroy_process_group()

@@ -71,7 +71,7 @@ def test_nothing_is_read_back_between_logs() -> None:
 def test_equal_step_keeps_one_copy_of_the_stack() -> None:
     control, module = EqualStep(), seeded(TinyLM)
     fit(module, [control])
-    kept = sum(t.numel() for t in control._steps._copies.values())
+    kept = sum(t.numel() for t in control.equalizer._steps._copies.values())
     assert kept == sum(p.numel() for layer in LayerStack.find(module).parameters() for p in layer)
 
 

@@ -43,6 +43,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(through: dict[str, Any], tm
     assert resumed["steps"] == through["steps"] == [12] * 4
 
 
+@pytest.mark.slow
 def test_with_shuffling_and_dropout_it_still_compares_with_the_pretrained_model(tmp_path: Path) -> None:
     run(tmp_path / "killed", stop="SIGKILL", shuffled="yes")
     _, resumed = run(tmp_path / "resumed", resume=str(tmp_path / "killed" / "last.ckpt"), shuffled="yes")

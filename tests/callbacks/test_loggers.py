@@ -8,12 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from PIL import Image
 from support import TinyLM, fit, logged, seeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 from depthcb.run import read_runs
+from depthcb.sinks import LoggerSink, register
 
 
 def three() -> list[Any]:
@@ -37,6 +39,48 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
         assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in images)
     (run,) = read_runs(folder)
     assert run.profiles == callbacks[-1].profiles_by_measure
+
+
+def test_mlflow_gets_scalars_pictures_and_the_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger, watch = MLFlowLogger(tracking_uri=f"file:{tmp_path / 'mlruns'}"), DepthProfile()
+    fit(seeded(TinyLM), [EqualStep(), watch], logger=logger, val_check_interval=2, default_root_dir=tmp_path)
+    assert logger.run_id is not None
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.tags["depthcb_control"] == "equal-step"
+    slopes = logger.experiment.get_metric_history(logger.run_id, "depth/cka/slope")
+    assert [(m.step, m.value) for m in slopes] == [(p.step, pytest.approx(p.slope, rel=1e-6)) for p in watch.profiles]
+    pictures = sorted(path.name for path in tmp_path.rglob("images/*.png"))
+    assert [name.partition("+timestamp")[0] for name in pictures] == [
+        f"depth~{key}+step+{step}" for key in ("curves", "heatmap") for step in (1, 3)
+    ]
+    with Image.open(next(tmp_path.rglob("images/*.png"))) as picture:
+        assert picture.size == (1120, 420)
+
+
+class Shouting(CSVLogger):
+    """A user's own logger, which shows something of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heard: list[Any] = []
+
+
+def test_a_sink_of_ones_own_serves_its_logger_and_those_that_inherit(tmp_path: Path) -> None:
+    @register(Shouting)
+    class Shout(LoggerSink):
+        def configure(self, name: str, settings: Any, control: str) -> None:
+            self.logger.heard.append((name, control))
+
+        def pictures(self, name: str, by_measure: Any, step: int) -> None:
+            self.logger.heard.append((name, list(by_measure), step))
+
+    class Louder(Shouting):
+        pass
+
+    logger = Louder(tmp_path)
+    fit(seeded(TinyLM), [DepthProfile(measures=("cosine",))], logger=logger, val_check_interval=4)
+    assert logger.heard == [("depth", "standard"), ("depth", ["cosine"], 3)]
 
 
 class Remote(Logger):

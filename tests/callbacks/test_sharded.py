@@ -1,4 +1,4 @@
-"""Parameters in pieces on 2 and 4 real processes: the numbers are those of one process, and a resume goes on exactly."""
+"""Sharded parameters on 2 and 4 real processes: the numbers are those of one process, and a resume goes on exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tu
     ("name", "world"),
     [
         ("dp2", 2),
-        ("tp2", 2),
+        pytest.param("tp2", 2, marks=pytest.mark.slow),
         pytest.param("dp2_root", 2, marks=pytest.mark.slow),
         pytest.param("dp2_tp2", 4, marks=pytest.mark.slow),
     ],
@@ -56,7 +56,7 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -
     if name == "dp2":
         pieces = [shape for seen in ranks for shape in seen["pieces"]]
         assert {(7, 8), (6, 8), (1,), (0,)} <= set(map(tuple, pieces)), "no uneven or empty shard: a weak test"
-    # 8 steps, all logged: each callback takes 1 a step; EqualStep 1 before training and 1 at the end of each epoch.
+    # 8 steps, all logged: each callback takes 1 per step; EqualStep 1 before training and 1 at the end of each epoch.
     assert ranks[0]["collectives"] == 8 * 2 + 1 + 2
 
 
@@ -84,7 +84,7 @@ def test_every_logged_step_has_its_row(through: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "world", "checkpoints"),
     [
-        ("dp2", 2, "distributed"),
+        pytest.param("dp2", 2, "distributed", marks=pytest.mark.slow),
         pytest.param("dp2", 2, "plain", marks=pytest.mark.slow),
         pytest.param("dp2_tp2", 4, "distributed", marks=pytest.mark.slow),
         pytest.param("tp2", 2, "plain", marks=pytest.mark.slow),

@@ -1,4 +1,4 @@
-"""Run by test_split.py as a script, once a process: fits an objective of the recipes, whole or in pieces, and its null.
+"""Run by test_split.py as a script, once per process: fits an objective of the recipes, whole or sharded, and its null.
 
 The data are the same whatever the number of processes, so that both must end with the same weights.
 """
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from depthcb import DepthProfile, EqualStep
-from depthcb.compare import null_profiles
+from depthcb.null import null_profiles
 from depthcb_recipes import CausalLM, MaskedLM
 
 

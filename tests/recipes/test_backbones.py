@@ -23,7 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, _wheel_file, load_backbone, load_tokenizer
+from depthcb_recipes.backbones.loading import (
+    PACKAGED,
+    BackboneNotFoundError,
+    _wheel_file,
+    load_backbone,
+    load_tokenizer,
+)
 
 # One connected passage: the first words of a sentence that stands alone are anybody's guess and dominate its mean.
 PASSAGE = (
@@ -211,7 +217,7 @@ def test_a_wheel_without_the_weights_counts_as_missing():
 
 def test_an_unknown_name_gives_one_clear_error():
     code = """
-from depthcb_recipes.backbones import BackboneNotFoundError, load_backbone
+from depthcb_recipes.backbones.loading import BackboneNotFoundError, load_backbone
 for name in ("nobody/no-such-model", "no-such-model", "no such model"):
     try:
         load_backbone(name)
@@ -251,7 +257,7 @@ def test_the_conversion_keeps_every_weight_of_the_wheel(smollm2):
 
 @pytest.mark.slow
 def test_two_conversions_at_once_repair_a_half_cache(tmp_path):
-    code = "from depthcb_recipes.backbones import PACKAGED, _folder; print(_folder(PACKAGED['smollm2-135m']))"
+    code = "from depthcb_recipes.backbones.loading import PACKAGED, _folder; print(_folder(PACKAGED['smollm2-135m']))"
     name = Path(run_python(code).communicate()[0].strip()).name
     half = tmp_path / "depthcb" / "backbones" / name
     half.mkdir(parents=True)

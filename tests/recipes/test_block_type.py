@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 from recipes_families import FAMILIES, tiny
 
-from depthcb_recipes.backbones import load_backbone
-from depthcb_recipes.block_type import block_type
+from depthcb_recipes.backbones.block_type import block_type
+from depthcb_recipes.backbones.loading import load_backbone
 
 PARALLEL = ("neox", "codegen")
 

@@ -9,9 +9,9 @@ from recipes_families import FAMILIES, tiny
 from rich.console import Console
 
 from depthcb.cli import main
-from depthcb_recipes.backbones import PACKAGED, BackboneNotFoundError, pretraining
-from depthcb_recipes.catalogue import HUB, backbones, describe, family
-from depthcb_recipes.mini_zoo import MINI_ZOO
+from depthcb_recipes.backbones.catalogue import HUB, backbones, describe, family
+from depthcb_recipes.backbones.loading import PACKAGED, BackboneNotFoundError, pretraining
+from depthcb_recipes.backbones.zoo import MINI_ZOO
 
 EXPECTED = {
     "bert-mini": ("encoder", "sequential"),

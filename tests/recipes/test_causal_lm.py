@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
 
-from depthcb_recipes.backbones import load_backbone, load_tokenizer
-from depthcb_recipes.causal_lm import CausalLM
-from depthcb_recipes.data import PackedText
-from depthcb_recipes.objective import decay_groups
+from depthcb_recipes import PackedText
+from depthcb_recipes.backbones.loading import load_backbone, load_tokenizer
+from depthcb_recipes.objectives.causal_lm import CausalLM
+from depthcb_recipes.objectives.objective import decay_groups
 
 VOCABULARY = 50
 
@@ -99,7 +99,11 @@ class Curve(Callback):
 
 @pytest.mark.parametrize(
     ("optimizer", "lr", "precision"),
-    [("adamw", 1e-2, "32-true"), ("sgd", 0.5, "32-true"), ("adamw", 1e-2, "bf16-mixed")],
+    [
+        ("adamw", 1e-2, "32-true"),
+        ("sgd", 0.5, "32-true"),
+        pytest.param("adamw", 1e-2, "bf16-mixed", marks=pytest.mark.slow),
+    ],
 )
 def test_python_text_is_learned(optimizer, lr, precision):
     tokenizer = load_tokenizer("minilm")

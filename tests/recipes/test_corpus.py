@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from depthcb_recipes.corpus import (
+from depthcb_recipes.cache import cache_folder
+from depthcb_recipes.data.corpus import (
     PACKAGES,
     TOKEN_KINDS,
     _python_files,
@@ -21,7 +22,6 @@ from depthcb_recipes.corpus import (
     python_tokens,
     split_by_file,
 )
-from depthcb_recipes.kept import cache_folder
 
 LONG = "Words that say in some detail what the thing below is for, so that the docstring is long enough to count."
 

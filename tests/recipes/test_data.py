@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from depthcb_recipes.backbones import load_tokenizer
-from depthcb_recipes.corpus import in_hashed_order, python_corpus, split_by_file
-from depthcb_recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.cache import cache_folder
+from depthcb_recipes.data.corpus import in_hashed_order, python_corpus, split_by_file
 from depthcb_recipes.data.packed_text import blocks, masking
 from depthcb_recipes.data.text_data import TextData
-from depthcb_recipes.kept import cache_folder
 
 BOTH = pytest.mark.parametrize("name", ["smollm2", "bert"])
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}

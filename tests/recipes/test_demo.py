@@ -21,14 +21,15 @@ from PIL import Image
 from rich.console import Console
 
 from depthcb.cli import main
-from depthcb.machine import release_memory
 from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
-from depthcb_recipes import demo, demo_plan
-from depthcb_recipes.demo import run_demo
-from depthcb_recipes.demo_sizes import QUICK, SIZES, Settings, chosen
+from depthcb_recipes.demo import plan as demo_plan
+from depthcb_recipes.demo import run as demo
+from depthcb_recipes.demo.run import run_demo
+from depthcb_recipes.demo.sizes import QUICK, SIZES, Settings, chosen
+from depthcb_recipes.machine import release_memory
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
@@ -85,7 +86,9 @@ def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     release()
     monkeypatch.setattr(demo, "release_memory", release)
-    settings = dataclasses.replace(QUICK, steps=4, validate_every=2, probe_rows=16, probe_length=32, val_blocks=8)
+    settings = dataclasses.replace(
+        QUICK, steps=4, validate_every=2, batch_size=4, block_size=32, probe_rows=16, probe_length=32, val_blocks=8
+    )
     with open(tmp_path / "screen.txt", "w", encoding="utf-8") as screen:
         run_demo(settings, tmp_path / "out", Console(file=screen, width=80))
     assert left[1:] == left[:1] * len(ARMS), "an arm keeps its Trainer, and with it gigabytes"

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from depthcb_recipes.demo_sizes import (
+from depthcb_recipes.demo.sizes import (
     MINUTES,
     QUICK,
     QUICK_MINUTES,

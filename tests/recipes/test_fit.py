@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from recipes_families import tiny
 
 from depthcb.cli import main
-from depthcb_recipes.backbones import load_tokenizer
+from depthcb_recipes.backbones.loading import load_tokenizer
 
 # Lightning's own use of jsonargparse, and the advice of both that a user would see.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -64,6 +64,7 @@ def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, st
     assert yaml.safe_load(kept.read_text())["model"]["init_args"]["backbone"] == model
 
 
+@pytest.mark.slow
 def test_the_control_is_one_more_option_and_a_seed_repeats(backbone: dict[str, str], tmp_path: Path) -> None:
     options = (f"--model.backbone={backbone['neox']}", "--trainer.callbacks+=depthcb.EqualStep", "--data.val_rows=64",
                "--model.optimizer=sgd", "--model.lr=0.1", "--data.batch_size=8")  # fmt: skip

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from depthcb.cli import main
-from depthcb_recipes.backbones import load_backbone
-from depthcb_recipes.kept import cache_folder
-from depthcb_recipes.mini_zoo import MINI_ZOO, MiniModel, load_or_pretrain, pretrain, unigram_loss
+from depthcb_recipes.backbones.catalogue import describe
+from depthcb_recipes.backbones.loading import BackboneNotFoundError, load_backbone, load_config, load_tokenizer
+from depthcb_recipes.backbones.pretraining import pretrain, unigram_loss
+from depthcb_recipes.backbones.zoo import MINI_ZOO, MiniModel
+from depthcb_recipes.cache import cache_folder
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 8192, "bos_token_id": 0,
          "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip
@@ -104,9 +106,19 @@ def test_what_made_a_model_is_in_the_name_of_its_folder(cache: Path) -> None:
     assert pretrain("tiny", one) != pretrain("tiny", MiniModel("gpt2", SMALL, steps=2, batch_size=1))
 
 
-def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="'gpt5-mini' is not in the mini zoo: take one of bert-mini, gpt2-mini"):
-        load_or_pretrain("gpt5-mini")
+def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--model", "gpt5-mini"]) == 2
+    assert "'gpt5-mini' is not in the mini zoo: take one of bert-mini, gpt2-mini" in capsys.readouterr().err
+
+
+def test_reading_never_trains(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer, a configuration, the weights: each says how the model is made, and makes none."""
+    for read in (load_tokenizer, load_config, load_backbone):
+        with pytest.raises(BackboneNotFoundError, match="not pretrained on this machine yet: `depthcb pretrain --mod"):
+            read("gpt2-tiny")
+    assert describe("gpt2-tiny").layers == 4
+    assert capfd.readouterr().out == ""
+    assert not (cache / "depthcb" / "mini-zoo").exists()
 
 
 def test_the_unigram_loss_is_what_counting_gives() -> None:
@@ -120,6 +132,6 @@ def test_the_unigram_loss_is_what_counting_gives() -> None:
 @pytest.mark.parametrize("name", MINI_ZOO)
 def test_each_model_of_the_zoo_has_learnt(name: str) -> None:
     """Well below the best guess that looks at no other token."""
-    report = json.loads((load_or_pretrain(name) / "pretraining.json").read_text())
+    report = json.loads((pretrain(name, MINI_ZOO[name]) / "pretraining.json").read_text())
     assert report["held_out_loss"] < report["held_out_unigram_loss"] - 0.5
     assert report["parameters"] < 8e6

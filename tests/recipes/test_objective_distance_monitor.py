@@ -14,15 +14,15 @@ from recipes_families import tiny
 from support import Rows, fit
 from torch.utils.data import DataLoader
 
-from depthcb_recipes.backbones import load_tokenizer
-from depthcb_recipes.causal_lm import CausalLM
-from depthcb_recipes.completion_lm import CompletionLM
-from depthcb_recipes.contrastive import Contrastive
-from depthcb_recipes.data import LabelledText, LabelledTokens, PackedText, TextPairs
-from depthcb_recipes.masked_lm import MaskedLM
-from depthcb_recipes.objective_distance import ObjectiveDistanceMonitor, own_batch, pretraining_objective
-from depthcb_recipes.sequence_classification import SequenceClassification
-from depthcb_recipes.token_classification import TokenClassification
+from depthcb_recipes import LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.objectives.causal_lm import CausalLM
+from depthcb_recipes.objectives.completion_lm import CompletionLM
+from depthcb_recipes.objectives.contrastive import Contrastive
+from depthcb_recipes.objectives.distance_monitor import ObjectiveDistanceMonitor, own_batch, pretraining_objective
+from depthcb_recipes.objectives.masked_lm import MaskedLM
+from depthcb_recipes.objectives.sequence_classification import SequenceClassification
+from depthcb_recipes.objectives.token_classification import TokenClassification
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,7 @@ def test_what_cannot_be_measured_is_refused_before_training(folders: dict[str, s
         ObjectiveDistanceMonitor(batches=0)
 
 
+@pytest.mark.slow
 def test_noise_is_warned_about_and_more_texts_silence_it(folders: dict[str, str]) -> None:
     options = SMALL | {"val_rows": 256}
     one_masked_token = LabelledText(folders["bert"], **(options | {"batch_size": 1, "max_length": 8}))

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.retrieval import RetrievalRecall
 
-from depthcb_recipes.causal_lm import CausalLM
-from depthcb_recipes.completion_lm import CompletionLM
-from depthcb_recipes.contrastive import Contrastive
-from depthcb_recipes.masked_lm import MaskedLM
-from depthcb_recipes.objective import Objective
-from depthcb_recipes.sequence_classification import SequenceClassification
-from depthcb_recipes.token_classification import TokenClassification
+from depthcb_recipes.objectives.causal_lm import CausalLM
+from depthcb_recipes.objectives.completion_lm import CompletionLM
+from depthcb_recipes.objectives.contrastive import Contrastive
+from depthcb_recipes.objectives.masked_lm import MaskedLM
+from depthcb_recipes.objectives.objective import Objective
+from depthcb_recipes.objectives.sequence_classification import SequenceClassification
+from depthcb_recipes.objectives.token_classification import TokenClassification
 
 LABELS = 3
 

@@ -20,16 +20,16 @@ from studies import drive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
-from depthcb.study.analysis import pairs_table, runs_table
-from depthcb.study.cli import settle_precision
-from depthcb.study.grid import read_study
-from depthcb.study.pool import Pool
-from depthcb.study.store import Store
 from depthcb_recipes import precision
-from depthcb_recipes.backbones import load_tokenizer
-from depthcb_recipes.catalogue import CONFIGS
-from depthcb_recipes.demo_sizes import Settings
+from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.demo.sizes import Settings
 from depthcb_recipes.precision import Product, choose, device_of, product, settle, speedup
+from depthcb_recipes.studies.analysis import pairs_table, runs_table
+from depthcb_recipes.studies.commands import settle_precision
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.pool import Pool
+from depthcb_recipes.studies.store import Store
 
 CPU = torch.device("cpu")
 
@@ -267,7 +267,7 @@ def test_a_study_whose_older_runs_say_nothing_keeps_what_they_were_made_in(maker
 @pytest.fixture
 def maker() -> Any:
     """Writes a result as an earlier version did."""
-    from depthcb.study.store import write_result
+    from depthcb_recipes.studies.store import write_result
 
     return lambda folder: write_result(folder, {"status": "finished", "slope": 0.1})
 

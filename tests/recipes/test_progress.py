@@ -14,7 +14,8 @@ from rich.console import Console
 from support import TinyLM, fit
 
 from depthcb import DepthProfile
-from depthcb_recipes.progress import FitProgress, Progress
+from depthcb_recipes.fit_progress import FitProgress
+from depthcb_recipes.progress import Progress
 
 
 def log() -> tuple[StringIO, Console]:

@@ -1,4 +1,4 @@
-"""Objectives whose parameters lie in pieces on two real processes: the figures are those of one process."""
+"""Objectives whose parameters are sharded over two real processes: the figures are those of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def fitted(folder: Path, name: str, ranks: int, tensor_parallel: int = 1) -> lis
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("name", ["causal_lm", pytest.param("masked_lm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal_lm", "masked_lm"])
 def test_pieces_give_what_the_whole_gives(name: str, tmp_path: Path) -> None:
     (alone,) = fitted(tmp_path / "one", name, 1)
     ranks = fitted(tmp_path / "two", name, 2)

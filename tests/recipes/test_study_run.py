@@ -16,9 +16,9 @@ from studies import alive, command, drive, figures, gone, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
-from depthcb.study.grid import read_study
-from depthcb.study.store import Store
-from depthcb_recipes.backbones import load_tokenizer
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.store import Store
 
 OPTIONS = {
     "trainer.max_steps": 4, "trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1, "trainer.accelerator": "cpu",
@@ -83,7 +83,7 @@ def test_what_keeps_a_run_from_its_figures_is_recorded_as_that(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_on_two_processes_starts_alike_and_dies_whole(tmp_path: Path) -> None:
-    """As the paper's largest model is fitted, its parameters in pieces; on two CPU processes here."""
+    """As the paper's largest model is fitted, its parameters sharded; on two CPU processes here."""
     one = smoke(tmp_path, "gpt2-tiny")
     two = yaml.safe_load(one.read_text())
     strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -104,7 +104,7 @@ def test_a_run_on_two_processes_starts_alike_and_dies_whole(tmp_path: Path) -> N
     assert drive(one, tmp_path / "whole").wait() == 0
     for name, whole in figures(one, tmp_path / "whole").items():
         assert found[name]["initial_weights"] == whole["initial_weights"]
-        assert found[name]["objective_distance"] is None, "not measured on parameters in pieces"
+        assert found[name]["objective_distance"] is None, "not measured on sharded parameters"
         assert all(len(found[name]["null"][m]) == 1 for m in ("cka", "cka_normalized"))
         if "equal-step" in name:
             assert found[name]["realised_spread"] < 1.001

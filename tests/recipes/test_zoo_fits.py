@@ -7,15 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from depthcb_recipes.causal_lm import CausalLM
-from depthcb_recipes.completion_lm import CompletionLM
-from depthcb_recipes.contrastive import Contrastive
-from depthcb_recipes.corpus import python_corpus
-from depthcb_recipes.data import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
-from depthcb_recipes.masked_lm import MaskedLM
-from depthcb_recipes.mini_zoo import MINI_ZOO
-from depthcb_recipes.sequence_classification import SequenceClassification
-from depthcb_recipes.token_classification import TokenClassification
+from depthcb_recipes import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.backbones.zoo import MINI_ZOO
+from depthcb_recipes.data.corpus import python_corpus
+from depthcb_recipes.objectives.causal_lm import CausalLM
+from depthcb_recipes.objectives.completion_lm import CompletionLM
+from depthcb_recipes.objectives.contrastive import Contrastive
+from depthcb_recipes.objectives.masked_lm import MaskedLM
+from depthcb_recipes.objectives.sequence_classification import SequenceClassification
+from depthcb_recipes.objectives.token_classification import TokenClassification
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from depthcb.study.grid import RunConfig
+from depthcb_recipes.studies.grid import RunConfig
 
 
 def make(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from planted import BOTH, OBJECTIVES, SMALL, everywhere, nowhere, paper, study
 from scipy import stats
 
 from depthcb.profile import Profile
-from depthcb.study.analysis import Claim, claims, explained, interval, pairs_table, runs_table
+from depthcb_recipes.studies.analysis import Claim, claims, explained, interval, pairs_table, runs_table
 
 
 def decided(results: list[dict[str, Any]]) -> dict[str, Claim]:

@@ -15,9 +15,9 @@ import yaml
 from recipes_families import tiny
 from studies import SMOKE, alive, drive, figures, gone, smoke
 
-from depthcb.study.grid import read_study
-from depthcb.study.store import RESULT, Store, read_result
-from depthcb_recipes.backbones import load_tokenizer
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.store import RESULT, Store, read_result
 
 pytestmark = pytest.mark.slow
 

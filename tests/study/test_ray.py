@@ -14,8 +14,8 @@ import pytest
 import yaml
 from studies import command
 
-from depthcb.study.grid import read_study
-from depthcb.study.store import RESULT, Store
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.store import RESULT, Store
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -26,10 +26,10 @@ GRID: dict[str, Any] = {
 DRIVER = """
 import sys
 from pathlib import Path
-from depthcb.study.grid import read_study
-from depthcb.study.pool import run_study
-from depthcb.study.ray import RayEngine
-from depthcb.study.store import Store
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.pool import run_study
+from depthcb_recipes.studies.ray import RayEngine
+from depthcb_recipes.studies.store import Store
 try:
     engine = RayEngine(maker="study_maker")
     run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), engine, lambda p: print(p.done, p.running, flush=True))

@@ -18,11 +18,11 @@ import yaml
 from studies import alive, gone
 
 from depthcb.cli import main
-from depthcb.study.cli import fitting, shard
-from depthcb.study.grid import RunConfig, read_study
-from depthcb.study.pool import MOST_KILLS, Pool, run_study
-from depthcb.study.process import environment
-from depthcb.study.store import RESULT, Busy, Store, locked, read_result, seems_running, write_result
+from depthcb_recipes.studies.commands import fitting, shard
+from depthcb_recipes.studies.grid import RunConfig, read_study
+from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
+from depthcb_recipes.studies.process import environment
+from depthcb_recipes.studies.store import RESULT, Busy, Store, locked, read_result, seems_running, write_result
 
 HERE = Path(__file__).parent
 GRID: dict[str, Any] = {
@@ -163,9 +163,9 @@ def test_a_run_that_dies_each_time_is_given_up_and_named(maker: str, tmp_path: P
 DRIVER = """
 import sys
 from pathlib import Path
-from depthcb.study.grid import read_study
-from depthcb.study.pool import Pool, run_study
-from depthcb.study.store import Store
+from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.pool import Pool, run_study
+from depthcb_recipes.studies.store import Store
 run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), Pool(3, maker="study_maker"))
 """
 
@@ -208,7 +208,7 @@ import socket, sys, time
 from pathlib import Path
 if sys.argv[2]:
     socket.gethostname = lambda: sys.argv[2]
-from depthcb.study.store import locked
+from depthcb_recipes.studies.store import locked
 with locked(Path(sys.argv[1]), lease=float(sys.argv[3])):
     print("held", flush=True)
     time.sleep(600)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from depthcb.study.grid import RunConfig
-from depthcb.study.store import CONFIG, Store, start_afresh
+from depthcb_recipes.studies.grid import RunConfig
+from depthcb_recipes.studies.store import CONFIG, Store, start_afresh
 
 
 def test_two_drivers_at_one_folder_leave_each_others_files(tmp_path: Path) -> None:

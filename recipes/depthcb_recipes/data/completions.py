@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from depthcb_recipes.corpus import completions, python_corpus
+from depthcb_recipes.data.corpus import completions, python_corpus
 from depthcb_recipes.data.text_data import TextData, end_of_text, plain_ids
-from depthcb_recipes.objective import IGNORED
+from depthcb_recipes.objectives.objective import IGNORED
 
 
 class Completions(TextData):

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from depthcb_recipes.corpus import balanced, docstring_packages
+from depthcb_recipes.data.corpus import balanced, docstring_packages
 from depthcb_recipes.data.labelled import LabelledData
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from depthcb_recipes.corpus import TOKEN_KINDS, python_corpus, python_tokens
+from depthcb_recipes.data.corpus import TOKEN_KINDS, python_corpus, python_tokens
 from depthcb_recipes.data.labelled import LabelledData
-from depthcb_recipes.objective import IGNORED
+from depthcb_recipes.objectives.objective import IGNORED
 
 
 class LabelledTokens(LabelledData):

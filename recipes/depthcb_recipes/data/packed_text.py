@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from depthcb_recipes.corpus import Kind, python_corpus
+from depthcb_recipes.data.corpus import Kind, python_corpus
 from depthcb_recipes.data.text_data import TextData, end_of_text, plain_ids
 
 
@@ -144,7 +144,7 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
 
     Args:
         texts: Documents, read only as far as needed.
-        tokenizer: Its end-of-text token (BERT's kin: the separator) stands between documents.
+        tokenizer: Its end-of-text token (for BERT and the like the separator) goes between documents.
         size: Tokens in a block.
 
     Raises:

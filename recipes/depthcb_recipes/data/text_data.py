@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from depthcb_recipes.backbones import load_tokenizer
-from depthcb_recipes.corpus import in_hashed_order, split_by_file
-from depthcb_recipes.kept import cache_folder, digest, kept
-from depthcb_recipes.objective import IGNORED
+from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.cache import cache_folder, cached, digest
+from depthcb_recipes.data.corpus import in_hashed_order, split_by_file
+from depthcb_recipes.objectives.objective import IGNORED
 
 _CODING = 1  # raised by hand when the same rows come to be tokenised in another way
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -208,7 +208,7 @@ class TextData(LightningDataModule):
                 )
             return pa.Table.from_pylist(encoded)
 
-        return Dataset(kept(path, tokenised))
+        return Dataset(cached(path, tokenised))
 
     @property
     def row_length(self) -> int:
@@ -282,7 +282,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Itera
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text: BERT's kin have a separator for it.
+    """The token that ends a text: BERT and the like have a separator for it.
 
     Raises:
         ValueError: The tokenizer has neither.

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from depthcb_recipes.corpus import docstring_pairs, python_corpus
+from depthcb_recipes.data.corpus import docstring_pairs, python_corpus
 from depthcb_recipes.data.text_data import TextData
 
 

@@ -1,0 +1,213 @@
+"""Records how far each layer's representations have moved from the pretrained model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from depthcb.engine.step_hooks import StepHooks, damage_named
+from depthcb.engine.warn import warn
+from depthcb.glossary import LOW_RANK
+from depthcb.probe import Forward, Probe, Rows
+from depthcb.profile import DERIVED, Profile, Profiles, layer_key
+from depthcb.reference import Reference
+from depthcb.similarity import Measure, find_measures
+from depthcb.stack import LayerStack, half_dtypes
+
+
+class ProfileRecorder(StepHooks):
+    """Measures how far each layer has moved from the pretrained model [paper].
+
+    `depthcb.DepthProfile`, which does this at every validation of a Trainer, says what is logged and what the arguments
+    mean. Measuring changes nothing: weights, random streams and train/eval flags stay as they were.
+
+    Args:
+        probe: What is measured on: a batch, a list of batches, a Dataset, a DataLoader or a `Probe`.
+        layers: The layers, as `LayerStack.find` takes them; None finds them.
+        measures: Names out of `depthcb.similarity.MEASURES`, or measures of your own.
+        rows: What a row is, as `Probe` takes it.
+        name: First part of the logged keys.
+        probe_rows: Most examples taken from a dataset, and most token rows.
+        forward: ``(module, batch) -> anything``: how the probe is fed.
+        every: Steps between measurements, where nothing else says when.
+
+    Raises:
+        ValueError: A bad argument.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(3)])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> recorder = ProfileRecorder(torch.randn(32, 6), measures=("cosine",))
+        >>> with recorder.attach(model, [optimizer]):
+        ...     model(torch.ones(2, 6)).square().sum().backward()
+        ...     _ = optimizer.step()
+        >>> len(recorder.profiles), len(recorder.profiles[0].change)
+        (1, 3)
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        layers: str | list[str] | None = None,
+        measures: Sequence[str | Measure] = ("cka", "cka_normalized"),
+        rows: Rows = "mean",
+        name: str = "depth",
+        probe_rows: int = 256,
+        forward: Forward | None = None,
+        every: int = 1,
+    ) -> None:
+        self.measures = find_measures(measures)
+        self.probe, self.layers, self.name, self.every = probe, layers, name, every
+        self.rows: Rows = rows
+        self.probe_rows, self.forward = probe_rows, forward
+        #: Wall-clock time spent on measuring so far, in seconds.
+        self.seconds = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the reference and the profiles: the next training records its own."""
+        #: The probe as it was collected, known once it is prepared.
+        self.fixed_probe: Probe | None = None
+        #: The recorded pretrained side, known once it is prepared.
+        self.reference: Reference | None = None
+        #: All profiles so far, by measure.
+        self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
+        self.steps_made = 0
+
+    @property
+    def profiles(self) -> Profiles:
+        """The first measure's profiles so far, oldest first."""
+        return self.profiles_by_measure[self.measures[0].name]
+
+    def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer] = (), source: Any = None) -> None:
+        """Collects the probe and records the module as the reference, unless there is one already.
+
+        Args:
+            module: What is trained, at its pretrained weights.
+            optimizers: Not needed.
+            source: What the probe is taken from where none was given.
+
+        Raises:
+            ValueError: A probe that cannot be built or fed, a stack that cannot be found, or a reference of another
+                model, probe or measure.
+        """
+        start = time.perf_counter()
+        source = self.probe if self.probe is not None else source
+        if source is None:
+            raise ValueError("DepthProfile: nothing to measure on: pass probe=a batch, a dataset or a loader.")
+        self._module, self._stack = module, LayerStack.find(module, self.layers)
+        self.fixed_probe = Probe.collect(
+            source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward
+        )
+        if self.reference is not None:
+            self._check_reference(self.reference, self.fixed_probe)
+        else:
+            self.reference = Reference.record(self.fixed_probe, module, self._stack, self.measures)
+            self._warn_low_rank(self.reference)
+        self._warn_half()
+        self.seconds += time.perf_counter() - start
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Measures after every n-th step, numbered from 0."""
+        self.steps_made += 1
+        if self.steps_made % self.every == 0:
+            self.measure(self.steps_made - 1)
+
+    def measure(self, step: int, epoch: int = 0) -> dict[str, Profile]:
+        """Measures the module as it is now.
+
+        Args:
+            step: The step's number, for the profile and the sink.
+            epoch: The epoch's.
+
+        Returns:
+            One profile per measure, which `profiles_by_measure` has from now on.
+
+        Raises:
+            ValueError: Activations that are not finite.
+        """
+        assert self.reference is not None
+        assert self.fixed_probe is not None
+        start = time.perf_counter()
+        recording = self.fixed_probe.record(self._module, self._stack, self.reference.causal)
+        profiles = self.reference.profiles(recording, self.measures, step, epoch)
+        for measure, profile in profiles.items():
+            self.profiles_by_measure[measure].append(profile)
+        if self.log is not None:
+            self.log(self.row(profiles), step)
+        self.seconds += time.perf_counter() - start
+        return profiles
+
+    def row(self, profiles: Mapping[str, Profile]) -> dict[str, float]:
+        """The numbers of one measurement, by their keys; what is not defined is left out."""
+        found: dict[str, float | None] = {}
+        for measure, profile in profiles.items():
+            numbers: dict[str, float | None] = {layer_key(i): c for i, c in enumerate(profile.change)}
+            numbers |= {key: getattr(profile, key) for key in DERIVED}
+            numbers["slope_low"], numbers["slope_high"] = profile.slope_interval or (None, None)
+            found |= {f"{self.name}/{measure}/{key}": value for key, value in numbers.items()}
+        return {key: value for key, value in found.items() if value is not None}  # NaN stops EarlyStopping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists and scalars only, so that a checkpoint with it loads without pickle."""
+        return {
+            "reference": None if self.reference is None else self.reference.state_dict(),
+            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in self.profiles_by_measure.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a state: the reference is still the pretrained model.
+
+        Raises:
+            ValueError: The state is damaged.
+        """
+        with damage_named(f"DepthProfile {self.name!r}"):
+            reference = state_dict["reference"]
+            self.reference = None if reference is None else Reference.from_state_dict(reference)
+            for measure in self.profiles_by_measure:
+                saved = state_dict["profiles"].get(measure, [])
+                self.profiles_by_measure[measure] = Profiles(map(Profile.from_json, saved))
+
+    def _check_reference(self, reference: Reference, probe: Probe) -> None:
+        if reference.layer_names != self._stack.names:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model "
+                f"{_ends(self._stack.names)}: use a new callback, or reset() it, for another model."
+            )
+        if reference.probe_hash != probe.hash:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): give the "
+                "probe of the first run, or reset() the callback."
+            )
+        missing = {m.needs for m in self.measures} - set(reference.sketches)
+        if missing:
+            raise ValueError(
+                f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: ask for "
+                "the measures of the first run, or reset() the callback."
+            )
+
+    def _warn_low_rank(self, reference: Reference) -> None:
+        pairs = zip(reference.layer_names, reference.effective_rank, strict=True)
+        low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_RANK]
+        if low and any(m.name == "cka" for m in self.measures):
+            warn(
+                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective "
+                f"rank) in {', '.join(low)}: read cka_normalized beside it."
+            )
+
+    def _warn_half(self) -> None:
+        half = half_dtypes(p for layer in self._stack.parameters() for p in layer)
+        if half:
+            warn(
+                f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that: "
+                "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
+            )
+
+
+def _ends(names: Sequence[str]) -> str:
+    return f"{names[0]!r} to {names[-1]!r} ({len(names)})"

@@ -1,0 +1,21 @@
+"""TensorBoard: pictures beside the scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from depthcb.profile import Profile
+from depthcb.sinks.base import LoggerSink, register
+
+
+@register(TensorBoardLogger)
+class TensorBoardSink(LoggerSink):
+    """Adds the images ``<name>/heatmap`` and ``<name>/curves``."""
+
+    def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
+        from depthcb.curves import curves_image, heatmap_image  # not above: the rest works without matplotlib
+
+        for key, picture in (("heatmap", heatmap_image(by_measure)), ("curves", curves_image(by_measure))):
+            self.logger.experiment.add_image(f"{name}/{key}", picture, step, dataformats="HWC")

@@ -1,0 +1,88 @@
+"""How things look and how figures are written, in pictures, pages and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MISSING = "\N{EN DASH}"
+#: Of the Okabe-Ito colours those with 3:1 or better on white and on near-black, told apart by colour-blind people.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#C06595"
+#: Earlier validations, 4:1 or better on white and on near-black.
+PALE = "#767676"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run's line looks: colour, marker (matplotlib's and plotly's name) and dash (plotly's name)."""
+
+    color: str
+    marker: str
+    symbol: str
+    dash: str = "solid"
+
+
+_COLORS = (BLUE, VERMILLION, GREEN, PURPLE)
+_MARKERS = (("o", "circle"), ("s", "square-open"), ("^", "triangle-up"), ("D", "diamond-open"))
+_DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def line_style(index: int) -> Style:
+    """The look of the index-th run of a chart: 16 that differ in colour or dash, then again."""
+    return Style(_COLORS[index % 4], *_MARKERS[index % 4], _DASHES[index // 4 % 4])
+
+
+def show(value: float | None, form: str = ".3g") -> str:
+    """A figure, or a dash where there is none."""
+    return MISSING if value is None or math.isnan(value) else format(value, form)
+
+
+def show_interval(interval: tuple[float, float] | None) -> str:
+    """An interval in brackets, after a space; nothing where there is none."""
+    return "" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
+
+
+def tick_step(count: int, ticks: int = 12) -> int:
+    """Distance between labelled layers (or validations), so that at most about ``ticks`` labels share the axis."""
+    steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, *range(10, count + 20, 5))
+    return next(step for step in steps if count <= ticks * step)
+
+
+def thinned(items: Sequence[T], most: int) -> list[T]:
+    """Evenly spaced items, the last one among them: all where there are no more than ``most``."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def tick_text(value: float, _: int | None = None) -> str:
+    """A number on an axis; matplotlib's own way puts a factor above it."""
+    if abs(value) >= 1e-2 or value == 0:
+        return f"{value:.4g}"
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def layer_axis(ax: Axes, layers: int, ink: str = "black") -> None:
+    """Layers from left to right, so many labelled that none overlap."""
+    ax.set_xlim(-0.5, layers - 0.5)
+    ax.set_xticks(range(0, layers, tick_step(layers)))
+    ax.set_xlabel("layer  (0 = input side)", color=ink)
+
+
+def decorate(ax: Axes, ink: str = "black") -> None:
+    """Grid, frame and number format."""
+    from matplotlib.ticker import FuncFormatter
+
+    ax.yaxis.set_major_formatter(FuncFormatter(tick_text))
+    ax.grid(color=PALE, lw=0.6, alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=ink)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[:].set_color(ink)

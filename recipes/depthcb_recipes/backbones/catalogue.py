@@ -1,0 +1,159 @@
+"""What backbones there are, and what they are: family, block type, depth and size, read from the network itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+import depthcb_recipes
+from depthcb import LayerStack
+from depthcb.isolation import isolated_rng
+from depthcb_recipes.backbones.block_type import BlockType, block_type
+from depthcb_recipes.backbones.loading import PACKAGED, BackboneNotFoundError, is_encoder, load_config
+from depthcb_recipes.backbones.zoo import MINI_ZOO, ZOO
+from depthcb_recipes.silence import silent_transformers
+
+Family = Literal["encoder", "decoder", "state-space", "recurrent"]
+
+#: The 15 networks of the study [ours]; nothing else is stated about them here.
+HUB = (
+    "bert-base-uncased", "bert-large-uncased", "roberta-base",
+    "gpt2", "gpt2-medium", "facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b",
+    "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b", "EleutherAI/pythia-6.9b",
+    "Salesforce/codegen-350M-mono", "state-spaces/mamba-130m-hf", "RWKV/rwkv-4-169m-pile",
+)  # fmt: skip
+
+
+#: The bundled YAML files, one per objective.
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network that objectives can start from.
+
+    Args:
+        name: What ``load_backbone`` takes.
+        source: Where its weights come from.
+        family: ``"encoder"``, ``"decoder"``, ``"state-space"`` or ``"recurrent"``; None while nobody has loaded it.
+        block: ``"sequential"``, ``"parallel"`` or ``"single"``, as `block_type` finds it.
+        layers: Layers of the depth stack.
+        parameters: Numbers in the network without a head.
+    """
+
+    name: str
+    source: str
+    family: Family | None = None
+    block: BlockType | None = None
+    layers: int | None = None
+    parameters: int | None = None
+
+
+def backbones() -> Iterator[Backbone]:
+    """All that are packaged, can be pretrained here, or belong to the study, in this order.
+
+    Of a network on the hub something is known once this machine has its configuration.
+    """
+    for entry in PACKAGED.values():
+        yield describe(entry.name)
+    for name in MINI_ZOO:
+        yield describe(name)
+    for name in HUB:
+        yield describe(name, local=True)
+
+
+def backbones_table(names: Sequence[str] = ()) -> Table:
+    """The named backbones, or all, as a table to print."""
+    caption = "A network on the hub is described once its configuration is on this machine."
+    table = Table(caption=caption, box=None, padding=(0, 1, 0, 0))
+    for title in ("name", "family", "block", "layers", "size", "from"):
+        table.add_column(title, justify="right" if title in ("layers", "size") else "left", no_wrap=True)
+    for b in [describe(name) for name in names] or backbones():
+        size = f"{b.parameters / 1e6:,.1f} M" if b.parameters else ""
+        table.add_row(b.name, b.family, b.block, str(b.layers or ""), size, b.source)
+    return table
+
+
+def objectives_table() -> Table:
+    """The objectives, what each is, and the bundled YAML that runs it."""
+    table = Table("objective", "what it trains", "depthcb fit --config", box=SIMPLE_HEAD, pad_edge=False)
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"].rpartition(".")[2]
+        what = (getattr(depthcb_recipes, name).__doc__ or "").strip().partition("\n")[0]
+        table.add_row(name, what, path.stem)
+    return table
+
+
+def describe(name: str, *, local: bool = False) -> Backbone:
+    """Read what a backbone is from its configuration and from a shallow random copy of it.
+
+    Args:
+        name: As for ``load_backbone``.
+        local: Don't ask the hub.
+
+    Returns:
+        The description; without figures where the network is out of reach and ``local`` is set.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``, unless ``local`` is set or the name is packaged.
+    """
+    packaged = PACKAGED.get(name)
+    source = "wheel" if packaged else "pretrained" if name in ZOO else "hub" if name in HUB else "hub or disk"
+    try:
+        config = _config(name, local)
+    except BackboneNotFoundError:
+        if local or packaged:
+            return Backbone(name, source)
+        raise
+    whole = _without_storage(config)
+    return Backbone(name, source, family(config), _block(config), len(LayerStack.find(whole)), _numbers(whole))
+
+
+def count_parameters(name: str) -> int:
+    """Numbers in a backbone without a head, read from its configuration.
+
+    Raises:
+        BackboneNotFoundError: As for ``load_backbone``.
+    """
+    return _numbers(_without_storage(_config(name)))
+
+
+def _config(name: str, local: bool = False) -> PretrainedConfig:
+    return ZOO[name].config() if name in ZOO else load_config(name, local=local)
+
+
+def _without_storage(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _numbers(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def family(config: PretrainedConfig) -> Family:
+    """The kind of a network [paper's four]."""
+    if config.model_type in ("rwkv", "xlstm"):
+        return "recurrent"
+    if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
+        return "state-space"
+    return "encoder" if is_encoder(config) else "decoder"
+
+
+def _block(config: PretrainedConfig) -> BlockType:
+    """The block type of a copy with two layers and few tokens, in half precision: it is small whatever the network."""
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers, shallow.vocab_size = 2, 64
+    with isolated_rng(0), silent_transformers():
+        model = AutoModel.from_config(shallow, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        return block_type(model)

@@ -1,0 +1,128 @@
+"""The mini zoo: a small model of every family and block type, and where each one is kept once it is pretrained.
+
+All are pretrained on this machine on the text of Python's own libraries (`pretraining`), so that their pretraining is
+known to the last detail. They are kept in the user's cache under a hash of everything that decides their weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+
+from depthcb_recipes.cache import cache_folder
+from depthcb_recipes.data.corpus import corpus_fingerprint, python_corpus
+
+Head = Literal["causal_lm", "masked_lm"]
+
+VOCABULARY = 8192
+BLOCK = 128
+SPECIAL = {"eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
+_IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
+# No dropout: the text is read less than once, so there is nothing to overfit.
+_GPT = {**_IDS, "n_embd": 192, "n_layer": 8, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+_SIZES = {**_IDS, "hidden_size": 192, "num_hidden_layers": 8}
+_ATTENTION = {**_SIZES, "num_attention_heads": 6, "max_position_embeddings": 512}
+_BERT = {**_ATTENTION, "intermediate_size": 768, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+_OPT = {**_ATTENTION, "ffn_dim": 768, "word_embed_proj_dim": 192, "dropout": 0}
+
+
+@dataclass(frozen=True)
+class MiniModel:
+    """A small model and how it is pretrained.
+
+    Args:
+        model_type: The architecture, as transformers calls it.
+        settings: Its configuration; what is left out has transformers' default.
+        head: What it is pretrained for.
+        lr: Peak learning rate of AdamW.
+        steps: Optimizer steps.
+        warmup_steps: Steps until the peak.
+        batch_size: Blocks of 128 tokens a step.
+        mask_probability: Share of the tokens to predict, for a masked language model.
+        seed: Of the first weights, the order of the texts, and the masks.
+    """
+
+    model_type: str
+    settings: dict[str, Any]
+    head: Head = "causal_lm"
+    lr: float = 2e-3
+    steps: int = 600
+    warmup_steps: int = 60
+    batch_size: int = 16
+    mask_probability: float = 0.15
+    seed: int = 0
+
+    def config(self) -> PretrainedConfig:
+        """The configuration of a model that is to be built."""
+        return AutoConfig.for_model(self.model_type, **self.settings)
+
+
+MINI_ZOO: dict[str, MiniModel] = {
+    # A masked LM learns from a seventh of the tokens, and blocks normalised after the residual collapse at 2e-3.
+    "bert-mini": MiniModel("bert", _BERT, "masked_lm", lr=1e-3, steps=1200, warmup_steps=150, batch_size=8),
+    "gpt2-mini": MiniModel("gpt2", {**_GPT, "n_head": 6}),
+    "opt-mini": MiniModel("opt", _OPT),
+    "neox-mini": MiniModel("gpt_neox", {**_ATTENTION, "intermediate_size": 768, "use_parallel_residual": True}),
+    "codegen-mini": MiniModel("codegen", {**_GPT, "n_head": 8, "n_ctx": 512, "rotary_dim": 12}),
+    "mamba2-mini": MiniModel(
+        "mamba2",
+        {**_SIZES, "num_heads": 12, "head_dim": 32, "state_size": 32, "n_groups": 1, "expand": 2, "chunk_size": 32},
+        steps=500,
+    ),
+    "rwkv-mini": MiniModel("rwkv", {**_SIZES, "context_length": 512, "rescale_every": 0}, steps=320, warmup_steps=40),
+}
+
+_TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+_TINY_GPT = {"n_embd": 32, "n_layer": 4, "n_head": 2}
+#: Tiny and all but random: for trying out what works on any model in seconds.
+TINY_ZOO: dict[str, MiniModel] = {
+    name.replace("mini", "tiny"): replace(MINI_ZOO[name], settings=MINI_ZOO[name].settings | small, steps=2)
+    for name, small in {
+        "bert-mini": _TINY, "gpt2-mini": _TINY_GPT, "neox-mini": _TINY,
+        "mamba2-mini": {"hidden_size": 32, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 16},
+    }.items()
+}  # fmt: skip
+ZOO = MINI_ZOO | TINY_ZOO
+
+
+def folder(name: str, model: MiniModel) -> Path:
+    """Where a model is kept: other settings, another text or another version of what trains it give another folder.
+
+    Args:
+        name: First part of the folder's name.
+        model: Its settings.
+    """
+    return cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder holds a whole model."""
+    files = ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json")
+    return all((folder / name).is_file() for name in files)
+
+
+@cache
+def corpus_hash() -> str:
+    """SHA-256 of the text that all models are pretrained on."""
+    joined = "".join(corpus_fingerprint(python_corpus(kind)) for kind in ("code", "prose"))
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _state(model: MiniModel) -> str:
+    made_by = {**asdict(model), "text": corpus_hash(), "special": SPECIAL, "block": BLOCK, **versions()}
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """What else decides the weights."""
+    minor = {m.__name__: ".".join(m.__version__.split(".")[:2]) for m in (torch, transformers, tokenizers)}
+    return {**minor, "recipe": "1"}  # raised by hand when the pretraining or the objectives train in another way

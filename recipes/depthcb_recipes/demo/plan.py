@@ -1,0 +1,187 @@
+"""Chooses the demo's size by what the machine has memory for and, as measured, time for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthcb import EqualStep, LayerStack, UpdateRatioMonitor
+from depthcb.probe import Probe
+from depthcb.reference import Reference
+from depthcb.similarity import find_measures
+from depthcb_recipes.backbones.catalogue import count_parameters
+from depthcb_recipes.backbones.loading import load_backbone
+from depthcb_recipes.backbones.pretraining import pretrain_if_missing
+from depthcb_recipes.demo.sizes import FITS, SIZES, Costs, Settings, affordable, memory_needed
+from depthcb_recipes.fit_progress import StepClock
+from depthcb_recipes.machine import free_memory, release_memory
+from depthcb_recipes.objectives.causal_lm import CausalLM
+from depthcb_recipes.precision import Precision, device_of, settle
+
+#: What profiles are measured by.
+DEMO_MEASURES = ("cka", "cka_normalized")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, once the machine is known.
+
+    Args:
+        settings: What every fit is run with; its precision is settled.
+        precision: The same with its reason.
+        pretrained: The network at its pretrained weights.
+        tokenizer: Its tokenizer.
+        costs: What was measured to choose the size; None where the size was given.
+        started: When the demo was started, in seconds of `time.monotonic`.
+    """
+
+    settings: Settings
+    precision: Precision
+    pretrained: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    costs: Costs | None
+    started: float
+
+    @property
+    def seconds_in_all(self) -> float | None:
+        """What the demo takes from its start, by the measured costs."""
+        return time.monotonic() - self.started + self.costs.seconds(self.settings) if self.costs else None
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as ``summary.json`` has it."""
+        seconds = round(self.costs.seconds(self.settings), 1) if self.costs else None
+        return {
+            "sizes": size_name(self.settings),
+            "settings": dataclasses.asdict(self.settings),
+            "precision": self.precision.to_dict(),
+            "costs": dataclasses.asdict(self.costs) if self.costs else None,
+            "estimated_seconds": seconds,
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+
+
+def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, started: float) -> Plan:
+    """The first size that there is memory and time for; the smallest where there is no time for any."""
+    device = device_of("auto")
+    small_enough = _with_memory(sizes, device)
+    precision = settle(sizes[0].precision, device)
+    console.print(str(precision), highlight=False, soft_wrap=True)
+    plan: Plan | None = None
+    for backbone, of_one in itertools.groupby(small_enough, key=lambda size: size.backbone):
+        own = list(of_one)
+        console.print(f"Loading {backbone}.", highlight=False, soft_wrap=True)
+        pretrain_if_missing(backbone)
+        pretrained, tokenizer = load_backbone(backbone)
+        costs = measure(pretrained, own[-1], precision) if len(sizes) > 1 else None
+        found = affordable(own, costs, 60 * minutes - (time.monotonic() - started)) if costs else own[0]
+        settings = dataclasses.replace(found or own[-1], precision=precision.precision)
+        plan = Plan(settings, precision, pretrained, tokenizer, costs, started)
+        if found:
+            break
+        if plan.seconds_in_all:
+            console.print(f"{backbone}: even its smallest size would take about {plan.seconds_in_all / 60:.1f} min.")
+    assert plan is not None
+    _tell(plan, console, minutes)
+    return plan
+
+
+def _with_memory(sizes: Sequence[Settings], device: torch.device) -> list[Settings]:
+    """The sizes that there is memory for where the network is trained.
+
+    Raises:
+        ValueError: There is too little for any.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    parameters = {backbone: count_parameters(backbone) for backbone in {size.backbone for size in sizes}}
+    needed = [memory_needed(parameters[size.backbone], size) for size in sizes]
+    if min(needed) > free:
+        raise ValueError(
+            f"The demo needs {min(needed) / 1e9:.1f} GB of memory on {sizes[-1].backbone} and {free / 1e9:.1f} GB are "
+            "free: end other programs, or choose a smaller backbone (--quick)."
+        )
+    return [size for size, bytes_ in zip(sizes, needed, strict=True) if bytes_ <= free]
+
+
+def _tell(plan: Plan, console: Console, minutes: float) -> None:
+    """Says what was chosen, and that it will take long where that is so."""
+    s, costs, name, seconds = plan.settings, plan.costs, size_name(plan.settings), plan.seconds_in_all
+    what = f"{s.steps} steps of {s.batch_size} x {s.block_size} tokens, {s.probe_rows} probe rows"
+    if costs is None or seconds is None:
+        console.print(f"{s.backbone}: {FITS} fits of {what}.", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"Size {name or 'of your own'}: {FITS} fits of {what}; about {seconds / 60:.1f} min in all (a step takes "
+        f"{costs.step_seconds(s):.2f} s, a probe pass {costs.probe_seconds(s):.2f} s)."
+        + (f" `--sizes {name}` repeats this choice." if name else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if seconds > 2 * 60 * minutes:
+        console.print(
+            f"[yellow]This machine is slow for it: even the smallest size takes {seconds / 60:.0f} min, not "
+            f"{minutes:g}. Ctrl-C ends it at any time.[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -> Costs:
+    """Times training steps of two lengths with the control in them, and a probe pass, after one to warm up.
+
+    Args:
+        pretrained: The network; it stays as it is.
+        size: The smallest size, since what takes longer is estimated from it.
+        precision: What to train in.
+    """
+    model = copy.deepcopy(pretrained)
+    batch = _random_batch(model, size.batch_size, size.block_size)
+    twice = {name: torch.cat([column, column]) for name, column in batch.items()}
+    clock = StepClock()
+    trainer = pl.Trainer(
+        max_steps=4,
+        devices=1,
+        precision=precision.precision,  # type: ignore[arg-type]  # Lightning checks it
+        gradient_clip_val=1.0,
+        callbacks=[EqualStep(), UpdateRatioMonitor(), clock],
+        logger=False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches: Any = [batch, batch, batch, twice]
+    trainer.fit(CausalLM(model), DataLoader(batches, batch_size=None))
+    rows = [min(16, size.probe_rows - start) for start in range(0, size.probe_rows, 16)]  # as `PackedText` gives them
+    probe = Probe(tuple(_random_batch(model, n, size.probe_length) for n in rows))
+    stack, measures = LayerStack.find(model), find_measures(DEMO_MEASURES)
+    reference = Reference.record(probe, model.base_model, stack, measures)
+    start = time.perf_counter()
+    reference.profiles(probe.record(model.base_model, stack, reference.causal), measures, step=0, epoch=0)
+    probed = time.perf_counter() - start
+    del model, trainer, stack
+    release_memory()
+    _, *steps, step_twice = clock.seconds  # the first one warms up
+    return Costs(min(steps), step_twice, size.tokens, probed, size.probe_rows * size.probe_length)
+
+
+def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Tokens that take as long as any text."""
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def size_name(settings: Settings) -> str | None:
+    """The name of a size in `SIZES`, whatever its precision; None for another one."""
+    plain = dataclasses.replace(settings, precision="auto")
+    return next((name for name, size in SIZES.items() if size == plain), None)

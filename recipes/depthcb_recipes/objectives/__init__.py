@@ -1,0 +1,1 @@
+"""Objectives: one LightningModule each, and the monitor of their distance from pretraining."""

@@ -1,0 +1,69 @@
+"""What classifying texts and classifying tokens share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import PreTrainedModel
+
+from depthcb_recipes.objectives.objective import IGNORED, Objective
+
+
+class Classification(Objective):
+    """A new linear head that tells labels apart, with accuracy and macro F1.
+
+    ``val/accuracy`` and ``val/f1`` (the unweighted mean over labels) are logged beside the losses.
+
+    Args:
+        backbone: As for `Objective`; of a model with a head the network below it is used.
+        num_labels: Number of labels; None takes it from the Trainer's data module.
+        dropout: Probability of dropping a number that the head reads.
+        **options: As for `Objective`.
+
+    Raises:
+        ValueError: As for `Objective`; fewer than two labels, or no way to know their number.
+    """
+
+    def __init__(
+        self,
+        backbone: str | PreTrainedModel = "minilm",
+        *,
+        num_labels: int | None = None,
+        dropout: float = 0.1,
+        **options: Any,
+    ) -> None:
+        if num_labels is not None and num_labels < 2:
+            raise ValueError(f"num_labels must be at least 2, not {num_labels}")
+        super().__init__(backbone, **options)
+        self.dropout = nn.Dropout(dropout)
+        if num_labels is not None and hasattr(self, "model"):
+            self._add_head(num_labels)
+
+    def configure_model(self) -> None:
+        """Load the backbone and put a head on it, once."""
+        super().configure_model()
+        if not hasattr(self, "head"):
+            self._add_head(self.hparams["num_labels"] or self._labels_of_data())
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(..., D) → (..., labels)."""
+        scores: Tensor = self.head(self.dropout(features))
+        return scores
+
+    def _add_head(self, num_labels: int) -> None:
+        self.hparams["num_labels"] = num_labels  # so that a checkpoint is loaded without its data
+        config = self.model.config
+        weight = next(self.model.parameters())
+        self.head = nn.Linear(config.hidden_size, num_labels, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.head.bias)
+        self.val_metrics["accuracy"] = MulticlassAccuracy(num_labels, average="micro", ignore_index=IGNORED)
+        self.val_metrics["f1"] = MulticlassF1Score(num_labels, average="macro", ignore_index=IGNORED)
+
+    def _labels_of_data(self) -> int:
+        found = getattr(getattr(self._trainer, "datamodule", None), "num_labels", None)
+        if found is None:
+            raise ValueError(f"{type(self).__name__} can't know how many labels there are: give num_labels=.")
+        return int(found)

@@ -1,0 +1,103 @@
+"""Fine-tuning by finding the partner of a text among the others of its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from depthcb.isolation import isolated_rng
+from depthcb_recipes.backbones.loading import is_encoder
+from depthcb_recipes.objectives.objective import Batch, Loss, Objective, cross_entropy
+from depthcb_recipes.objectives.pooling import last_token, mean_token
+
+
+class Contrastive(Objective):
+    """InfoNCE over a batch: each text's vector is to be nearest, by cosine, to that of its partner.
+
+    A batch holds ``input_ids``, ``pair_input_ids`` and, optionally, ``attention_mask`` and ``pair_attention_mask``.
+    Without pairs a text is its own partner under another draw of dropout (SimCSE), in validation too, where the draws
+    are always the same. Of several processes each compares within its own batch. A text's vector is the mean over real
+    tokens (encoders) or the last one's (others). Beside the losses ``val/recall_at_1`` is logged: how often the partner
+    is nearest among the batch.
+
+    Args:
+        backbone: As for `Objective`; of a model with a head the network below it is used.
+        temperature: What cosines are divided by.
+        **options: As for `Objective`.
+
+    Raises:
+        ValueError: As for `Objective`; a temperature that is not positive; no pairs for a network without dropout; a
+            batch of one.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertModel(BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=32))
+        >>> ids = torch.arange(10).view(2, 5)
+        >>> Contrastive(tiny).loss({"input_ids": ids, "pair_input_ids": ids + 1}).scores.shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self, backbone: str | PreTrainedModel = "minilm", *, temperature: float = 0.05, **options: Any
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, not {temperature}")
+        super().__init__(backbone, **options)
+        self.temperature = temperature
+        self.val_metrics["recall_at_1"] = MeanMetric()
+
+    def loss(self, batch: Batch) -> Loss:
+        """Mean cross-entropy of the partner among all second texts of the batch."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if len(ids) < 2:
+            raise ValueError(
+                "Contrastive got a batch of one text, which has nothing to be told from: use batch_size >= 2."
+            )
+        if "pair_input_ids" in batch:
+            first = self.embed(ids, mask)
+            second = self.embed(batch["pair_input_ids"], batch.get("pair_attention_mask"))
+        else:
+            with self._dropping():
+                first, second = self.embed(ids, mask), self.embed(ids, mask)
+        scores = first @ second.T / self.temperature
+        targets = torch.arange(len(ids), device=ids.device)
+        return Loss(*cross_entropy(scores, targets), scores, targets)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The texts' vectors, (B, D) and of length 1."""
+        hidden = self(input_ids, attention_mask).last_hidden_state.float()
+        pool = mean_token if is_encoder(self.model.config) else last_token
+        return F.normalize(pool(hidden, attention_mask), dim=1)
+
+    def update_metrics(self, loss: Loss) -> None:
+        assert loss.scores is not None
+        assert loss.targets is not None
+        self.metrics["recall_at_1"].update((loss.scores.argmax(dim=1) == loss.targets).float())
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Dropout is on; outside training from a fixed draw, so that validations compare."""
+        dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        if not dropouts:
+            raise ValueError(
+                f"{type(self.model).__name__} has no dropout, so that a text can't be its own partner: give pairs."
+            )
+        if self.training:
+            yield
+            return
+        with isolated_rng(0):
+            try:
+                for module in dropouts:
+                    module.train()
+                yield
+            finally:
+                for module in dropouts:
+                    module.eval()

@@ -1,0 +1,53 @@
+"""One vector a text, out of one vector per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The vector of each text's last real token, whichever side is padded.
+
+    Args:
+        hidden: (B, T, D).
+        mask: (B, T), 0 where there is padding; None without padding.
+
+    Returns:
+        (B, D).
+
+    Example:
+        >>> hidden = torch.arange(6.0).view(2, 3, 1)
+        >>> last_token(hidden, torch.tensor([[1, 1, 0], [0, 1, 1]])).flatten().tolist()
+        [1.0, 5.0]
+    """
+    if mask is None:
+        return hidden[:, -1]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = ((mask != 0) * positions).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The vector of each text's first real token: shapes as for `last_token`.
+
+    Example:
+        >>> first_token(torch.arange(6.0).view(2, 3, 1), torch.tensor([[1, 1, 0], [0, 1, 1]])).flatten().tolist()
+        [0.0, 4.0]
+    """
+    if mask is None:
+        return hidden[:, 0]
+    return hidden[torch.arange(len(hidden), device=hidden.device), (mask != 0).int().argmax(dim=1)]
+
+
+def mean_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean vector of each text's real tokens: shapes as for `last_token`.
+
+    Example:
+        >>> mean_token(torch.arange(6.0).view(2, 3, 1), torch.tensor([[1, 1, 0], [1, 1, 1]])).flatten().tolist()
+        [0.5, 4.0]
+    """
+    if mask is None:
+        return hidden.mean(dim=1)
+    real = (mask != 0).unsqueeze(2).to(hidden.dtype)
+    return (hidden * real).sum(dim=1) / real.sum(dim=1)

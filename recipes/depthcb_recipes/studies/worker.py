@@ -1,0 +1,70 @@
+"""The process of one run, whatever engine starts it: ``python -m depthcb_recipes.studies.worker FOLDER MODULE``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import yaml
+
+from depthcb_recipes.studies.grid import RunConfig
+from depthcb_recipes.studies.store import (
+    CONFIG,
+    LEASE,
+    Busy,
+    full_disk,
+    locked,
+    read_result,
+    start_afresh,
+    write_result,
+)
+
+#: Exit statuses: another process makes this run; the disk is full.
+BUSY, FULL = 75, 74
+_PR_SET_PDEATHSIG = 1
+
+
+def main(folder: Path, module: str) -> int:
+    """Makes the run by ``module.make(config, folder)``, unless it has a result or another process makes it.
+
+    Returns:
+        The exit status: 0 with a result on the disk, `BUSY`, `FULL`, or 1 where ``make`` itself broke.
+    """
+    die_with_the_parent()
+    config = RunConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    patience = 1.5 * LEASE if os.environ.get("DEPTHCB_WAIT") else 0
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # one more process of a run whose first one holds the lock
+            importlib.import_module(module).make(config, folder)
+            return 0
+        with locked(folder, patience):
+            if read_result(folder) is None:
+                if not config.resumes:
+                    start_afresh(folder)
+                write_result(folder, importlib.import_module(module).make(config, folder))
+    except Busy:
+        return BUSY
+    except Exception as error:
+        traceback.print_exc()
+        return FULL if full_disk(error) else 1
+    return 0
+
+
+def die_with_the_parent() -> None:
+    """Has the system end this process when the one that started it ends, however it ends (Linux)."""
+    parent = os.environ.get("DEPTHCB_PARENT")
+    if parent and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it ended before we asked
+            os._exit(1)
+    os.environ["DEPTHCB_PARENT"] = str(os.getpid())  # for the further processes of a run on several devices
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

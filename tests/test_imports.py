@@ -1,0 +1,62 @@
+"""One arrow: the recipes build on the library, never back, and no module leads back to itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"depthcb": ROOT / "depthcb", "depthcb_recipes": ROOT / "recipes" / "depthcb_recipes"}
+NAME = re.compile(r"depthcb(_recipes)?(\.\w+)*")
+
+
+def modules() -> dict[str, ast.Module]:
+    """The source of every module, by its name."""
+    found = {}
+    for package, folder in ROOMS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def named(tree: ast.Module) -> Iterator[str]:
+    """All that a module imports, wherever and whenever it does, and all module names that stand in its strings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
+            yield node.value
+
+
+def arrows() -> dict[str, set[str]]:
+    """Each module with those of ours that it needs. A package's ``__init__`` only hands names on, so it needs none."""
+    found: dict[str, set[str]] = {}
+    trees = modules()
+    for name, tree in trees.items():
+        needed = set()
+        for target in named(tree):
+            while target and target not in trees:
+                target = target.rpartition(".")[0]
+            needed.add(target)
+        found[name] = needed - {name, "", *ROOMS}
+    return found
+
+
+def test_the_library_knows_no_recipe() -> None:
+    words = {name: list(named(tree)) for name, tree in modules().items() if name.partition(".")[0] == "depthcb"}
+    assert len(words) > 30
+    assert {name: w for name, ws in words.items() for w in ws if w.startswith("depthcb_recipes")} == {}
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    found = {name: needed for name, needed in arrows().items() if name not in ROOMS}
+    assert "depthcb.profile" in found["depthcb.run"], "the arrows are really read"
+    assert len(list(TopologicalSorter(found).static_order())) == len(found)  # it raises CycleError, naming the circle
