@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: Seconds that the main thread has to come to its end, and that everything has.
-GRACE, LIMIT = 2.0, 4.5
+GRACE, LIMIT = 2.0, 4.0
 
 
 class Stop:
@@ -66,7 +66,7 @@ class Stop:
         self.last_words()
 
     def _exit(self) -> None:
-        import psutil  # comes with the recipes, where all long work is
+        import psutil
 
         sys.stdout.flush()
         # Not W&B's writer, which finishes its file when this process is gone.
@@ -90,6 +90,8 @@ def stoppable(last_words: Callable[[], object] = lambda: None) -> Iterator[Stop]
     Raises:
         SystemExit: After a signal.
     """
+    import psutil  # noqa: F401  # comes with the recipes; loaded now, since in the end there is no time for it
+
     stop = Stop(last_words)
     if threading.current_thread() is not threading.main_thread():
         yield stop

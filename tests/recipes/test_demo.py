@@ -129,8 +129,10 @@ def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp
             time.sleep(0.2)
         process.send_signal(number)
         sent = time.monotonic()
-        text, _ = process.communicate(timeout=120)
-        assert time.monotonic() - sent < 5, text
+        process.wait(timeout=120)
+        took = time.monotonic() - sent
+        text, _ = process.communicate(timeout=120)  # W&B's own process may hold the pipe a little longer
+        assert took < 5, text
     assert process.returncode == 128 + number, text
     assert f"`depthcb report {out}` shows it again." in text
     assert "Interrupted: what was measured so far follows." in text
