@@ -202,7 +202,8 @@ def test_each_validation_arrives_before_training_goes_on(tmp_path: Path) -> None
     assert not any("artifact" in name.lower() for name in kept.other), kept.other
 
 
-@pytest.mark.parametrize("server", ["slow", pytest.param("dead", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["slow", "dead"])
 def test_a_bad_server_does_not_hold_training_up(server: str, tmp_path: Path) -> None:
     """In a process of its own: with a dead server W&B would wait for it at the end."""
     script = str(Path(__file__).with_name("slow_server_fit.py"))

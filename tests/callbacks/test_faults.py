@@ -52,7 +52,7 @@ def test_with_shuffling_and_dropout_it_still_compares_with_the_pretrained_model(
     assert means[2] > means[1] > means[0] > 0, "a reference taken at the resume would have made the last one small"
 
 
-@pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("stop", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_leaves_no_hook_and_every_profile(stop: str, through: dict[str, Any], tmp_path: Path) -> None:
     _, seen = run(tmp_path / "run", stop=stop)
     assert seen["hooks"] == 0

@@ -60,6 +60,7 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -
     assert ranks[0]["collectives"] == 8 * 2 + 1 + 2
 
 
+@pytest.mark.slow
 def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
     ranks = run(tmp_path / "dp2", "dp2", 2, log_every=100)
     assert ranks[0]["collectives"] == 8 + 1  # one before training

@@ -110,7 +110,8 @@ def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "keep me"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C or SIGTERM in the second arm: the first arm's profiles, picture and page are there within 5 seconds."""
     out = tmp_path / "out"
