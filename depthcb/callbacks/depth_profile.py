@@ -150,10 +150,12 @@ class DepthProfile(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_lost_reference(trainer)
-        if self.recorder.probe is not None and trainer.val_dataloaders is None:
+        source = None
+        if self.recorder.probe is None:
+            source = _validation_loader(trainer)
+        elif trainer.val_dataloaders is None:
             warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
         with _muted(pl_module):
-            source = _validation_loader(trainer) if self.recorder.probe is None else None
             self.recorder.prepare(pl_module, source=source)
         self._open_record(trainer, pl_module)
 

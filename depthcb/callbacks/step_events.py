@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
-from depthcb.engine.step_hooks import hooked
+from depthcb.engine.step_hooks import Hooked
 
 
-class OptimizerStepCallback(Callback):
+class OptimizerStepCallback(Hooked, Callback):
     """Base class of callbacks that act around every *real* optimizer step.
 
     Override `on_after_optimizer_step` (and `on_before_optimizer_closure`). They fire once per step that the optimizer
@@ -47,34 +45,22 @@ class OptimizerStepCallback(Callback):
         refuse_sharding(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._remove_hooks()
-
         def before(optimizer: Optimizer) -> None:
             self.on_before_optimizer_closure(trainer, pl_module, optimizer)
 
         def after(optimizer: Optimizer) -> None:
             self.on_after_optimizer_step(trainer, pl_module, optimizer)
 
-        self._handles.extend(hooked(trainer.optimizers, before, after))
+        self._hook(trainer.optimizers, before, after)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._remove_hooks()
+        self._unhook()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()
+        self._unhook()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._remove_hooks()
-
-    @property
-    def _handles(self) -> list[Any]:
-        # Made on first use, so that a subclass need not call this class's constructor.
-        handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
-        return handles
-
-    def _remove_hooks(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._unhook()
 
 
 def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:

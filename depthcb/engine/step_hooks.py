@@ -14,7 +14,46 @@ from torch.optim import Optimizer
 Sink = Callable[[Mapping[str, float], int], object]
 
 
-class StepHooks:
+class Hooked:
+    """Holds hooks around the steps of some optimizers, at most one pair on each, until it lets go of them."""
+
+    def _hook(
+        self,
+        optimizers: Sequence[Optimizer],
+        before: Callable[[Optimizer], object],
+        after: Callable[[Optimizer], object],
+    ) -> None:
+        """Hooks the steps, in place of what was hooked.
+
+        Args:
+            optimizers: The optimizers.
+            before: Called first thing in ``optimizer.step``.
+            after: Called when the step is done.
+        """
+
+        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            before(optimizer)
+
+        def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            after(optimizer)
+
+        self._unhook()
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(pre))
+            self._handles.append(optimizer.register_step_post_hook(post))
+
+    def _unhook(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def _handles(self) -> list[Any]:
+        # Made on first use, so that a subclass need not call this class's constructor.
+        handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
+        return handles
+
+
+class StepHooks(Hooked):
     """Base of the engine's objects: hooks that torch calls around every real step of some optimizers.
 
     They fire once per step that an optimizer really makes: not for accumulated batches, not for steps that an AMP
@@ -56,13 +95,12 @@ class StepHooks:
         self.detach()
         self.log = log
         self.prepare(module, optimizers)
-        self._handles.extend(hooked(optimizers, self.before_step, self.after_step))
+        self._hook(optimizers, self.before_step, self.after_step)
         return self
 
     def detach(self) -> None:
         """Removes all hooks; does nothing where there are none."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._unhook()
 
     def __enter__(self) -> Self:
         return self
@@ -75,36 +113,6 @@ class StepHooks:
                 self.finish()
         finally:
             self.detach()
-
-    @property
-    def _handles(self) -> list[Any]:
-        # Made on first use, so that a subclass need not call this class's constructor.
-        handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
-        return handles
-
-
-def hooked(
-    optimizers: Sequence[Optimizer], before: Callable[[Optimizer], object], after: Callable[[Optimizer], object]
-) -> list[Any]:
-    """Handles of hooks around the steps of some optimizers.
-
-    Args:
-        optimizers: The optimizers.
-        before: Called first thing in ``optimizer.step``.
-        after: Called when the step is done.
-    """
-
-    def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        before(optimizer)
-
-    def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        after(optimizer)
-
-    handles: list[Any] = []
-    for optimizer in optimizers:
-        handles.append(optimizer.register_step_pre_hook(pre))
-        handles.append(optimizer.register_step_post_hook(post))
-    return handles
 
 
 @contextmanager

@@ -74,18 +74,18 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
 
     def before_instantiate_classes(self) -> None:
-        whole = self.config[self.subcommand] if self.subcommand else self.config
-        backbone = whole.model.init_args.get("backbone")
+        own = self._own(self.config)
+        backbone = own.model.init_args.get("backbone")
         if isinstance(backbone, str):
             pretrain_if_missing(backbone)  # several processes wait for the first one
-        options = self._own(self.config)
+        options = own.trainer
         self.precision = settle(options.precision, device_of(options.accelerator))
         if options.precision == "auto":
             rank_zero_only(print)(self.precision, flush=True)
         options.precision = self.precision.precision  # what config.yaml keeps
 
     def instantiate_trainer(self, **options: Any) -> pl.Trainer:
-        asked = self._own(self.config_init)
+        asked = self._own(self.config_init).trainer
         named = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         self.precision_record = PrecisionRecord(self.precision)
         callbacks: list[pl.Callback] = [*named, self.precision_record]
@@ -94,8 +94,8 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**options, callbacks=callbacks)
 
     def _own(self, config: Any) -> Any:
-        """The Trainer's options in a configuration."""
-        return (config[self.subcommand] if self.subcommand else config).trainer
+        """What a configuration holds for the command that runs."""
+        return config[self.subcommand] if self.subcommand else config
 
     def before_fit(self) -> None:
         """What is said when the fit is asked to stop."""

@@ -52,9 +52,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_left_over(path: Path) -> None:
-    """Removes what killed processes left beside ``path``; nobody may be publishing it at this moment."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        if left.suffix[1:].isdigit():
+    """Removes what killed processes left beside ``path``, but no lock; nobody may be publishing it at this moment."""
+    for left in (path.with_name(f".{path.name}"), *path.parent.glob(f".{path.name}.*")):
+        if left.suffix != ".lock":
             _remove(left)
 
 

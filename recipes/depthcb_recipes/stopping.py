@@ -31,6 +31,9 @@ class Stop:
     """
 
     def __init__(self, last_words: Callable[[], object] = lambda: None) -> None:
+        import psutil  # comes with the recipes, where all long work is; in the end there is no time for it
+
+        self._process = psutil.Process()
         self.last_words = last_words
         #: The signal that came; None so far.
         self.signal: int | None = None
@@ -70,7 +73,7 @@ class Stop:
 
         sys.stdout.flush()
         # Not W&B's writer, which finishes its file when this process is gone.
-        for child in psutil.Process().children(recursive=True):
+        for child in self._process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if "wandb" not in child.name():
                     child.kill()
@@ -90,8 +93,6 @@ def stoppable(last_words: Callable[[], object] = lambda: None) -> Iterator[Stop]
     Raises:
         SystemExit: After a signal.
     """
-    import psutil  # noqa: F401  # comes with the recipes; loaded now, since in the end there is no time for it
-
     stop = Stop(last_words)
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -46,7 +46,7 @@ class MiniModel:
         lr: Peak learning rate of AdamW.
         steps: Optimizer steps.
         warmup_steps: Steps until the peak.
-        batch_size: Blocks of 128 tokens a step.
+        batch_size: Blocks of 128 tokens per step.
         mask_probability: Share of the tokens to predict, for a masked language model.
         seed: Of the first weights, the order of the texts, and the masks.
     """

@@ -1,4 +1,4 @@
-"""One vector a text, out of one vector per token."""
+"""One vector per text, out of one per token."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from depthcb_recipes.backbones.loading import BackboneNotFoundError
 from depthcb_recipes.fit import fit_cli
 from depthcb_recipes.objectives.distance_monitor import ObjectiveDistanceMonitor
 from depthcb_recipes.precision import Precision
-from depthcb_recipes.publish import published
+from depthcb_recipes.publish import published, remove_left_over
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.store import Store, full_disk
 
@@ -176,6 +176,7 @@ def fit(config: RunConfig, folder: Path) -> dict[str, Any]:
                 f"data.stateful is not supported on {trainer.world_size} processes, since the random streams of one "
                 "are kept: leave it out, and a killed run starts from scratch."
             )
+        remove_left_over(checkpoint)
         callbacks.append(Resumable(checkpoint))
     trainer.fit(module, cli.datamodule, ckpt_path=checkpoint if checkpoint.is_file() else None)
     checkpoint.unlink(missing_ok=True)
