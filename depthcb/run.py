@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
 
 from depthcb.profile import Profile, Profiles
@@ -30,6 +30,9 @@ FOLDER = "depthcb"
 _PACKAGES = ("lightning", "torch", "transformers", "datasets", "peft", "wandb", "depthcb")
 
 Row = Mapping[str, Any]
+#: The optimizer's own steps, or steps of equal relative size in all layers.
+Control = Literal["standard", "equal-step"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Run:
         return next((r for r in self.records.values() if r.callback == callback), None)
 
     @property
-    def control(self) -> str:
+    def control(self) -> Control:
         """``"standard"``, or ``"equal-step"`` where `EqualStep` ruled the steps."""
         return "equal-step" if self.record("EqualStep") else "standard"
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
 import numpy as np
+from studies import FIGURES
 
 from depthcb.profile import Profile
+from depthcb_recipes.studies.grid import RunConfig
+from depthcb_recipes.studies.result import FINISHED, Figures, Result
 
 OBJECTIVES = ("causal_lm", "sequence_classification", "token_classification", "contrastive")
 DISTANCE = dict(zip(OBJECTIVES, (0.0, 0.9, 0.8, 1.1), strict=True))
@@ -20,10 +24,21 @@ def profile(rng: np.random.Generator, slope: float, layers: int = 8, noise: floa
     return Profile.from_halves(change.tolist(), halves, layer_names=tuple(map(str, range(layers))), measure="cka")
 
 
+def figures(result: Result) -> Figures:
+    """The figures of a run that has some."""
+    assert result.figures is not None
+    return result.figures
+
+
+def changed(result: Result, **own: Any) -> Result:
+    """The same result but for some of its figures."""
+    return dataclasses.replace(result, figures=dataclasses.replace(figures(result), **own))
+
+
 def study(
     truth: Any, models: dict[str, tuple[str, float]], objectives: tuple[str, ...] = OBJECTIVES, seeds: int = 2, rng_seed: int = 0,
     spread: float = 5.0, null: float = 0.1,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Result]:  # fmt: skip
     """Results of all runs; ``truth(model, block, size, objective, control, rng)`` is a run's slope."""
     rng = np.random.default_rng(rng_seed)
     results = []
@@ -31,15 +46,15 @@ def study(
         models.items(), objectives, range(seeds), ("standard", "equal-step")
     ):
         own = profile(rng, truth(model, block, size, objective, control, rng), layers=6 + 2 * list(models).index(model))
-        config = {"model": model, "objective": objective, "optimizer": "sgd", "control": control, "seed": seed}
-        results.append({
-            "status": "finished", "config": config, "pair": f"{model} {objective} {seed}",
-            "backbone": {"family": "decoder", "block": block, "layers": len(own.change), "parameters": size},
-            "profiles": {"cka": own.to_dict(), "cka_normalized": own.to_dict()},
-            "null": {"cka": [profile(rng, null).to_dict()]}, "wanted_spread": spread,
-            "objective_distance": DISTANCE[objective], "loss": 2.0, "loss_before": 3.0,
-            "initial_weights": f"{model} {objective} {seed}", "data_order": f"{objective} {seed}",
-        })  # fmt: skip
+        own_figures = dataclasses.replace(
+            FIGURES, pair=f"{model} {objective} {seed}", slope=own.slope,
+            backbone={"family": "decoder", "block": block, "layers": len(own.change), "parameters": size},
+            profiles={"cka": own.to_dict(), "cka_normalized": own.to_dict()},
+            null={"cka": [profile(rng, null).to_dict()]}, wanted_spread=spread,
+            objective_distance=DISTANCE[objective],
+            initial_weights=f"{model} {objective} {seed}", data_order=f"{objective} {seed}",
+        )  # fmt: skip
+        results.append(Result(FINISHED, RunConfig(model, objective, "sgd", control, seed), own_figures))
     return results
 
 

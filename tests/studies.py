@@ -11,9 +11,16 @@ from typing import Any
 import yaml
 
 from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.result import Figures
 from depthcb_recipes.studies.store import Store
 
 SMOKE = Path(__file__).parents[1] / "recipes" / "depthcb_recipes" / "studies" / "mini-smoke.yaml"
+
+#: Of a run that never was.
+FIGURES = Figures(
+    pair="", slope=1.0, profiles={}, null={}, wanted_spread=1.0, realised_spread=1.0, lowest_rank=4.0, loss_before=3.0,
+    loss=2.0, seconds=1.0, provenance={}, initial_weights="", data_order="", objective_distance=None, backbone={},
+)  # fmt: skip
 
 
 def smoke(folder: Path, *models: str) -> Path:
@@ -41,8 +48,9 @@ def figures(study: Path, out: Path) -> dict[str, dict[str, Any]]:
     for config in read_study(study):
         result = Store(out).result(config)
         assert result is not None, f"{config.name} has no result"
-        assert result["status"] == "finished", result
-        found[config.name] = {k: v for k, v in result.items() if k not in ("seconds", "provenance", "sha256")}
+        assert result.figures is not None, result
+        fields = result.to_dict()
+        found[config.name] = {name: value for name, value in fields.items() if name not in ("seconds", "provenance")}
     return found
 
 

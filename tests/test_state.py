@@ -157,7 +157,7 @@ if len(sys.argv) > 1:
 """
 
 
-@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_reaches_the_network(asks: bool) -> None:
     """No address is looked up and no connection opened, even where the hub's offline switch is not set."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}

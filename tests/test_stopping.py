@@ -71,7 +71,7 @@ def long_backward(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_fit_ends_in_the_middle_of_a_backward_of_twenty_seconds(number: signal.Signals, tmp_path: Path) -> None:
     process = long_backward(tmp_path)
     text = end(process, number)
@@ -100,5 +100,5 @@ def test_a_study_ends_with_all_that_it_started(number: signal.Signals, tmp_path:
     process = start(tmp_path, "study", "run", str(smoke(tmp_path, "gpt2-tiny")), "--out", str(tmp_path / "out"))
     wait_for(lambda: bool(list(tmp_path.glob("out/runs/*/run.yaml"))), process)
     text = end(process, number)
-    assert "Stopped. The same command goes on: `depthcb study run" in text
+    assert "Stopped. The same command continues: `depthcb study run" in text
     assert not alive(tmp_path / "out")

@@ -1,67 +1,39 @@
-"""What people run: one LightningModule per objective, the backbones and the text they are trained on."""
+"""Recipes: objectives as LightningModules, the text they are trained on, the backbones to start from, and studies.
+
+An objective or a data module is imported from here by its name alone. It is found by the name of its file:
+``depthcb_recipes.CausalLM`` is the class in ``objectives/causal_lm.py``.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from depthcb_recipes.backbones.loading import load_backbone
-    from depthcb_recipes.data.completions import Completions
-    from depthcb_recipes.data.corpus import python_corpus
-    from depthcb_recipes.data.labelled_text import LabelledText
-    from depthcb_recipes.data.labelled_tokens import LabelledTokens
-    from depthcb_recipes.data.packed_text import PackedText
-    from depthcb_recipes.data.text_pairs import TextPairs
-    from depthcb_recipes.objectives.causal_lm import CausalLM
-    from depthcb_recipes.objectives.completion_lm import CompletionLM
-    from depthcb_recipes.objectives.contrastive import Contrastive
-    from depthcb_recipes.objectives.distance_monitor import ObjectiveDistanceMonitor
-    from depthcb_recipes.objectives.masked_lm import MaskedLM
-    from depthcb_recipes.objectives.sequence_classification import SequenceClassification
-    from depthcb_recipes.objectives.token_classification import TokenClassification
-
-__all__ = [
-    "CausalLM",
-    "CompletionLM",
-    "Completions",
-    "Contrastive",
-    "LabelledText",
-    "LabelledTokens",
-    "MaskedLM",
-    "ObjectiveDistanceMonitor",
-    "PackedText",
-    "SequenceClassification",
-    "TextPairs",
-    "TokenClassification",
-    "load_backbone",
-    "python_corpus",
-]
-
-_HOME = {
-    "CausalLM": "depthcb_recipes.objectives.causal_lm",
-    "CompletionLM": "depthcb_recipes.objectives.completion_lm",
-    "Contrastive": "depthcb_recipes.objectives.contrastive",
-    "MaskedLM": "depthcb_recipes.objectives.masked_lm",
-    "ObjectiveDistanceMonitor": "depthcb_recipes.objectives.distance_monitor",
-    "Completions": "depthcb_recipes.data.completions",
-    "LabelledText": "depthcb_recipes.data.labelled_text",
-    "LabelledTokens": "depthcb_recipes.data.labelled_tokens",
-    "PackedText": "depthcb_recipes.data.packed_text",
-    "TextPairs": "depthcb_recipes.data.text_pairs",
-    "SequenceClassification": "depthcb_recipes.objectives.sequence_classification",
-    "TokenClassification": "depthcb_recipes.objectives.token_classification",
-    "load_backbone": "depthcb_recipes.backbones.loading",
-    "python_corpus": "depthcb_recipes.data.corpus",
-}
+#: The packages whose classes are found by their names.
+_PACKAGES = ("objectives", "data")
+_FUNCTIONS = {"load_backbone": "backbones.loading", "python_corpus": "data.corpus"}
 
 
 def __getattr__(name: str) -> Any:
     # Importing on first use keeps `import depthcb_recipes`, and a command line's --help, free of torch.
-    if name not in _HOME:
+    module = _FUNCTIONS.get(name) or _module_of(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
+def _module_of(name: str) -> str | None:
+    """The module of a class: ``"objectives.causal_lm"`` for ``"CausalLM"``."""
+    file = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    found = [package for package in _PACKAGES if Path(__file__).with_name(package).joinpath(f"{file}.py").is_file()]
+    return f"{found[0]}.{file}" if found and name[0].isupper() else None
+
+
+def import_all() -> None:
+    """Imports all objectives and data modules, so that LightningCLI finds each by its bare name."""
+    for package in _PACKAGES:
+        for module in pkgutil.iter_modules([str(Path(__file__).with_name(package))]):
+            import_module(f"{__name__}.{package}.{module.name}")

@@ -78,7 +78,7 @@ def _demo(args: argparse.Namespace) -> None:
     use_threads_politely()
     from rich.console import Console
 
-    from depthcb_recipes.demo.run import run_demo
+    from depthcb_recipes.demo.demo import run_demo
     from depthcb_recipes.demo.sizes import MINUTES, QUICK_MINUTES, chosen
 
     sizes = chosen(args.sizes, quick=args.quick, backbone=args.backbone, steps=args.steps, precision=args.precision)

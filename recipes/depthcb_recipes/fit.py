@@ -6,7 +6,8 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,9 @@ from depthcb_recipes.fit_progress import FitProgress
 from depthcb_recipes.objectives.objective import Objective
 from depthcb_recipes.precision import Precision, choose, device_of, settle
 from depthcb_recipes.stopping import Stop, stoppable
+
+#: What every fit starts from: the Trainer's options that a configuration does not give.
+DEFAULTS = Path(__file__).with_name("fit_defaults.yaml")
 
 
 class PrecisionTrainer(pl.Trainer):
@@ -117,14 +121,17 @@ def run_fit(argv: Sequence[str]) -> None:
         SystemExit: After ``--help`` or ``--print_config``.
     """
     with stoppable(lambda: print("Stopped before the first step.", flush=True)) as stop:
-        fit_cli(["fit", *map(_bundled, argv)], stop=stop, exit_on_error=False, fit={"exit_on_error": False})
+        own = {"exit_on_error": False, "default_config_files": [str(DEFAULTS)]}
+        fit_cli(["fit", *map(_bundled, argv)], stop=stop, exit_on_error=False, fit=own)
 
 
-def fit_cli(args: Sequence[str], run: bool = True, stop: Stop | None = None, **parser_kwargs: Any) -> FitCLI:
+def fit_cli(
+    args: Sequence[str] | Mapping[str, Any], run: bool = True, stop: Stop | None = None, **parser_kwargs: Any
+) -> FitCLI:
     """The command line's objects: Trainer, objective and data.
 
     Args:
-        args: Options of LightningCLI; the command ``fit`` first if it is to run.
+        args: Options of LightningCLI, as strings or as a nested mapping; the command ``fit`` first if it is to run.
         run: Whether to run the command, or to make the objects alone.
         stop: Told what to say when the command is asked to stop.
         **parser_kwargs: As LightningCLI takes them.
@@ -132,8 +139,7 @@ def fit_cli(args: Sequence[str], run: bool = True, stop: Stop | None = None, **p
     Raises:
         ValueError: A file or an option that cannot be used, in one line.
     """
-    for name in depthcb_recipes.__all__:
-        getattr(depthcb_recipes, name)  # imported, so that a class is found by its bare name
+    depthcb_recipes.import_all()
     try:
         with warnings.catch_warnings():
             # It takes our own command line for a second one.
@@ -144,7 +150,7 @@ def fit_cli(args: Sequence[str], run: bool = True, stop: Stop | None = None, **p
                 trainer_class=PrecisionTrainer,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=list(args),
+                args=dict(args) if isinstance(args, Mapping) else list(args),
                 run=run,
                 stop=stop,
                 seed_everything_default=0,

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from studies import FIGURES
 
 from depthcb_recipes.studies.grid import RunConfig, read_study
 from depthcb_recipes.studies.pool import Pool, run_study
 from depthcb_recipes.studies.process import RunProcess
-from depthcb_recipes.studies.store import Store, write_result
+from depthcb_recipes.studies.result import Result, write_result
+from depthcb_recipes.studies.store import Store
 
 pytestmark = pytest.mark.slow
 STUDY = Path(__file__).parents[1] / "study"
@@ -36,15 +39,15 @@ def test_a_thousand_runs_cost_little_more_than_their_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs that do nothing, two at once, against the same subprocesses one after another without a pool."""
-    monkeypatch.setenv("PYTHONPATH", str(STUDY))
+    monkeypatch.setenv("PYTHONPATH", f"{STUDY}{os.pathsep}{STUDY.parent}")
     _, configs = study(tmp_path, 500)
     start = time.perf_counter()
-    progress = run_study(configs, Store(tmp_path / "pool"), Pool(2, maker="study_maker"))
+    progress = run_study(configs, Store(tmp_path / "pool"), Pool(2, runner="study_runner"))
     pool = (time.perf_counter() - start) / len(configs)
     assert progress.done == 1000
     bare, start = Store(tmp_path / "bare"), time.perf_counter()
     for config in configs[:100]:
-        assert RunProcess(bare.prepare(config), config, maker="study_maker").wait() == 0
+        assert RunProcess(bare.prepare(config), config, runner="study_runner").wait() == 0
     alone = (time.perf_counter() - start) / 100
     with capsys.disabled():
         print(f"\n1,000 runs that do nothing: {pool:.3f} s each by two jobs; a process alone {alone:.3f} s")
@@ -58,8 +61,7 @@ def test_the_status_of_two_thousand_runs_is_read_at_once(tmp_path: Path, capsys:
     for config in configs:
         measured = {"cka": profile, "cka_normalized": profile}
         null = {"cka": [profile, profile], "cka_normalized": [profile, profile]}
-        result = {"status": "finished", "config": config.to_dict(), "profiles": measured, "null": null}
-        write_result(store.prepare(config), result)
+        write_result(store.prepare(config), Result("finished", config, replace(FIGURES, profiles=measured, null=null)))
     read = (
         "import json, sys, pathlib; [json.loads(p.read_text()) for p in pathlib.Path(sys.argv[1]).rglob('result.json')]"
     )

@@ -25,11 +25,13 @@ from depthcb.report import read_html
 from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
+from depthcb_recipes.demo import demo
 from depthcb_recipes.demo import plan as demo_plan
-from depthcb_recipes.demo import run as demo
-from depthcb_recipes.demo.run import run_demo
+from depthcb_recipes.demo.demo import run_demo
 from depthcb_recipes.demo.sizes import QUICK, SIZES, Settings, chosen
+from depthcb_recipes.fit import PrecisionTrainer
 from depthcb_recipes.machine import release_memory
+from depthcb_recipes.studies.result import read_result
 
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
@@ -64,6 +66,11 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
         logged = summary_of(offline)
         assert logged["summary"]["depth/cka/slope"] == pytest.approx(run.profiles["cka"][-1].slope, rel=1e-5)
         assert logged["config"]["depthcb_control"] == run.control == name.partition("-")[2]
+    results = [read_result(out / name) for name in ARMS]
+    for standard, equal in ((a.figures, b.figures) for a, b in (results[:2], results[2:])):
+        assert standard.pair == equal.pair
+        assert standard.initial_weights == equal.initial_weights
+        assert standard.data_order == equal.data_order
     pairs = groups(list(runs.values()))
     assert [group.title for group in pairs] == ["AdamW", "SGD"]
     assert all(group.verdict.spread > 1 for group in pairs)
@@ -77,12 +84,13 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own use of jsonargparse
 def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
 
     def release() -> None:
         release_memory()
-        left.append(sum(type(thing) is pl.Trainer for thing in gc.get_objects()))
+        left.append(sum(type(thing) in (pl.Trainer, PrecisionTrainer) for thing in gc.get_objects()))
 
     release()
     monkeypatch.setattr(demo, "release_memory", release)
@@ -136,7 +144,7 @@ def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp
         assert took < 5, text
     assert process.returncode == 128 + number, text
     assert f"`depthcb report {out}` shows it again." in text
-    assert "Interrupted: what was measured so far follows." in text
+    assert "Interrupted. This is what was measured so far:" in text
     assert "Traceback" not in text
     equal, standard = read_html(out / "report.html")
     assert [standard.finished, equal.finished] == [True, False]

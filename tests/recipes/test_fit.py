@@ -49,7 +49,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("completion_lm", "token_classification") else n for n in NAMES],
+)
 def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, str], tmp_path: Path) -> None:
     model = backbone["bert" if name in ("masked_lm", "contrastive") else "neox"]
     assert fit(name, tmp_path, f"--model.backbone={model}", "--data.val_rows=64", "--data.batch_size=8") == 0
@@ -115,7 +118,5 @@ def test_a_missing_config_is_one_line(capsys: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_configs_differ_only_where_they_must(name: str) -> None:
     """The same callbacks, steps and logging in each: a comparison of objectives compares objectives."""
-    config, first = (yaml.safe_load((CONFIGS / f"{n}.yaml").read_text())["trainer"] for n in (name, NAMES[0]))
-    assert config.pop("logger")["init_args"]["name"] == name
-    first.pop("logger")
-    assert config == first
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["trainer"]
+    assert config == {"logger": {"init_args": {"name": name}}}, "all else is in fit_defaults.yaml"

@@ -89,6 +89,7 @@ def test_killed_in_the_middle_it_starts_afresh(cache: Path) -> None:
     assert set(zoo_of(cache)) - {scratch} == {folder}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_fit_that_asks_for_a_missing_model_makes_it_first(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Inside another Trainer's fit."""

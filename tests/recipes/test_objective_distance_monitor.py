@@ -19,8 +19,12 @@ from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.objectives.causal_lm import CausalLM
 from depthcb_recipes.objectives.completion_lm import CompletionLM
 from depthcb_recipes.objectives.contrastive import Contrastive
-from depthcb_recipes.objectives.distance_monitor import ObjectiveDistanceMonitor, own_batch, pretraining_objective
 from depthcb_recipes.objectives.masked_lm import MaskedLM
+from depthcb_recipes.objectives.objective_distance_monitor import (
+    ObjectiveDistanceMonitor,
+    own_batch,
+    pretraining_objective,
+)
 from depthcb_recipes.objectives.sequence_classification import SequenceClassification
 from depthcb_recipes.objectives.token_classification import TokenClassification
 

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import planted
 import pytest
 import torch
 import yaml
 from recipes_families import tiny
-from studies import drive, smoke
+from studies import FIGURES, drive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
@@ -29,6 +28,7 @@ from depthcb_recipes.studies.analysis import pairs_table, runs_table
 from depthcb_recipes.studies.commands import settle_precision
 from depthcb_recipes.studies.grid import read_study
 from depthcb_recipes.studies.pool import Pool
+from depthcb_recipes.studies.result import Result, write_result
 from depthcb_recipes.studies.store import Store
 
 CPU = torch.device("cpu")
@@ -213,25 +213,22 @@ def test_a_study_keeps_its_precision_and_says_where_a_machine_would_choose_other
     command = [sys.executable, "-m", "depthcb", "study", "run", str(path), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"This study keeps precision {other} for all its runs on cpu") == 1
+    assert done.stdout.count(f"This study uses precision {other} for all its runs on cpu") == 1
     assert f"would choose {here}: a bfloat16 matrix product" in done.stdout
     for run in read_runs(out):
         assert run.records["depth"].fit["precision"] == other
         assert run.records["precision"].settings == {"precision": other, "reason": "elsewhere"}
     results = [store.result(config) for config in read_study(path)]
-    assert {result["precision"] for result in results if result} == {other}
+    assert {result.figures.precision for result in results if result and result.figures} == {other}
     assert main(["study", "table", str(path), "--out", str(out)]) == 0
 
 
 def test_the_table_refuses_a_pair_of_different_precision() -> None:
     results = planted.study(planted.everywhere, {"model": ("sequential", 1e8)}, seeds=1)
-    for result in results:
-        result["precision"] = "bf16-mixed"
+    results = [planted.changed(result, precision="bf16-mixed") for result in results]
     assert len(pairs_table(runs_table(results))) == len(results) / 2
-    results[1]["precision"] = "32-true"
-    with pytest.raises(
-        ValueError, match=r"The pair model, causal_lm, sgd, 0 differs in precision: what it shows is not"
-    ):
+    results[1] = planted.changed(results[1], precision="32-true")
+    with pytest.raises(ValueError, match=r"The pair model, causal_lm, sgd, 0 differs in precision, so it does not"):
         pairs_table(runs_table(results))
 
 
@@ -250,26 +247,18 @@ def test_a_study_put_together_from_two_precisions_is_refused(
         assert drive(path, out).wait() == 0
     path.write_text(yaml.safe_dump(study))
     assert main(["study", "table", str(path), "--out", str(out)]) == 2
-    assert "differs in precision: what it shows is not the control's" in capsys.readouterr().err
+    assert "differs in precision, so it does not isolate the control" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_study_whose_older_runs_say_nothing_keeps_what_they_were_made_in(maker: Any, tmp_path: Path) -> None:
+def test_a_study_whose_older_runs_say_nothing_keeps_what_they_were_made_in(tmp_path: Path) -> None:
     path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
     old = read_study(path)[0]
     Store(out).prepare(old)
-    maker(Store(out).folder(old))
+    write_result(Store(out).folder(old), Result("finished", old, FIGURES))
     command = [sys.executable, "-m", "depthcb", "study", "run", str(path), "--out", str(out), "--shard", "4/4"]
     said = subprocess.run(command, capture_output=True, text=True).stdout
-    assert "Precision bf16-mixed for the runs on cpu: the runs that it has already were made in it." in said
-
-
-@pytest.fixture
-def maker() -> Any:
-    """Writes a result as an earlier version did."""
-    from depthcb_recipes.studies.store import write_result
-
-    return lambda folder: write_result(folder, {"status": "finished", "slope": 0.1})
+    assert "Precision bf16-mixed for the runs on cpu: its earlier runs used it." in said
 
 
 def test_options_of_one_control_alone_are_refused(tmp_path: Path) -> None:

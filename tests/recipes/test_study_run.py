@@ -46,21 +46,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Path]) -> None:
     path, out = made
-    standard, equal, *missing = [Store(out).result(config) for config in read_study(path)]
-    assert standard is not None
-    assert equal is not None
+    *pair, one, other = [Store(out).result(config) for config in read_study(path)]
+    standard, equal = (result.figures for result in pair if result and result.figures)
+    assert equal.realised_spread is not None
+    assert equal.wanted_spread is not None
     for fact in ("initial_weights", "data_order", "pair", "objective_distance"):
-        assert standard[fact] == equal[fact], fact
-    assert equal["realised_spread"] < 1.001 < equal["wanted_spread"]
-    assert standard["slope"] != equal["slope"]
-    assert standard["backbone"]["block"] == "parallel"
-    assert [len(standard["null"][m]) for m in ("cka", "cka_normalized")] == [1, 1]
+        assert getattr(standard, fact) == getattr(equal, fact), fact
+    assert equal.realised_spread < 1.001 < equal.wanted_spread
+    assert standard.slope != equal.slope
+    assert standard.backbone["block"] == "parallel"
+    assert [len(standard.null[m]) for m in ("cka", "cka_normalized")] == [1, 1]
     run = next(r for r in read_runs(out) if r.control == "equal-step")
-    assert run.profiles["cka"][-1].slope == equal["slope"]
-    for result in missing:
+    assert run.profiles["cka"][-1].slope == equal.slope
+    for result in (one, other):
         assert result is not None
-        assert result["status"] == "missing model"
-        assert "./nowhere" in result["message"]
+        assert result.status == "missing model"
+        assert "./nowhere" in result.message
 
 
 @pytest.mark.slow
@@ -77,8 +78,8 @@ def test_what_keeps_a_run_from_its_figures_is_recorded_as_that(tmp_path: Path) -
     for config in read_study(path):
         result = Store(out).result(config)
         assert result is not None
-        assert result["status"] == ("out of memory" if config.seed else "not finite"), result
-        assert "slope" not in result
+        assert result.status == ("out of memory" if config.seed else "not finite"), result
+        assert result.figures is None
 
 
 @pytest.mark.slow

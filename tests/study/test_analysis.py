@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from planted import BOTH, OBJECTIVES, SMALL, everywhere, nowhere, paper, study
+from planted import BOTH, OBJECTIVES, SMALL, changed, everywhere, figures, nowhere, paper, study
 from scipy import stats
 
 from depthcb.profile import Profile
 from depthcb_recipes.studies.analysis import Claim, claims, explained, interval, pairs_table, runs_table
+from depthcb_recipes.studies.result import Result
 
 
-def decided(results: list[dict[str, Any]]) -> dict[str, Claim]:
+def decided(results: list[Result]) -> dict[str, Claim]:
     return {claim.name: claim for claim in claims(runs_table(results))}
 
 
@@ -89,7 +89,7 @@ def test_a_null_that_explains_and_a_control_with_nothing_to_do_are_said() -> Non
 def test_an_effect_that_the_null_has_too_is_said() -> None:
     """Where each run's null is its own profile, whatever the runs show is no evidence; where it is flat, it may be."""
     results = study(paper, BOTH)
-    same = [result | {"null": {"cka": [result["profiles"]["cka"]]}} for result in results]
+    same = [changed(result, null={"cka": [figures(result).profiles["cka"]]}) for result in results]
     for name in ("C4", "C5"):
         claim = decided(same)[name]
         assert f"on the null's profiles the effect is {claim.estimate:+.3g}: the null explains it" in claim.notes[-1]
@@ -103,12 +103,10 @@ def test_the_table_has_a_row_a_pair_with_its_figures() -> None:
     assert len(pairs) == len(results) / 2
     row = pairs[(pairs["model"] == "par0") & (pairs["objective"] == "contrastive")].iloc[0]
     standard, equal = (
-        Profile.from_dict(r["profiles"]["cka"])
+        Profile.from_dict(figures(r).profiles["cka"])
         for control in ("standard", "equal-step")
         for r in results
-        if r["config"]["model"] == "par0"
-        and r["config"]["objective"] == "contrastive"
-        and r["config"]["control"] == control
+        if (r.config.model, r.config.objective, r.config.control) == ("par0", "contrastive", control)
     )
     assert (row["slope_standard"], row["slope_equal"]) == (standard.slope, equal.slope)
     assert (row["slope_low_equal"], row["slope_high_equal"]) == equal.slope_interval
@@ -121,14 +119,14 @@ def test_the_table_has_a_row_a_pair_with_its_figures() -> None:
 
 def test_a_pair_that_did_not_start_alike_is_refused() -> None:
     results = study(paper, SMALL, seeds=1)
-    results[0]["data_order"] = "other"
+    results[0] = changed(results[0], data_order="other")
     with pytest.raises(ValueError, match="The pair seq0, causal_lm, sgd, 0 differs in data_order"):
         pairs_table(runs_table(results))
 
 
 def test_half_a_pair_has_no_row_and_a_failed_run_none() -> None:
     results = study(paper, SMALL, seeds=1)
-    results[1] = {"status": "out of memory", "config": results[1]["config"], "message": "CUDA out of memory"}
+    results[1] = Result("out of memory", results[1].config, message="CUDA out of memory")
     assert len(runs_table(results)) == len(results) - 1
     assert len(pairs_table(runs_table(results))) == len(results) / 2 - 1
 

@@ -17,7 +17,8 @@ from studies import SMOKE, alive, drive, figures, gone, smoke
 
 from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.studies.grid import read_study
-from depthcb_recipes.studies.store import RESULT, Store, read_result
+from depthcb_recipes.studies.result import RESULT, read_result
+from depthcb_recipes.studies.store import Store
 
 pytestmark = pytest.mark.slow
 

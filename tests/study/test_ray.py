@@ -31,7 +31,7 @@ from depthcb_recipes.studies.pool import run_study
 from depthcb_recipes.studies.ray import RayEngine
 from depthcb_recipes.studies.store import Store
 try:
-    engine = RayEngine(maker="study_maker")
+    engine = RayEngine(runner="study_runner")
     run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), engine, lambda p: print(p.done, p.running, flush=True))
 except ValueError as error:
     print(error)
@@ -42,7 +42,7 @@ except ValueError as error:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head with one core."""
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent}")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -76,14 +76,14 @@ def test_a_node_that_dies_costs_no_run(cluster: Any, tmp_path: Path) -> None:
     assert max(running) == 2, "one run a node"
     assert running[-2] == 1, "the node that is left makes the rest"
     assert seen[-1] == ("12", "0")
-    assert all(Store(out).result(config)["status"] == "finished" for config in read_study(path))  # type: ignore[index]
+    assert all(Store(out).result(config).finished for config in read_study(path))  # type: ignore[union-attr]
 
 
 def test_what_no_node_has_is_said(cluster: Any, tmp_path: Path) -> None:
     run = command("run", study(tmp_path, gpus=1), tmp_path / "out", "--engine", "ray")
     said = subprocess.run(run, capture_output=True, text=True).stderr
     assert (
-        "12 of 12 runs don't fit on any node of the Ray cluster, which are [{'CPU': 1, 'GPU': 0}] (a causal_lm" in said
+        "12 of 12 runs do not fit on any node of the Ray cluster, which are [{'CPU': 1, 'GPU': 0}] (a causal_lm" in said
     )
 
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from studies import alive, gone
+from studies import FIGURES, alive, gone
 
 from depthcb.cli import main
 from depthcb_recipes.studies.commands import fitting, shard
 from depthcb_recipes.studies.grid import RunConfig, read_study
 from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
 from depthcb_recipes.studies.process import environment
-from depthcb_recipes.studies.store import RESULT, Busy, Store, locked, read_result, seems_running, write_result
+from depthcb_recipes.studies.result import RESULT, VERSION, Result, read_result, write_result
+from depthcb_recipes.studies.store import Busy, Store, locked, seems_running
 
 HERE = Path(__file__).parent
 GRID: dict[str, Any] = {
@@ -38,14 +42,14 @@ def study(folder: Path, **more: Any) -> Path:
 
 
 @pytest.fixture
-def maker(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A maker without a fit; see study_maker.py."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    return "study_maker"
+def runner(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A runner without a fit; see study_runner.py."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parent}")
+    return "study_runner"
 
 
 def made(store: Store) -> list[str]:
-    """Hashes of what was made, once each time: the maker notes it."""
+    """Hashes of what was made, once each time: the runner notes it."""
     return [line.split()[0] for line in (store.root / "made").read_text().splitlines()]
 
 
@@ -75,7 +79,7 @@ def test_one_more_value_adds_only_its_runs(tmp_path: Path) -> None:
     [
         ("nonsense: [", "is not YAML"),
         ("a: 1", "has no grid: give a list for each of model, objective"),
-        (yaml.safe_dump({"grid": GRID, "option": {}}), "has option, which no study has"),
+        (yaml.safe_dump({"grid": GRID, "option": {}}), "has option, which a study cannot have"),
         (
             yaml.safe_dump({"grid": GRID | {"seed": [0, 0]}}),
             r"grid.seed is \[0, 0\]; it must be a list of one or more distinct values",
@@ -85,10 +89,10 @@ def test_one_more_value_adds_only_its_runs(tmp_path: Path) -> None:
             yaml.safe_dump({"grid": GRID | {"control": ["equal"]}}),
             "grid.control has 'equal'; it takes standard, equal-step",
         ),
-        (yaml.safe_dump({"grid": GRID, "by": {"lr": {}}}), "by.lr is no axis of the grid"),
+        (yaml.safe_dump({"grid": GRID, "by": {"lr": {}}}), "by.lr is not an axis of the grid"),
         (
             yaml.safe_dump({"grid": GRID, "by": {"model": {"c": {}}}}),
-            "by.model speaks of 'c', which grid.model does not have",
+            "by.model names 'c', which is not in grid.model",
         ),
         (yaml.safe_dump({"grid": GRID, "threads": 0}), "threads is 0; it must be a whole number, 1 or more"),
         (yaml.safe_dump({"grid": GRID, "by": {"seed": {1: {"gpus": "x"}}}}), "gpus is 'x'; it must be a whole number"),
@@ -112,61 +116,62 @@ def test_bundled_studies_are_studies(name: str, count: int) -> None:
     assert {run.objective for run in runs} <= configs
 
 
-def test_a_pool_makes_each_run_once_and_the_next_one_nothing(maker: str, tmp_path: Path) -> None:
+def test_a_pool_makes_each_run_once_and_the_next_one_nothing(runner: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path)), Store(tmp_path / "out")
     seen: list[tuple[int, int]] = []
-    progress = run_study(configs, store, Pool(4, maker=maker), lambda p: seen.append((p.done, p.running)))
+    progress = run_study(configs, store, Pool(4, runner=runner), lambda p: seen.append((p.done, p.running)))
     assert (progress.done, progress.failed) == (24, 0)
     assert max(running for _, running in seen) == 4
     assert sorted(made(store)) == sorted(config.hash for config in configs)
-    again = run_study(configs, store, Pool(4, maker=maker))
-    assert (again.done, again.made, len(made(store))) == (24, 0, 24)
+    again = run_study(configs, store, Pool(4, runner=runner))
+    assert (again.done, again.completed, len(made(store))) == (24, 0, 24)
 
 
-def test_a_result_spoilt_by_hand_is_made_again_and_no_other(maker: str, tmp_path: Path) -> None:
+def test_a_result_spoilt_by_hand_is_made_again_and_no_other(runner: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path))[:4], Store(tmp_path / "out")
-    run_study(configs, store, Pool(2, maker=maker))
+    run_study(configs, store, Pool(2, runner=runner))
     cut, changed = (store.folder(config) / RESULT for config in configs[:2])
     cut.write_text(cut.read_text()[:-20])
     fields = json.loads(changed.read_text())
     changed.write_text(json.dumps(fields | {"slope": 99.0}))
     assert store.result(configs[0]) is store.result(configs[1]) is None
-    run_study(configs, store, Pool(2, maker=maker))
+    run_study(configs, store, Pool(2, runner=runner))
     assert sorted(made(store)) == sorted([config.hash for config in configs] + [c.hash for c in configs[:2]])
-    assert [store.result(config)["slope"] for config in configs[:2]] == [1.0, 1.0]  # type: ignore[index]
+    assert [store.result(config).figures.slope for config in configs[:2]] == [1.0, 1.0]  # type: ignore[union-attr]
 
 
-def test_failures_are_recorded_and_retried_when_asked(maker: str, tmp_path: Path) -> None:
+def test_failures_are_recorded_and_retried_when_asked(runner: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path, options={"fail": "a contrastive"})), Store(tmp_path / "out")
-    progress = run_study(configs, store, Pool(4, maker=maker))
+    progress = run_study(configs, store, Pool(4, runner=runner))
     assert (progress.done, progress.failed) == (18, 6)
-    failed = [result for config in configs if (result := store.result(config)) and result["status"] != "finished"]
-    assert {result["message"] for result in failed} == {"on purpose"}
-    assert run_study(configs, store, Pool(4, maker=maker)).made == 0
+    failed = [result for config in configs if (result := store.result(config)) and not result.finished]
+    assert {result.message for result in failed} == {"on purpose"}
+    assert run_study(configs, store, Pool(4, runner=runner)).completed == 0
     store.forget_failures(configs)
-    assert run_study(configs, store, Pool(4, maker=maker)).made == 6
+    assert run_study(configs, store, Pool(4, runner=runner)).completed == 6
 
 
-def test_a_run_that_dies_each_time_is_given_up_and_named(maker: str, tmp_path: Path) -> None:
+def test_a_run_that_dies_each_time_is_given_up_and_named(runner: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path, options={"die": "b"})), Store(tmp_path / "out")
-    progress = run_study(configs, store, Pool(4, maker=maker))
+    progress = run_study(configs, store, Pool(4, runner=runner))
     assert (progress.done, progress.failed) == (12, 12)
     dead = store.result(configs[-1])
     assert dead is not None
-    assert dead["status"] == "killed"
+    assert dead.status == "killed"
     lines = " | ".join(["I am about to die"] * MOST_KILLS)
     how = "by signal 9 (as the system does where memory runs out)"
-    assert dead["message"] == f"ended {how} {MOST_KILLS} times; last lines: {lines}"
+    assert dead.message == f"ended {how} {MOST_KILLS} times; last lines: {lines}"
     assert [path.name for path in store.folder(configs[-1]).iterdir() if path.name.startswith(".")] == []
 
 
 DRIVER = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from depthcb_recipes.studies.grid import read_study
 from depthcb_recipes.studies.pool import Pool, run_study
 from depthcb_recipes.studies.store import Store
-run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), Pool(3, maker="study_maker"))
+run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), Pool(3, runner="study_runner"))
 """
 
 
@@ -174,7 +179,7 @@ def drive(path: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", DRIVER, str(path), str(out)])
 
 
-def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker: str, tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(runner: str, tmp_path: Path) -> None:
     path, out = study(tmp_path, options={"seconds": 0.3}), tmp_path / "out"
     configs, store, finished = read_study(path), Store(out), dict[Path, int]()
     for kill in range(4):
@@ -196,7 +201,7 @@ def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(maker:
     assert all((folder / RESULT).stat().st_ino == file for folder, file in finished.items())
 
 
-def test_two_drivers_at_once_make_no_run_twice(maker: str, tmp_path: Path) -> None:
+def test_two_drivers_at_once_make_no_run_twice(runner: str, tmp_path: Path) -> None:
     path, out = study(tmp_path, options={"seconds": 0.1}), tmp_path / "out"
     drivers = [drive(path, out) for _ in range(2)]
     assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
@@ -205,6 +210,7 @@ def test_two_drivers_at_once_make_no_run_twice(maker: str, tmp_path: Path) -> No
 
 HOLDER = """
 import socket, sys, time
+from dataclasses import replace
 from pathlib import Path
 if sys.argv[2]:
     socket.gethostname = lambda: sys.argv[2]
@@ -250,11 +256,11 @@ def test_a_machine_that_gives_no_sign_of_life_loses_its_run_and_ends_it(tmp_path
             assert holder.wait(timeout=20) == 1, "it must not go on with what is another's"
 
 
-def test_runs_never_share_a_gpu(maker: str, tmp_path: Path) -> None:
+def test_runs_never_share_a_gpu(runner: str, tmp_path: Path) -> None:
     configs = read_study(study(tmp_path, by={"model": {"a": {"gpus": 1}, "b": {"gpus": 2}}}, options={"seconds": 0.1}))
     assert {(config.model, config.gpus) for config in configs} == {("a", 1), ("b", 2)}
     store = Store(tmp_path / "out")
-    run_study(configs, store, Pool(8, ["3", "5", "7"], maker))
+    run_study(configs, store, Pool(8, ["3", "5", "7"], runner))
     lines = [line.split() for line in (store.root / "made").read_text().splitlines()]
     used = [(set(gpus.split(",")), float(began), float(ended)) for _, gpus, began, ended in lines]
     assert sorted(len(gpus) for gpus, _, _ in used) == [1] * 12 + [2] * 12
@@ -270,10 +276,10 @@ def test_what_a_machine_lacks_is_said_before_anything_runs(tmp_path: Path, capsy
     path, out = study(tmp_path, gpus=2), tmp_path / "out"
     assert main(["study", "run", str(path), "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert "24 of 24 runs don't fit on this machine, which shows 1 GPUs (a causal_lm sgd standard 0 needs 2" in said
+    assert "24 of 24 runs do not fit on this machine, which shows 1 GPUs (a causal_lm sgd standard 0 needs 2" in said
     assert "run them on a larger machine, or on a cluster with --engine ray." in said
     assert main(["study", "run", str(study(tmp_path)), "--out", str(out), "--jobs", "0"]) == 2
-    assert "--jobs 0: run one at least." in capsys.readouterr().err
+    assert "--jobs 0: it must be at least 1." in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -281,14 +287,14 @@ def test_runs_that_this_machine_is_too_small_for_stop_no_other(tmp_path: Path, c
     configs = read_study(study(tmp_path, by={"model": {"b": {"gpus": 2}}}))
     assert fitting(configs, Pool(1, ["0"])) == [config for config in configs if config.model == "a"]
     said = capsys.readouterr().out
-    assert "12 of 24 runs don't fit on this machine, which shows 1 GPUs (b causal_lm sgd standard 0 needs 2" in said
-    assert "they are left out" in said
+    assert "12 of 24 runs do not fit on this machine, which shows 1 GPUs (b causal_lm sgd standard 0 needs 2" in said
+    assert "they are skipped" in said
 
 
-def test_ending_a_run_ends_what_it_started(maker: str, tmp_path: Path) -> None:
+def test_ending_a_run_ends_what_it_started(runner: str, tmp_path: Path) -> None:
     configs, out = read_study(study(tmp_path, options={"seconds": 600, "child": True}))[:1], tmp_path / "out"
     store = Store(out)
-    run = Pool(1, maker=maker).start(configs[0], store.prepare(configs[0]), wait=False)
+    run = Pool(1, runner=runner).start(configs[0], store.prepare(configs[0]), wait=False)
     deadline = time.monotonic() + 30
     while len(alive(out)) < 2:
         assert time.monotonic() < deadline
@@ -297,7 +303,7 @@ def test_ending_a_run_ends_what_it_started(maker: str, tmp_path: Path) -> None:
     assert gone(out, within=0.5)
 
 
-def test_a_folder_that_cannot_be_read_is_named(maker: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_that_cannot_be_read_is_named(runner: str, tmp_path: Path, capsys: Any) -> None:
     path, out = study(tmp_path), tmp_path / "out"
     folder = Store(out).folder(read_study(path)[5])
     (folder / RESULT).mkdir(parents=True)  # what a user without the right to read it meets, also where that is root
@@ -329,8 +335,10 @@ def test_a_batch_job_does_not_reach_into_a_run(monkeypatch: pytest.MonkeyPatch) 
 
 def test_results_are_whole_or_not_there(tmp_path: Path) -> None:
     assert read_result(tmp_path) is None
-    write_result(tmp_path, {"status": "finished", "slope": float("nan")})
-    assert read_result(tmp_path)["status"] == "finished"  # type: ignore[index]
+    config = RunConfig("a", "causal_lm", "sgd", "standard", 0)
+    result = Result("finished", config, replace(FIGURES, loss=math.inf, precision="32-true", seconds=None))
+    write_result(tmp_path, result)
+    assert read_result(tmp_path) == result
     assert [path.name for path in tmp_path.iterdir()] == [RESULT]
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / RESULT).mkdir()
@@ -342,3 +350,44 @@ def test_a_hash_is_that_of_the_settings_alone() -> None:
     config = RunConfig("a", "causal_lm", "sgd", "standard", 0, options={"x": 1, "y": 2})
     assert config.hash == RunConfig("a", "causal_lm", "sgd", "standard", 0, options={"y": 2, "x": 1}).hash
     assert config.hash != RunConfig("a", "causal_lm", "sgd", "standard", 0, options={"x": 1}).hash
+
+
+def test_results_of_an_earlier_version_are_listed_and_read(tmp_path: Path, capsys: Any) -> None:
+    """Version 1 is what depthcb 0.1 wrote; here under a hash that the same configuration no longer has."""
+    path, store = study(tmp_path), Store(tmp_path / "out")
+    configs = read_study(path)
+    fields = Result("finished", configs[0], replace(FIGURES, slope=0.25)).to_dict()
+    del fields["version"], fields["precision"]
+    folder = store.root / "runs" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    plain = json.dumps(fields, sort_keys=True)
+    (folder / RESULT).write_text(json.dumps(fields | {"sha256": hashlib.sha256(plain.encode()).hexdigest()}))
+    (old,) = store.older(configs)
+    assert (old.version, old.config, old.figures) == (1, configs[0], replace(FIGURES, slope=0.25))
+    assert main(["study", "status", str(path), "--out", str(store.root)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "24 missing of 24 runs\nolder, version 1: a causal_lm sgd standard 0: the hash of its config"
+    )
+    assert store.older(configs[1:]) == [], "no run of this study"
+    write_result(store.prepare(configs[0]), Result("finished", configs[0], FIGURES))
+    assert store.older(configs) == [], "it was run again"
+
+
+def test_a_killed_run_of_version_1_is_read(tmp_path: Path) -> None:
+    """Its result did not name the configuration."""
+    store, config = Store(tmp_path), RunConfig("a", "causal_lm", "sgd", "standard", 0)
+    fields = {"status": "killed", "message": "ended by signal 9"}
+    plain = json.dumps(fields, sort_keys=True)
+    (store.prepare(config) / RESULT).write_text(
+        json.dumps(fields | {"sha256": hashlib.sha256(plain.encode()).hexdigest()})
+    )
+    assert store.result(config) == Result("killed", config, message="ended by signal 9")
+
+
+def test_a_result_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    result = Result("failed", RunConfig("a", "causal_lm", "sgd", "standard", 0), message="on purpose")
+    with pytest.raises(ValueError, match=rf"it has version {VERSION + 1}, and this depthcb reads up to {VERSION}: upd"):
+        Result.from_dict(result.to_dict() | {"version": VERSION + 1})
+    with pytest.raises(ValueError, match="it is no result of a run"):
+        Result.from_dict({"status": "finished", "config": result.config.to_dict()})

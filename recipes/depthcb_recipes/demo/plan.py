@@ -1,4 +1,4 @@
-"""Chooses the demo's size by what the machine has memory for and, as measured, time for."""
+"""Chooses the demo's size by the machine's memory and measured speed."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from depthcb_recipes.machine import free_memory, release_memory
 from depthcb_recipes.objectives.causal_lm import CausalLM
 from depthcb_recipes.precision import Precision, device_of, settle
 
-#: What profiles are measured by.
+#: The measures of the demo's profiles.
 DEMO_MEASURES = ("cka", "cka_normalized")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, once the machine is known.
+    """What the demo runs on this machine.
 
     Args:
-        settings: What every fit is run with; its precision is settled.
-        precision: The same with its reason.
+        settings: The settings of every fit, with the precision that was chosen.
+        precision: That precision with the reason.
         pretrained: The network at its pretrained weights.
         tokenizer: Its tokenizer.
-        costs: What was measured to choose the size; None where the size was given.
-        started: When the demo was started, in seconds of `time.monotonic`.
+        costs: The measured costs that decided the size; None if the size was given.
+        started: Start of the demo, in seconds of `time.monotonic`.
     """
 
     settings: Settings
@@ -55,11 +55,11 @@ class Plan:
 
     @property
     def seconds_in_all(self) -> float | None:
-        """What the demo takes from its start, by the measured costs."""
+        """Duration of the whole demo, estimated from the measured costs."""
         return time.monotonic() - self.started + self.costs.seconds(self.settings) if self.costs else None
 
     def to_dict(self) -> dict[str, object]:
-        """The plan as ``summary.json`` has it."""
+        """Returns the plan as stored in ``summary.json``."""
         seconds = round(self.costs.seconds(self.settings), 1) if self.costs else None
         return {
             "sizes": size_name(self.settings),
@@ -72,7 +72,17 @@ class Plan:
 
 
 def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, started: float) -> Plan:
-    """The first size that there is memory and time for; the smallest where there is no time for any."""
+    """Returns a plan for the first size that fits memory and time, or for the smallest if none fits the time.
+
+    Args:
+        sizes: The sizes to choose from, largest first.
+        console: Where the choice is printed.
+        minutes: Time budget of the whole demo.
+        started: Start of the demo, in seconds of `time.monotonic`.
+
+    Raises:
+        ValueError: Too little memory, or a backbone that cannot be loaded.
+    """
     device = device_of("auto")
     small_enough = _with_memory(sizes, device)
     precision = settle(sizes[0].precision, device)
@@ -97,10 +107,10 @@ def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, start
 
 
 def _with_memory(sizes: Sequence[Settings], device: torch.device) -> list[Settings]:
-    """The sizes that there is memory for where the network is trained.
+    """Returns the sizes that fit the free memory of the device.
 
     Raises:
-        ValueError: There is too little for any.
+        ValueError: None fits.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     parameters = {backbone: count_parameters(backbone) for backbone in {size.backbone for size in sizes}}
@@ -114,7 +124,7 @@ def _with_memory(sizes: Sequence[Settings], device: torch.device) -> list[Settin
 
 
 def _tell(plan: Plan, console: Console, minutes: float) -> None:
-    """Says what was chosen, and that it will take long where that is so."""
+    """Prints the choice, and a warning if it will take long."""
     s, costs, name, seconds = plan.settings, plan.costs, size_name(plan.settings), plan.seconds_in_all
     what = f"{s.steps} steps of {s.batch_size} x {s.block_size} tokens, {s.probe_rows} probe rows"
     if costs is None or seconds is None:
@@ -137,12 +147,12 @@ def _tell(plan: Plan, console: Console, minutes: float) -> None:
 
 
 def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -> Costs:
-    """Times training steps of two lengths with the control in them, and a probe pass, after one to warm up.
+    """Times training steps of two lengths under the control, and a probe pass, after a warm-up step.
 
     Args:
-        pretrained: The network; it stays as it is.
-        size: The smallest size, since what takes longer is estimated from it.
-        precision: What to train in.
+        pretrained: The network, which is not changed.
+        size: The smallest size, from which the others are extrapolated.
+        precision: The precision of the fits.
     """
     model = copy.deepcopy(pretrained)
     batch = _random_batch(model, size.batch_size, size.block_size)
@@ -162,7 +172,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     )
     batches: Any = [batch, batch, batch, twice]
     trainer.fit(CausalLM(model), DataLoader(batches, batch_size=None))
-    rows = [min(16, size.probe_rows - start) for start in range(0, size.probe_rows, 16)]  # as `PackedText` gives them
+    rows = [min(16, size.probe_rows - start) for start in range(0, size.probe_rows, 16)]  # as `PackedText` does
     probe = Probe(tuple(_random_batch(model, n, size.probe_length) for n in rows))
     stack, measures = LayerStack.find(model), find_measures(DEMO_MEASURES)
     reference = Reference.record(probe, model.base_model, stack, measures)
@@ -171,17 +181,17 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     probed = time.perf_counter() - start
     del model, trainer, stack
     release_memory()
-    _, *steps, step_twice = clock.seconds  # the first one warms up
+    _, *steps, step_twice = clock.seconds  # the first one is the warm-up
     return Costs(min(steps), step_twice, size.tokens, probed, size.probe_rows * size.probe_length)
 
 
 def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Tokens that take as long as any text."""
+    """Returns random tokens, which take as long as text."""
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def size_name(settings: Settings) -> str | None:
-    """The name of a size in `SIZES`, whatever its precision; None for another one."""
+    """Returns the name of a size in `SIZES`, ignoring the precision; None if it has none."""
     plain = dataclasses.replace(settings, precision="auto")
     return next((name for name, size in SIZES.items() if size == plain), None)

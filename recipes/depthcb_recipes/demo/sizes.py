@@ -1,4 +1,4 @@
-"""How large the demo is: a short list of sizes, and the choice of the first that fits the machine."""
+"""The demo's sizes, and the choice among them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from depthcb.run import CONTROLS
 from depthcb_recipes.objectives.objective import OptimizerName
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
-CONTROLS = ("standard", "equal-step")
 FITS = len(OPTIMIZERS) * len(CONTROLS)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs.
+    """The settings of a demo.
 
     Args:
-        backbone: A name that `load_backbone` takes.
+        backbone: A name for `load_backbone`.
         steps: Optimizer steps of each of the four fits.
-        batch_size: Blocks in a step.
-        block_size: Tokens in a block.
+        batch_size: Blocks per step.
+        block_size: Tokens per block.
         validate_every: Steps between validations, each of which measures a profile.
         val_blocks: Blocks in the validation set.
         probe_rows: Examples in the probe.
-        probe_length: Tokens in a probe example.
-        null_seeds: Draws of noise behind each null profile.
+        probe_length: Tokens per probe example.
+        null_seeds: Draws of noise for each null.
         lr_adamw: Peak learning rate under AdamW.
         lr_sgd: Peak learning rate under SGD with momentum 0.9.
         warmup_steps: Steps until the peak.
-        seed: Seed of data order and dropout, the same in all fits.
+        seed: Seed of data order and dropout, equal in all fits.
         precision: As `lightning.pytorch.Trainer` takes it, or ``"auto"``.
     """
 
@@ -53,47 +53,47 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens in a training step."""
+        """Tokens per training step."""
         return self.batch_size * self.block_size
 
     @property
     def validations(self) -> int:
-        """Validations in each fit."""
+        """Validations per fit."""
         return self.steps // self.validate_every
 
 
-def _sacrifices(full: Settings) -> list[Settings]:
-    """A full size and what is left of it as one thing after the other is given up."""
+def _reductions(full: Settings) -> list[Settings]:
+    """Returns a full size and the smaller ones, each with one more reduction."""
     less: list[dict[str, Any]] = [
         {"probe_rows": 32},
         {"block_size": full.block_size // 2},
         {"batch_size": full.batch_size // 2},
         *({"steps": steps, "validate_every": steps // 2} for steps in (16, 12) if steps < full.steps),
     ]
-    return list(itertools.accumulate(less, lambda size, given_up: replace(size, **given_up), initial=full))
+    return list(itertools.accumulate(less, lambda size, reduction: replace(size, **reduction), initial=full))
 
 
-_SMOLLM2 = _sacrifices(Settings())
-_MINILM = _sacrifices(Settings("minilm", steps=16, block_size=64, validate_every=4, lr_adamw=5e-4, lr_sgd=0.2))
-#: The sizes in the order in which they are given up: the probe's rows, the blocks' length, the batch, the steps down to
-#: 12, then the backbone.
+_SMOLLM2 = _reductions(Settings())
+_MINILM = _reductions(Settings("minilm", steps=16, block_size=64, validate_every=4, lr_adamw=5e-4, lr_sgd=0.2))
+#: The sizes, largest first. Reduced one after another: probe rows, block length, batch size, steps down to 12, and then
+#: the backbone.
 SIZES: dict[str, Settings] = {
     f"{size.backbone.partition('-')[0]}-{number}": size
     for sizes in (_SMOLLM2, _MINILM)
     for number, size in enumerate(sizes, start=1)
 }
-#: Where ``--quick`` begins.
+#: The largest size of ``--quick``.
 QUICK = _MINILM[0]
 
-#: Minutes that the demo takes, and ``--quick``.
+#: Time budgets of the demo and of ``--quick``, in minutes.
 MINUTES, QUICK_MINUTES = 7.0, 1.0
-#: Seconds that a fit and the whole take beside their steps, validations and probe passes: loggers, pictures, the page.
+#: Overhead of a fit and of the report in seconds, beside steps, validations and probe passes: loggers, pictures, page.
 _EACH_FIT, _REPORT = 2.0, 5.0
-#: A step of the four fits takes this share of the costliest one's (AdamW under the control), which is the one timed.
+#: Mean step of the four fits / the costliest one's (AdamW under the control), which is the one that is timed.
 _MEAN_STEP = 0.85
-#: A fit's first step takes about so many steps longer, for the optimizer's state and the control's copies.
+#: A fit's first step takes about this many steps longer: optimizer state and the control's copies are allocated.
 _FIRST_STEP = 2
-#: A forward pass is this share of a training step.
+#: Forward pass / training step, in time.
 _FORWARD = 1 / 3
 
 
@@ -105,17 +105,17 @@ def chosen(
     steps: int | None = None,
     precision: str = "auto",
 ) -> list[Settings]:
-    """The sizes that the command line leaves to choose from, the largest first.
+    """Returns the sizes that the command line allows, largest first.
 
     Args:
-        name: Of the only one.
-        quick: Whether to begin with those of the smaller backbone.
-        backbone: In place of the sizes' own.
-        steps: In place of the sizes' own.
-        precision: Of all of them.
+        name: The only size allowed; None for several.
+        quick: Whether to start with the smaller backbone.
+        backbone: Replaces the backbone of all sizes.
+        steps: Replaces the steps of all sizes.
+        precision: The precision of all sizes.
 
     Raises:
-        ValueError: There is no size of this name.
+        ValueError: There is no size of that name.
 
     Example:
         >>> [size.tokens for size in chosen(quick=True)]
@@ -137,13 +137,13 @@ def chosen(
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured on this machine, with one backbone.
+    """Costs measured on this machine with one backbone.
 
     Args:
-        step: Seconds of a training step of ``tokens`` tokens with the control in it.
-        step_twice: The same of twice as many tokens: the optimizer's share of a step does not grow with them.
-        tokens: Tokens in the shorter step.
-        probe: Seconds of a probe pass over ``tokens_probed`` tokens, measures included.
+        step: Seconds per training step of ``tokens`` tokens under the control.
+        step_twice: The same for twice as many tokens, since the optimizer's share does not grow with them.
+        tokens: Tokens per step.
+        probe: Seconds per probe pass over ``tokens_probed`` tokens, measures included.
         tokens_probed: Tokens in that probe.
     """
 
@@ -154,35 +154,40 @@ class Costs:
     tokens_probed: int
 
     def step_seconds(self, size: Settings) -> float:
-        """A mean training step, on the line through the two timed ones; noise makes it no flatter than a quarter."""
+        """Seconds per mean training step, by the line through the two timed ones (at least a quarter as steep)."""
         growth = min(1.0, max(0.25, self.step_twice / self.step - 1))
         return _MEAN_STEP * self.step * (1 + growth * (size.tokens / self.tokens - 1))
 
     def probe_seconds(self, size: Settings) -> float:
-        """A pass over the probe."""
+        """Seconds per pass over the probe."""
         return self.probe * size.probe_rows * size.probe_length / self.tokens_probed
 
     def validation_seconds(self, size: Settings) -> float:
-        """A validation with its probe pass."""
+        """Seconds per validation with its probe pass."""
         validated = size.val_blocks * size.block_size / size.tokens
         return self.step_seconds(size) * validated * _FORWARD + self.probe_seconds(size)
 
     def null_seconds(self, size: Settings) -> float:
-        """A fit's null, and what else a fit takes beside its steps and validations."""
+        """Seconds per null, with the other overhead of a fit."""
         return size.null_seeds * self.probe_seconds(size) + _EACH_FIT
 
     def fit_seconds(self, size: Settings) -> float:
-        """One of the four fits, with its null."""
+        """Seconds per fit, with its null."""
         trained = (size.steps + _FIRST_STEP) * self.step_seconds(size)
         return trained + size.validations * self.validation_seconds(size) + self.null_seconds(size)
 
     def seconds(self, size: Settings) -> float:
-        """The whole demo from here on."""
+        """Seconds that the rest of the demo takes."""
         return FITS * self.fit_seconds(size) + _REPORT
 
 
 def affordable(sizes: Sequence[Settings], costs: Costs, seconds: float) -> Settings | None:
-    """The first size that takes at most so long; None if none does.
+    """Returns the first size that takes at most this long; None if none does.
+
+    Args:
+        sizes: The sizes to choose from, largest first.
+        costs: The measured costs.
+        seconds: The time left.
 
     Example:
         >>> slow = Costs(step=4.5, step_twice=8.0, tokens=256, probe=2.0, tokens_probed=1536)
@@ -194,11 +199,11 @@ def affordable(sizes: Sequence[Settings], costs: Costs, seconds: float) -> Setti
 
 
 def memory_needed(parameters: int, size: Settings) -> int:
-    """Bytes that the demo takes at its peak, process included.
+    """Returns the peak memory of the demo's process in bytes, fitted to measured peaks [ours].
 
     Args:
-        parameters: Numbers in the network.
-        size: What is run.
+        parameters: Number of parameters of the network.
+        size: The settings.
     """
     copies = 9 * 4 * parameters
     activations = 1_500_000 * size.tokens * math.sqrt(parameters / 135e6)

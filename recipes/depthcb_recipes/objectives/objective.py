@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -95,7 +95,7 @@ class Objective(LightningModule):
             self.save_hyperparameters()
         else:
             self.save_hyperparameters(ignore=["backbone"])
-            self._take(backbone)
+            self.take(backbone)
         self.val_loss = MeanMetric()
         self.val_metrics = nn.ModuleDict()
 
@@ -108,10 +108,38 @@ class Objective(LightningModule):
 
     def configure_model(self) -> None:
         """Load a backbone that was given by its name, once; split it where the strategy splits parameters."""
+        self._load(self.device_mesh)
+
+    def reloaded(self) -> Self:
+        """Returns the objective at its pretrained weights: loaded again, on the same device, sharded as this one is.
+
+        Raises:
+            ValueError: The backbone was given as a model, which cannot be loaded again.
+        """
+        if "backbone" not in self.hparams:
+            raise ValueError("The backbone was given as a model: only one that was given by its name can be reloaded.")
+        options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        fresh = type(self)(**options)
+        fresh._load(self.device_mesh)
+        return fresh.to(self.device)
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Uses a model that has been loaded already.
+
+        Args:
+            model: The network, with the head that the objective needs.
+
+        Raises:
+            ValueError: The objective makes no sense for it.
+        """
+        self.check_backbone(model)
+        self.model = model
+
+    def _load(self, mesh: DeviceMesh | None) -> None:
         if not hasattr(self, "model"):
-            self._take(load_backbone(self.hparams["backbone"], head=self.lm_head)[0])
-        if self.device_mesh is not None and not isinstance(self, FSDPModule):
-            split(self, self.device_mesh)
+            self.take(load_backbone(self.hparams["backbone"], head=self.lm_head)[0])
+        if mesh is not None and not isinstance(self, FSDPModule):
+            split(self, mesh)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Run the network below its head, which a depth probe has no use for."""
@@ -179,10 +207,6 @@ class Objective(LightningModule):
             total = math.inf
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _take(self, model: PreTrainedModel) -> None:
-        self.check_backbone(model)
-        self.model = model
 
 
 def split(module: Objective, mesh: DeviceMesh) -> None:

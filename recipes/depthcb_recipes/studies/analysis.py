@@ -1,4 +1,4 @@
-"""What a study's finished runs say: a table of pairs, and the paper's five claims. Pure functions over results."""
+"""The table of a study's pairs, and the paper's five claims, computed from the results of its runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from scipy import stats
 from depthcb.profile import Profile
 from depthcb.verdict import judge
 from depthcb_recipes.studies.grid import AXES
+from depthcb_recipes.studies.result import Result
 
-#: Largest network, in parameters, of each class of size [paper: 125M-350M, 1.3B-1.4B, up to 6.9B].
+#: Largest number of parameters in each size class [paper: 125M-350M, 1.3B-1.4B, up to 6.9B].
 SIZES = (("small", 0.6e9), ("medium", 2e9), ("large", np.inf))
-#: With fewer models or runs than this on a side of a claim, it is not decided [ours].
+#: A claim with fewer models or runs than this on one side is not decided [ours].
 FEWEST_MODELS, FEWEST_RUNS = 2, 4
-#: A control that removed a smaller spread of step ratios than this had little to remove [ours].
+#: A control that removed a smaller spread of step ratios than this had little effect [ours].
 LITTLE_SPREAD = 1.5
-#: A null whose relative slope is this share of the run's, or more, explains its shape [ours].
+#: The null explains a run's shape if it has at least this share of its relative slope [ours].
 NULL_EXPLAINS = 0.5
 DRAWS = 400
 
@@ -30,16 +31,16 @@ Rows = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, as a study decides it.
+    """A claim of the paper, as decided by a study.
 
     Args:
         name: ``"C1"`` ... ``"C5"``.
-        says: What the paper says.
-        effect: What it is read off, in words.
+        says: The claim.
+        effect: The quantity that decides it, in words.
         estimate: The effect's size; None without enough runs.
         interval: Its 95 % interval over models and seeds; None without enough of them.
         verdict: ``"supported"``, ``"not supported"`` or ``"not enough runs"``.
-        notes: What else must be known: figures behind the effect, and what the null or the spread explain.
+        notes: The figures behind the effect, and what the null or the spread explain.
     """
 
     name: str
@@ -51,35 +52,36 @@ class Claim:
     notes: tuple[str, ...] = ()
 
 
-def runs_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def runs_table(results: Sequence[Result]) -> pd.DataFrame:
     """One row per finished run.
 
     Args:
-        results: As the runs' folders hold them.
+        results: The runs' results; runs without figures are skipped.
 
     Returns:
-        The axes, what the model is, slope and shape with intervals, losses, distance, step-ratio spread, null.
+        The axes, facts on the model, slope and shape with intervals, losses, distance, step-ratio spread, null.
     """
     rows = []
     for result in results:
-        if result["status"] != "finished":
+        figures = result.figures
+        if figures is None:
             continue
-        profile = {m: Profile.from_dict(p) for m, p in result["profiles"].items()}
+        profile = {m: Profile.from_dict(p) for m, p in figures.profiles.items()}
         first = next(iter(profile.values()))
-        null = [Profile.from_dict(p) for p in result["null"].get(first.measure, ())]
+        null = [Profile.from_dict(p) for p in figures.null.get(first.measure, ())]
         low, high = first.slope_interval or (np.nan, np.nan)
         rows.append({
-            **{axis: result["config"][axis] for axis in AXES},
-            "pair": result["pair"],
-            **{key: result["backbone"][key] for key in ("family", "block", "layers", "parameters")},
-            "size": _size(result["backbone"]["parameters"]),
+            **{axis: getattr(result.config, axis) for axis in AXES},
+            "pair": figures.pair,
+            **{key: figures.backbone[key] for key in ("family", "block", "layers", "parameters")},
+            "size": _size(figures.backbone["parameters"]),
             "slope": first.slope, "slope_low": low, "slope_high": high,
             "relative_slope": first.relative_slope, "width": first.width, "centre": first.centre, "mean": first.mean,
-            "distance": result["objective_distance"], "loss": result["loss"], "loss_before": result["loss_before"],
-            "spread": result["wanted_spread"], "null_relative_slope": _mean(p.relative_slope for p in null),
+            "distance": figures.objective_distance, "loss": figures.loss, "loss_before": figures.loss_before,
+            "spread": figures.wanted_spread, "null_relative_slope": _mean(p.relative_slope for p in null),
             "null_slope": _mean(p.slope for p in null), "null_width": _mean(p.width for p in null),
-            "profiles": profile, "initial_weights": result["initial_weights"], "data_order": result["data_order"],
-            "precision": result.get("precision"),  # older results don't say
+            "profiles": profile, "initial_weights": figures.initial_weights, "data_order": figures.data_order,
+            "precision": figures.precision,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -91,11 +93,10 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
         runs: What `runs_table` gives.
 
     Returns:
-        The table that a study is made for.
+        The pairs, with both slopes, what the control retained, the verdict and its context.
 
     Raises:
-        ValueError: A pair whose runs differ in precision, did not start from the same weights, or did not see the same
-            batches.
+        ValueError: The runs of a pair differ in precision, in their initial weights or in their batches.
     """
     rows = []
     for _, both in runs.groupby("pair", sort=False):
@@ -107,7 +108,7 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
             if a[fact] != b[fact]:
                 names = ", ".join(str(a[axis]) for axis in AXES if axis != "control")
                 raise ValueError(
-                    f"The pair {names} differs in {fact}: what it shows is not the control's. Run it again."
+                    f"The pair {names} differs in {fact}, so it does not isolate the control. Run it again."
                 )
         verdict = judge(a["profiles"], b["profiles"], b["spread"])
         share = b["relative_slope"] / a["relative_slope"] if a["relative_slope"] else np.nan
@@ -121,9 +122,23 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+#: The functions that decide the claims, in the order of their definition.
+_CLAIMS: list[Callable[[pd.DataFrame], Claim]] = []
+
+
+def _claim(decide: Callable[[pd.DataFrame], Claim]) -> Callable[[pd.DataFrame], Claim]:
+    """Registers a function that decides a claim."""
+    _CLAIMS.append(decide)
+    return decide
+
+
 def claims(runs: pd.DataFrame) -> list[Claim]:
-    """The five claims of the paper, decided by the runs of one optimizer."""
-    return [_c1(runs), _c2(runs), _c3(runs), _c4(runs), _c5(runs)]
+    """Decides the paper's claims by the runs of one optimizer.
+
+    Args:
+        runs: Rows of `runs_table`.
+    """
+    return [decide(runs) for decide in _CLAIMS]
 
 
 def interval(
@@ -134,21 +149,21 @@ def interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """An estimate with its 95 % interval by a hierarchical bootstrap: models are drawn, and seeds within them [ours].
+    """Computes an estimate and its 95 % interval by a hierarchical bootstrap over models, and seeds within them [ours].
 
     The bootstrap's standard error is widened by Student's t and sqrt(m / (m - 1)) for m models: with few of them the
-    percentiles of the draws are too narrow. What lies beyond the values that the statistic can have is left out.
+    percentiles of the draws are too narrow. The interval is cut at the bounds of the statistic.
 
     Args:
         runs: Rows with ``model`` and ``seed``.
-        statistic: Of such rows, given as one array per column, which is many times as fast as a frame.
-        within: Columns whose groups each keep their number of models in a draw: sides that the statistic compares.
-        bounds: Least and largest value that the statistic can have.
+        statistic: A function of such rows, given as one array per column, which is much faster than a frame.
+        within: Columns whose groups the statistic compares; each group keeps its number of models in a draw.
+        bounds: Smallest and largest possible value of the statistic.
         draws: Bootstrap draws.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        The estimate, and the interval's ends.
+        The estimate and the ends of the interval, which are NaN if there are too few models.
     """
     rng = np.random.default_rng(seed)
     strata: dict[Any, list[list[list[int]]]] = {}  # row numbers by stratum, model and seed
@@ -159,7 +174,7 @@ def interval(
     values = []
     for _ in range(draws):
         rows: list[int] = []
-        labels: list[str] = []  # a model that is drawn twice counts as two
+        labels: list[str] = []  # a model that is drawn twice counts as two models
         for number, models in enumerate(strata.values()):
             for position, choice in enumerate(rng.integers(len(models), size=len(models))):
                 seeds = models[choice]
@@ -177,6 +192,7 @@ def interval(
     return estimate, max(estimate - half, bounds[0]), min(estimate + half, bounds[1])
 
 
+@_claim
 def _c1(runs: pd.DataFrame) -> Claim:
     says = "Change concentrates in output-proximal layers in every standard run but one."
     standard = runs[runs["control"] == "standard"]
@@ -191,24 +207,25 @@ def _c1(runs: pd.DataFrame) -> Claim:
 
 
 def _kept(rows: Rows, where: Any = True) -> float:
-    """Share of the runs, or of those that a mask selects, whose slope interval lies above 0."""
+    """Returns the share of the (masked) runs whose slope interval lies above 0."""
     kept = (rows["slope_low"] > 0)[np.broadcast_to(where, len(rows["slope_low"]))]
     return float(kept.mean()) if len(kept) else np.nan
 
 
 def _contrast(rows: Rows, size: str = "small") -> float:
-    """How much more often sequential blocks keep the slope than parallel ones, where the objective is not causal LM."""
+    """Returns the share of runs that keep the slope, sequential minus parallel, for objectives other than causal LM."""
     other = (rows["objective"] != "causal_lm") & (rows["size"] == size)
     return _kept(rows, other & (rows["block"] == "sequential")) - _kept(rows, other & (rows["block"] == "parallel"))
 
 
 def _compared(runs: pd.DataFrame, sizes: Sequence[str]) -> pd.DataFrame:
-    """The equal-step runs that C2 and C3 speak of: transformer blocks of these sizes."""
+    """Returns the equal-step runs of transformer blocks of these sizes, which C2 and C3 are about."""
     return runs[
         (runs["control"] == "equal-step") & runs["block"].isin(["sequential", "parallel"]) & runs["size"].isin(sizes)
     ]
 
 
+@_claim
 def _c2(runs: pd.DataFrame) -> Claim:
     says = (
         "Under equal step, sequential blocks keep the slope across objectives, parallel blocks only for causal "
@@ -228,6 +245,7 @@ def _c2(runs: pd.DataFrame) -> Claim:
     return _decided("C2", says, effect, value, bool(value[1] > 0 and sequential > 0.5 and causal > 0.5), notes)
 
 
+@_claim
 def _c3(runs: pd.DataFrame) -> Claim:
     says = "The distinction narrows at 1.3B-1.4B."
     effect = "the contrast of C2 at 125M-350M minus that at 1.3B-1.4B"
@@ -243,6 +261,7 @@ def _c3(runs: pd.DataFrame) -> Claim:
     return _decided("C3", says, effect, value, value[1] > 0, [*_spread_note(equal), *_shape_notes(equal)])
 
 
+@_claim
 def _c4(runs: pd.DataFrame) -> Claim:
     says = "Steepness tracks the objective's distance at initialisation."
     effect = "rank correlation of slope with objective distance over standard runs"
@@ -259,6 +278,7 @@ def _c4(runs: pd.DataFrame) -> Claim:
     return _decided("C4", says, effect, value, value[1] > 0, [_null_note(value[0], null)])
 
 
+@_claim
 def _c5(runs: pd.DataFrame) -> Claim:
     says = "The width of the profile is dominated by the architecture."
     effect = "share of the variance of width that the model explains, minus that which the objective explains"
@@ -275,7 +295,7 @@ def _c5(runs: pd.DataFrame) -> Claim:
 
 
 def explained(rows: Rows, factor: str, column: str = "width") -> float:
-    """Share of a column's variance that lies between the levels of a factor (eta squared)."""
+    """Returns the share of a column's variance between the levels of a factor (eta squared)."""
     values = np.asarray(rows[column], dtype=float)
     _, level = np.unique(np.asarray(rows[factor]), return_inverse=True)
     means = (np.bincount(level, values) / np.bincount(level))[level]
@@ -288,7 +308,7 @@ def _few(rows: pd.DataFrame) -> bool:
 
 
 def _spread_note(equal: pd.DataFrame) -> list[str]:
-    """Whether the control had something to remove."""
+    """Says whether the control had something to remove."""
     spread = float(equal["spread"].median())
     note = f"the control removed a median step-ratio spread of {spread:.2f}x"
     return [note + (": little to remove, so a kept slope is weak evidence" if spread < LITTLE_SPREAD else "")]
@@ -300,7 +320,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def _shape_notes(rows: pd.DataFrame) -> list[str]:
-    """Whether the null has the slopes that these runs have or keep."""
+    """Says how many of the runs' slopes the null explains."""
     kept = rows[rows["slope_low"] > 0]
     explained_ones = int((kept["null_relative_slope"] / kept["relative_slope"] >= NULL_EXPLAINS).sum())
     note = f"of the {len(kept)} runs with a slope, the null has {NULL_EXPLAINS:.0%} of it or more in {explained_ones}"
@@ -310,7 +330,7 @@ def _shape_notes(rows: pd.DataFrame) -> list[str]:
 
 
 def _null_note(estimate: float, null: float) -> str:
-    """What the effect is on the null's profiles in place of the runs'."""
+    """Says how large the effect is on the null's profiles instead of the runs'."""
     explains = null / estimate >= NULL_EXPLAINS if estimate else False
     note = f"on the null's profiles the effect is {null:+.3g}"
     return note + (": the null explains it, so it is no evidence about training" if explains else "")

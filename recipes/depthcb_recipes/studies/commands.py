@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command and its own commands."""
+    """Adds ``depthcb study`` and its subcommands."""
     study = commands.add_parser(
         "study",
         help="run a grid of fits, and decide the paper's claims by them",
-        description="A study is a YAML file with a grid of runs; its folder is all the state there is.",
+        description="A study is a grid of runs in a YAML file; all of its state is in its folder.",
     )
     study.set_defaults(run=_run_task)
     tasks = study.add_subparsers(dest="task", required=True)
-    run = tasks.add_parser("run", help="make the runs that are missing", description="Makes what the folder lacks.")
+    run = tasks.add_parser("run", help="run what is missing", description="Runs what has no result yet.")
     _common(run)
     run.add_argument("--engine", choices=("pool", "ray"), default="pool", help="this machine, or a Ray cluster")
-    run.add_argument("--jobs", type=int, help="runs at once (default: as many as there is room for)")
-    run.add_argument("--shard", default="1/1", metavar="I/N", help="the i-th of n parts, for arrays of jobs")
-    run.add_argument("--retry-failed", action="store_true", help="run again what ended without figures")
-    status = tasks.add_parser("status", help="how many runs are done", description="Counts the runs by how they ended.")
+    run.add_argument("--jobs", type=int, help="simultaneous runs (default: as many as fit)")
+    run.add_argument("--shard", default="1/1", metavar="I/N", help="the i-th of n parts, for job arrays")
+    run.add_argument("--retry-failed", action="store_true", help="run failed runs again")
+    status = tasks.add_parser("status", help="how many runs are done", description="Counts the runs by status.")
     _common(status)
     table = tasks.add_parser("table", help="one row per pair of runs", description="Prints the table, or exports it.")
     _common(table)
@@ -71,12 +71,12 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
 
     own = in_turns(shard(configs, args.shard))
     if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: run one at least.")
+        raise ValueError(f"--jobs {args.jobs}: it must be at least 1.")
     if args.retry_failed:
         store.forget_failures(own)
-    told = f"Stopped. The same command goes on: `depthcb study run {args.study}`."
+    message = f"Stopped. The same command continues: `depthcb study run {args.study}`."
     try:
-        with stoppable(lambda: print(told, flush=True)):
+        with stoppable(lambda: print(message, flush=True)):
             engine = _engine(args, own)
             settle_precision(configs, store, engine)
             with shown() as report:
@@ -85,18 +85,18 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
         if not full_disk(error):
             raise
         raise ValueError(
-            f"The disk of {store.root} is full: free some of it and give the same command again. What is done is kept."
+            f"The disk of {store.root} is full: free some space and repeat the command. Finished runs are kept."
         ) from error
     for config in own:
         result = store.result(config)
-        if result is not None and result["status"] != "finished":
-            print(f"{result['status']}: {config.name}: {result['message']} ({store.folder(config)})")
-    print(f"{progress.done} of {len(own)} runs have figures, {progress.failed} ended without.")
+        if result is not None and not result.finished:
+            print(f"{result.status}: {config.name}: {result.message} ({store.folder(config)})")
+    print(f"{progress.done} of {len(own)} runs have figures, {progress.failed} failed.")
     return 0 if progress.done == len(own) else 1
 
 
 def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
-    """What makes the runs."""
+    """Returns the engine that the command line asks for."""
     if args.engine == "ray":
         from depthcb_recipes.studies.ray import RayEngine
 
@@ -109,53 +109,53 @@ def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
 
 
 def settle_precision(configs: Sequence[RunConfig], store: Store, engine: Engine) -> None:
-    """Has the study keep one precision for all its runs on a kind of device: the two of a pair must share it.
+    """Chooses one precision for all runs of the study on a kind of device, since the two of a pair must share it.
 
-    What was chosen is said once, and where this machine would choose otherwise.
+    The choice is printed once; so is a warning if this machine would choose another one.
 
     Args:
-        configs: The runs; those that name a precision stay as they are.
-        store: Where the study's choice is kept.
-        engine: Where the runs are made, which decides if nothing is kept yet.
+        configs: The runs; those that name a precision keep it.
+        store: The study's folder, where the choice is stored.
+        engine: Where the study runs; it chooses if nothing is stored yet.
     """
     for device, example in {c.device: c for c in configs if c.precision == "auto" and engine.fits(c)}.items():
-        kept = store.precision(device)
+        settled = store.precision(device)
         of_device = [config for config in configs if config.device == device]
-        if kept and all(store.result(config) for config in of_device):
-            continue  # nothing is to be made
+        if settled and all(store.result(config) for config in of_device):
+            continue  # nothing to run
         here = engine.precision(example)
-        if kept is None:
+        if settled is None:
             older = any(store.result(config) for config in of_device)
-            of_old = {"precision": "bf16-mixed", "reason": "the runs that it has already were made in it"}
-            kept = store.settle_precision(device, of_old if older else here)
-            print(f"Precision {kept['precision']} for the runs on {device}: {kept['reason']}.", flush=True)
-        if kept["precision"] != here["precision"]:
+            of_old = {"precision": "bf16-mixed", "reason": "its earlier runs used it"}
+            settled = store.settle_precision(device, of_old if older else here)
+            print(f"Precision {settled['precision']} for the runs on {device}: {settled['reason']}.", flush=True)
+        if settled["precision"] != here["precision"]:
             print(
-                f"This study keeps precision {kept['precision']} for all its runs on {device}, so that pairs share it; "
-                f"{engine.place} would choose {here['precision']}: {here['reason']}.",
+                f"This study uses precision {settled['precision']} for all its runs on {device}, so that pairs share "
+                f"it; {engine.place} would choose {here['precision']}: {here['reason']}.",
                 flush=True,
             )
 
 
 def fitting(configs: Sequence[RunConfig], engine: Engine) -> list[RunConfig]:
-    """The runs that can be made here; the others are named.
+    """Returns the runs that fit on the engine, and prints how many do not.
 
     Raises:
-        ValueError: None can.
+        ValueError: None fits.
     """
     too_large = [config for config in configs if not engine.fits(config)]
     if not too_large:
         return list(configs)
     needs = f"{too_large[0].name} needs {too_large[0].gpus} GPUs and {too_large[0].threads} threads"
-    message = f"{len(too_large)} of {len(configs)} runs don't fit on {engine.place} ({needs}, as the study says)"
+    message = f"{len(too_large)} of {len(configs)} runs do not fit on {engine.place} ({needs}, as the study says)"
     if len(too_large) == len(configs):
         raise ValueError(f"{message}: run them on a larger machine, or on a cluster with --engine ray.")
-    print(f"{message}: they are left out.", flush=True)
+    print(f"{message}: they are skipped.", flush=True)
     return [config for config in configs if engine.fits(config)]
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Returns the GPUs that this process may use, named as in ``CUDA_VISIBLE_DEVICES``."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]
@@ -165,7 +165,11 @@ def _gpus() -> list[str]:
 
 
 def shard(configs: Sequence[RunConfig], part: str) -> list[RunConfig]:
-    """The i-th of n parts of a study, such as ``"2/3"``: every n-th run, so that all parts take about as long.
+    """Returns the i-th of n parts of a study: every n-th run, so that all parts take about equally long.
+
+    Args:
+        configs: The runs.
+        part: ``"i/n"``, such as ``"2/3"``.
 
     Raises:
         ValueError: Not of this form, or i is not in 1..n.
@@ -177,9 +181,9 @@ def shard(configs: Sequence[RunConfig], part: str) -> list[RunConfig]:
 
 
 def in_turns(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The runs with the models in turns.
+    """Returns the runs with the models in turns.
 
-    What is wrong with a model is then known early, and those that must be pretrained first are so side by side.
+    Errors in a model show early, and models that must be pretrained first are pretrained in parallel.
 
     Example:
         >>> runs = [RunConfig(model, "causal_lm", "sgd", "standard", seed) for model in "ab" for seed in (0, 1)]
@@ -196,12 +200,15 @@ def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     counts: dict[str, int] = {}
     for config in configs:
         result = store.result(config)
-        if result is None:
-            status = "running" if seems_running(store.folder(config)) else "missing"
-        else:
-            status = result["status"]
+        without = "running" if result is None and seems_running(store.folder(config)) else "missing"
+        status = result.status if result else without
         counts[status] = counts.get(status, 0) + 1
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + f" of {len(configs)} runs")
+    for result in store.older(configs):
+        print(
+            f"older, version {result.version}: {result.config.name}: the hash of its configuration has changed since; "
+            "table and report include it, and `depthcb study run` runs it again."
+        )
     return 0
 
 
@@ -209,9 +216,9 @@ def _tables(configs: Sequence[RunConfig], store: Store) -> Any:
     from depthcb_recipes.studies.analysis import pairs_table, runs_table
 
     results = [result for config in configs if (result := store.result(config)) is not None]
-    runs = runs_table(results)
+    runs = runs_table([*results, *store.older(configs)])
     if runs.empty:
-        raise ValueError(f"{store.root} has no finished run of this study: make some with `depthcb study run`.")
+        raise ValueError(f"{store.root} has no finished run of this study: start it with `depthcb study run`.")
     return runs, pairs_table(runs)
 
 
@@ -225,7 +232,7 @@ def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store)
         if path.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--export {path}: name a .csv or a .parquet file.")
         pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
-    Console(width=max(Console().width, 140)).print(terminal_table(pairs))  # no figure is cut, in a file neither
+    Console(width=max(Console().width, 140)).print(terminal_table(pairs))  # no figure is truncated, in a file either
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A study's YAML file, resolved into the configuration of each run."""
+"""A study's YAML file, and the configurations of its runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typing import Any
 
 import yaml
 
-#: The axes of a grid, in the order of the table's columns.
+from depthcb.run import CONTROLS, Control
+
+#: The axes of the grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
-CONTROLS = ("standard", "equal-step")
-#: The option of a fit that a study settles for all of its runs on a kind of device.
+#: The option of a fit that a study chooses for all of its runs on a kind of device.
 PRECISION = "trainer.precision"
-#: The study's entries that are numbers of each run, with their defaults and least values.
+#: Integer entries of a study that every run has: default and minimum.
 _NUMBERS = {"threads": (1, 1), "gpus": (0, 0), "null_seeds": (1, 1)}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run's figures.
+    """Everything that determines the figures of a run.
 
     Args:
         model: A backbone's name.
         objective: Name of a bundled configuration of ``depthcb fit``.
         optimizer: ``"adamw"`` or ``"sgd"``.
         control: ``"standard"`` or ``"equal-step"``.
-        seed: Of weights drawn anew, dropout and data order.
-        threads: CPU threads of the run: they change sums in their last digit, so they belong to it.
-        gpus: Devices of the run, for the same reason; 0 is the CPU, whatever the machine has.
-        null_seeds: Draws of noise for the null profile.
+        seed: Of newly initialised weights, dropout and data order.
+        threads: CPU threads of the run; they are part of the configuration because they change the last digit of sums.
+        gpus: GPUs of the run, for the same reason; 0 is the CPU, even on a machine with GPUs.
+        null_seeds: Draws of noise for the null.
         options: Options of ``depthcb fit`` beyond the objective's own configuration.
 
     Example:
@@ -45,7 +46,7 @@ class RunConfig:
     model: str
     objective: str
     optimizer: str
-    control: str
+    control: Control
     seed: int
     threads: int = 1
     gpus: int = 0
@@ -54,57 +55,57 @@ class RunConfig:
 
     @property
     def hash(self) -> str:
-        """Name of the run's folder: the same for the same configuration, whatever study asks for it."""
+        """Name of the run's folder; equal configurations have equal hashes, in every study."""
         return digest(self.to_dict())[:16]
 
     @property
     def pair(self) -> str:
-        """What a standard run and its equal-step twin have in common; that their precision is the same is checked."""
+        """Hash that a standard run and its equal-step twin share; their precision is compared separately."""
         options = {name: value for name, value in self.options.items() if name != PRECISION}
         return digest(self.to_dict() | {"control": "", "options": options})[:16]
 
     @property
     def resumes(self) -> bool:
-        """Whether a killed run goes on from its last checkpoint: its data remember their place [ours]."""
+        """Whether a killed run resumes from its last checkpoint, because its data loader has a state [ours]."""
         return bool(self.options.get("data.stateful"))
 
     @property
     def device(self) -> str:
-        """The kind of device that it runs on."""
+        """Kind of device that the run uses."""
         return "cuda" if self.gpus else "cpu"
 
     @property
     def precision(self) -> str:
-        """What it is trained in; ``"auto"`` while the study has not settled that."""
+        """Precision of the fit; ``"auto"`` until the study has chosen one."""
         return str(self.options.get(PRECISION, "auto"))
 
     @property
     def name(self) -> str:
-        """The axes in words."""
+        """The values of the axes, for messages."""
         return " ".join(str(getattr(self, axis)) for axis in AXES)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON and YAML have it."""
+        """Returns the configuration in JSON types."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"options": dict(self.options)}
 
 
 def digest(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    """Returns the SHA-256 of a JSON object, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_study(path: str | Path) -> list[RunConfig]:
-    """The runs that a study asks for, in the order of its axes.
+    """Reads a study and returns its runs, in the order of its axes.
 
-    The file has ``grid`` (a list for each of model, objective, optimizer, control and seed), and may have ``threads``,
-    ``gpus``, ``null_seeds``, ``options`` (of every fit) and ``by``: options, or these numbers, of runs with one value
-    of an axis (``by: {optimizer: {sgd: {model.lr: 0.1}}, model: {gpt2-xl: {gpus: 2}}}``).
+    The file has ``grid`` (one list each for model, objective, optimizer, control and seed), and may have ``threads``,
+    ``gpus``, ``null_seeds``, ``options`` (for every fit) and ``by``: options, or these numbers, for the runs with one
+    value of an axis (``by: {optimizer: {sgd: {model.lr: 0.1}}, model: {gpt2-xl: {gpus: 2}}}``).
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: Not a study: what is wrong, where, and what to write instead.
+        ValueError: The file is not a valid study; the message says where and what to write instead.
     """
     try:
         study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -117,17 +118,17 @@ def read_study(path: str | Path) -> list[RunConfig]:
     unknown = [*(set(study) - {"grid", "options", "by", *_NUMBERS}), *(set(study["grid"]) - set(AXES))]
     if unknown:
         raise ValueError(
-            f"The study {path} has {', '.join(sorted(unknown))}, which no study has: grid ({', '.join(AXES)}), "
-            f"options, by, {', '.join(_NUMBERS)}."
+            f"The study {path} has {', '.join(sorted(unknown))}, which a study cannot have: it takes grid "
+            f"({', '.join(AXES)}), options, by, {', '.join(_NUMBERS)}."
         )
     by = study.get("by", {})
     axes = [_axis(path, study["grid"], axis) for axis in AXES]
     _check_by(path, by, dict(zip(AXES, axes, strict=True)))
-    everywhere = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | study.get("options", {})
+    defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | study.get("options", {})
     runs = []
     for values in itertools.product(*axes):
         point = dict(zip(AXES, values, strict=True))
-        options = dict(everywhere)
+        options = dict(defaults)
         for axis, choices in by.items():
             options |= choices.get(point[axis], {})
         numbers = {name: _number(path, name, options.pop(name)) for name in _NUMBERS}
@@ -160,12 +161,12 @@ def _axis(path: str | Path, grid: Mapping[str, Any], axis: str) -> list[Any]:
 def _check_by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> None:
     for axis, choices in by.items():
         if axis not in axes:
-            raise ValueError(f"The study {path}: by.{axis} is no axis of the grid ({', '.join(AXES)}).")
+            raise ValueError(f"The study {path}: by.{axis} is not an axis of the grid ({', '.join(AXES)}).")
         if axis == "control":
             raise ValueError(
                 f"The study {path}: by.control would have the two runs of a pair differ in more than the control: give "
-                "both the same options, or make two studies."
+                "both the same options, or write two studies."
             )
         missing = [value for value in choices if value not in axes[axis]]
         if missing:
-            raise ValueError(f"The study {path}: by.{axis} speaks of {missing[0]!r}, which grid.{axis} does not have.")
+            raise ValueError(f"The study {path}: by.{axis} names {missing[0]!r}, which is not in grid.{axis}.")

@@ -21,26 +21,26 @@ from depthcb_recipes.studies.analysis import Claim, claims
 PAIR_COLUMNS = {
     "model": "The backbone.",
     "family": "encoder, decoder, state-space or recurrent.",
-    "block": "sequential: attention feeds the MLP. parallel: both read the same input. Found by perturbing it.",
-    "size": "Class by parameters: small up to 0.6 B, medium up to 2 B, large.",
-    "objective": "What the fit trained.",
-    "optimizer": "Of both runs.",
-    "seed": "Of both runs: the same new weights, dropout and data order.",
-    "slope standard": "Locality gradient of the standard run, change per whole depth, with its interval.",
+    "block": "sequential: attention feeds the MLP. parallel: both read the same input. Found by perturbation.",
+    "size": "Size class by parameters: small up to 0.6 B, medium up to 2 B, large.",
+    "objective": "The objective of the fit.",
+    "optimizer": "The optimizer of both runs.",
+    "seed": "The seed of both runs: the same new weights, dropout and data order.",
+    "slope standard": "Locality gradient of the standard run: change over the whole depth, with its interval.",
     "slope equal-step": "The same under the control.",
-    "retained": "Relative slope under the control over that of the standard run.",
-    "verdict": "By relative slope: persists, weakens (below 0.8), collapses (interval holds 0), reverses, or none.",
-    "spread": "Largest over smallest step ratio that the control removed; near 1 it had nothing to do.",
-    "null": "Relative slope of noise of the same size, standard / equal-step, as a share of the run's own.",
+    "retained": "Relative slope of the equal-step run / that of the standard run.",
+    "verdict": "By relative slope: persists, weakens (below 0.8), collapses (interval contains 0), reverses, or none.",
+    "spread": "Largest / smallest step ratio before the control; near 1 it had nothing to remove.",
+    "null": "Relative slope of noise of the same size as a share of the run's, standard / equal-step.",
     "agree": "Whether plain and normalised change agree on the slope's sign.",
-    "width": "Share of the layers that the standard run's change is spread over.",
+    "width": "Share of the layers over which the standard run's change is spread.",
     "distance": "Objective distance at initialisation: 1 - cos of the gradients of pretraining and of the fit.",
     "loss": "Validation loss at the end, standard / equal-step, nats.",
 }
 
 
 def table_rows(pairs: pd.DataFrame) -> list[list[str]]:
-    """The pairs as text, one row each, by `PAIR_COLUMNS`."""
+    """Returns one row of text per pair, by `PAIR_COLUMNS`."""
     return [_row(pair) for _, pair in pairs.iterrows()]
 
 
@@ -63,8 +63,20 @@ def _row(pair: Any) -> list[str]:
 
 
 def terminal_table(pairs: pd.DataFrame) -> Table:
-    """The table for a terminal: what fits beside each other, slopes without their intervals."""
-    titles = ("model", "block", "objective", "opt.", "seed", "slope", "equal-step", "kept", "verdict", "spread", "null")
+    """Returns a table that fits a terminal: fewer columns, and slopes without intervals."""
+    titles = (
+        "model",
+        "block",
+        "objective",
+        "opt.",
+        "seed",
+        "slope",
+        "equal-step",
+        "share",
+        "verdict",
+        "spread",
+        "null",
+    )
     table = Table(*titles, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for (_, pair), row in zip(pairs.iterrows(), table_rows(pairs), strict=True):
         cells = dict(zip(PAIR_COLUMNS, row, strict=True))
@@ -76,7 +88,7 @@ def terminal_table(pairs: pd.DataFrame) -> Table:
 
 
 def claim_lines(claim: Claim) -> list[str]:
-    """A claim in words: verdict, effect with its interval, notes."""
+    """Returns the lines of a claim: its verdict, the effect with its interval, notes."""
     figures = "" if claim.estimate is None else f" = {claim.estimate:+.3g}"
     figures += "" if claim.interval is None else show_interval(claim.interval)
     return [
@@ -87,7 +99,7 @@ def claim_lines(claim: Claim) -> list[str]:
 
 
 def write_study(runs: pd.DataFrame, pairs: pd.DataFrame, path: str | Path, title: str) -> None:
-    """Writes one page on a study that asks the network for nothing.
+    """Writes one self-contained page on a study.
 
     Args:
         runs: One row per run.
@@ -113,7 +125,7 @@ def _card(claim: Claim) -> str:
 
 
 def slopes_chart(pairs: pd.DataFrame) -> go.Figure:
-    """A line for each pair, with its two slopes and those of their nulls."""
+    """Draws one line per pair, with the relative slopes of its two runs and of their nulls."""
     labels = [f"{p['model']} · {p['objective']} · {p['optimizer']} · {p['seed']}" for _, p in pairs.iterrows()]
     fig = go.Figure()
     for index, (side, name) in enumerate((("standard", "standard"), ("equal", "equal-step"))):

@@ -1,4 +1,4 @@
-"""Makes the runs that a study lacks, several at once. Nothing is held that the disk does not say."""
+"""Runs what a study lacks, several runs at once. All state is on disk."""
 
 from __future__ import annotations
 
@@ -8,60 +8,61 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from depthcb_recipes.studies.grid import RunConfig
-from depthcb_recipes.studies.process import MAKER, RunProcess, choose_precision, last_lines
-from depthcb_recipes.studies.store import Store, write_result
+from depthcb_recipes.studies.process import RUNNER, RunProcess, choose_precision, last_lines
+from depthcb_recipes.studies.result import Result, write_result
+from depthcb_recipes.studies.store import Store
 from depthcb_recipes.studies.worker import BUSY, FULL
 
-#: A run whose process was killed this often is recorded as killed.
+#: Number of times that a run's process may die before the run is recorded as killed.
 MOST_KILLS = 3
-#: Seconds between looks at the subprocesses.
+#: Seconds between polls of the subprocesses.
 _LOOK = 0.05
 
 
 class Handle(Protocol):
-    """A run that an engine has started."""
+    """A run that an engine started."""
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """Returns the exit status, negative for a signal; None while the run is going on."""
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the run."""
 
 
 class Engine(Protocol):
-    """Where runs are made."""
+    """Where the runs of a study run."""
 
     @property
     def place(self) -> str:
-        """What it is and has, in words."""
+        """A phrase for messages, with what the engine has."""
 
     def precision(self, config: RunConfig) -> dict[str, str]:
-        """The precision that suits the device of a run like this one, with its reason."""
+        """Returns the precision that suits the device of such a run, with the reason."""
 
     def fits(self, config: RunConfig) -> bool:
-        """Whether this run could be made here, if nothing else were."""
+        """Returns whether this run could run here if nothing else did."""
 
     def has_room(self, config: RunConfig) -> bool:
-        """Whether this run can be started now."""
+        """Returns whether this run can be started now."""
 
     def start(self, config: RunConfig, folder: Path, wait: bool) -> Handle:
-        """Starts a run; told to wait, it waits for another process that makes it already."""
+        """Starts a run; with ``wait`` it first waits for another process that has the same run."""
 
 
 class Pool:
-    """The embedded engine: subprocesses of this one.
+    """The default engine: subprocesses on this machine.
 
     Args:
-        jobs: Most runs at once.
-        gpus: The devices that they share, as ``CUDA_VISIBLE_DEVICES`` names them; no two runs get the same.
-        maker: The module that does a run.
+        jobs: Maximum number of simultaneous runs.
+        gpus: Devices for the runs, named as in ``CUDA_VISIBLE_DEVICES``; no two runs share one.
+        runner: The module that executes a run.
     """
 
-    def __init__(self, jobs: int, gpus: Sequence[str] = (), maker: str = MAKER) -> None:
-        self._jobs, self._gpus, self._maker = jobs, list(gpus), maker
+    def __init__(self, jobs: int, gpus: Sequence[str] = (), runner: str = RUNNER) -> None:
+        self._jobs, self._gpus, self._runner = jobs, list(gpus), runner
         self._running: list[tuple[RunProcess, list[str]]] = []
 
     @property
@@ -80,7 +81,7 @@ class Pool:
 
     def start(self, config: RunConfig, folder: Path, wait: bool) -> RunProcess:
         gpus = self._free[: config.gpus]
-        process = RunProcess(folder, config, gpus, wait, self._maker)
+        process = RunProcess(folder, config, gpus, wait, self._runner)
         self._running.append((process, gpus))
         return process
 
@@ -92,16 +93,16 @@ class Pool:
 
 @dataclass
 class Progress:
-    """The state of a study.
+    """The progress of a study.
 
     Args:
-        total: Its runs.
-        done: Those with figures.
-        failed: Those that ended without: out of memory, NaN, an error.
-        running: Those that are made now by this driver.
-        last: The last run's name and slope, or its failure.
-        started: When, in seconds of `time.monotonic`.
-        made: Runs that were made here since.
+        total: Number of runs.
+        done: Runs with figures.
+        failed: Runs that ended without figures: out of memory, NaN, an error.
+        running: Runs that this driver has going.
+        last: Name of the run that ended last, with its slope or failure.
+        started: Start time, in seconds of `time.monotonic`.
+        completed: Runs that this driver has completed since then.
     """
 
     total: int
@@ -110,13 +111,13 @@ class Progress:
     running: int = 0
     last: str = ""
     started: float = field(default_factory=time.monotonic)
-    made: int = 0
+    completed: int = 0
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace so far; None before the first run is made."""
+        """Estimated from the pace so far; None before the first run has ended."""
         left = self.total - self.done - self.failed
-        return (time.monotonic() - self.started) / self.made * left if self.made else None
+        return (time.monotonic() - self.started) / self.completed * left if self.completed else None
 
 
 def run_study(
@@ -125,25 +126,25 @@ def run_study(
     engine: Engine,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Makes the runs that have no result yet.
+    """Runs all runs that have no result yet.
 
     Args:
         configs: The runs of the study.
-        store: Where they are.
-        engine: What makes them.
-        report: Called at every look at the runs, some 20 times a second.
+        store: The study's folder.
+        engine: What runs them.
+        report: Called about 20 times per second with the progress.
 
     Returns:
-        The study's state at the end.
+        The progress at the end.
 
     Raises:
-        OSError: The disk is full; what is done is kept, what ran is ended.
+        OSError: The disk is full. Finished runs are kept, unfinished ones are killed.
     """
     return _Driver(configs, store, engine, report).drive()
 
 
 class _Driver:
-    """One process that makes a study's runs, beside any others that do."""
+    """One of the processes that run a study; there may be others on the same folder."""
 
     def __init__(
         self, configs: Sequence[RunConfig], store: Store, engine: Engine, report: Callable[[Progress], None]
@@ -153,7 +154,7 @@ class _Driver:
         self._waiting: list[RunConfig] = []
         self._running: dict[Handle, RunConfig] = {}
         self._kills: dict[str, int] = {}
-        self._busy: set[str] = set()  # hashes of runs that another process was found at
+        self._busy: set[str] = set()  # hashes of runs that another process was found to have
         for config in configs:
             result = store.result(config)
             if result is None:
@@ -179,7 +180,7 @@ class _Driver:
         before = len(self._running)
         while self._waiting:
             config = self._waiting[0]
-            # What another process was found at comes last, when there is nothing better to do than to wait for it.
+            # Runs that another process has come last, when nothing is left to do but wait.
             wait = config.hash in self._busy
             result = self._store.result(config) if wait else None
             if result is not None:
@@ -192,19 +193,19 @@ class _Driver:
         return len(self._running) > before
 
     def _collect(self) -> bool:
-        """Takes what has ended."""
+        """Handles the runs that have ended."""
         ended = [(handle, status) for handle in self._running if (status := handle.poll()) is not None]
         for handle, status in ended:
             self._take(self._running.pop(handle), status)
         return bool(ended)
 
     def _take(self, config: RunConfig, status: int) -> None:
-        """What became of a run: a result, or another attempt."""
+        """Counts an ended run, or schedules another attempt."""
         result = self._store.result(config)
         if result is None:
             if status == FULL:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
-            if status in (0, BUSY):  # elsewhere; or a shared file system that shows it later
+            if status in (0, BUSY):  # another process has it, or a shared file system shows the result later
                 self._busy.add(config.hash)
                 self._waiting.append(config)
                 return
@@ -214,26 +215,19 @@ class _Driver:
                 return
             result = self._give_up(config, status)
         self._count(result)
-        self._progress.made += 1
-        self._progress.last = f"{config.name}: {told(result)}"
+        self._progress.completed += 1
+        self._progress.last = f"{config.name}: {result.summary}"
 
-    def _give_up(self, config: RunConfig, status: int) -> dict[str, Any]:
-        """Records that a run does not come to an end."""
+    def _give_up(self, config: RunConfig, status: int) -> Result:
+        """Records a run whose process was killed each time."""
         folder = self._store.folder(config)
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         also = " (as the system does where memory runs out)" if status == -9 else ""
         message = f"ended {how}{also} {MOST_KILLS} times; last lines: {last_lines(folder)}"
-        result = {"status": "killed", "message": message}
+        result = Result("killed", config, message=message)
         write_result(folder, result)
         return result
 
-    def _count(self, result: dict[str, Any]) -> None:
-        self._progress.done += result["status"] == "finished"
-        self._progress.failed += result["status"] != "finished"
-
-
-def told(result: dict[str, Any]) -> str:
-    """A result in a few words."""
-    if result["status"] != "finished":
-        return f"{result['status']}: {result['message']}"
-    return f"slope {result['slope']:+.3g}"
+    def _count(self, result: Result) -> None:
+        self._progress.done += result.finished
+        self._progress.failed += not result.finished

@@ -1,4 +1,4 @@
-"""A study's progress in the terminal."""
+"""The progress of a study in the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from depthcb_recipes.studies.pool import Progress
 
 @contextmanager
 def shown() -> Iterator[Callable[[Progress], None]]:
-    """A line that is rewritten in a terminal; elsewhere one for each run that ends, and at least one every 30 s."""
+    """Shows one line that is updated in a terminal; elsewhere one line per finished run, at least every 30 s."""
     console = Console()
     if not console.is_terminal:
         said, when = None, 0.0
@@ -34,7 +34,7 @@ def shown() -> Iterator[Callable[[Progress], None]]:
 
 
 def line(progress: Progress) -> str:
-    """Done, running, failed, time left and the last run.
+    """Returns one line: runs done, running and failed, time left and the run that ended last.
 
     Example:
         >>> line(Progress(total=3, done=1, running=2, last="gpt2-mini causal_lm adamw standard 0: slope +0.1"))

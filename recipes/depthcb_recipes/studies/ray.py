@@ -1,4 +1,4 @@
-"""Runs on the nodes of a Ray cluster: each task starts the same subprocess as the embedded pool."""
+"""Runs on the nodes of a Ray cluster; each task starts the same subprocess as `Pool` does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from depthcb_recipes.studies.grid import RunConfig
-from depthcb_recipes.studies.process import MAKER, RunProcess, choose_precision
-from depthcb_recipes.studies.store import CONFIG
+from depthcb_recipes.studies.process import RUNNER, RunProcess, choose_precision
+from depthcb_recipes.studies.result import CONFIG
 
 try:
     import ray
@@ -20,25 +20,25 @@ except ImportError as error:
 
 
 class RayEngine:
-    """The nodes of a cluster as an engine; all of them must see the study's folder.
+    """Runs a study on the nodes of a cluster, all of which must see the study's folder.
 
-    Ray places the runs by their threads and GPUs, and holds nothing else: a node that dies, or this process, costs
-    the runs that it made, no other.
+    Ray schedules the runs by their threads and GPUs and has no other state: when a node or this process dies, only the
+    runs that it executed are lost.
 
     Args:
-        jobs: Most runs to ask for at once; None for as many as the nodes have room for, now and as nodes come and go.
-            With a number the cluster may grow to fit it.
-        maker: The module that does a run.
+        jobs: Maximum number of simultaneous runs; None for as many as the nodes have room for at the moment. With a
+            number the cluster may scale up to fit it.
+        runner: The module that executes a run.
 
     Raises:
-        ValueError: Ray is not installed, or a cluster that is named by ``RAY_ADDRESS`` is not there.
+        ValueError: Ray is not installed, or no cluster answers at ``RAY_ADDRESS``.
     """
 
-    def __init__(self, jobs: int | None = None, maker: str = MAKER) -> None:
-        self._jobs, self._maker = jobs, maker
+    def __init__(self, jobs: int | None = None, runner: str = RUNNER) -> None:
+        self._jobs, self._runner = jobs, runner
         self._running: list[RayRun] = []
         _check_address(os.environ.get("RAY_ADDRESS", ""))
-        # The cluster of RAY_ADDRESS, else one that runs on this machine, else this machine.
+        # The cluster at RAY_ADDRESS, else one that runs on this machine, else a new local one.
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
 
     @property
@@ -58,23 +58,23 @@ class RayEngine:
         return len(self._running) < (self._jobs or self._slots(config))
 
     def start(self, config: RunConfig, folder: Path, wait: bool) -> RayRun:
-        self._running.append(RayRun(folder, config, wait, self._maker))
+        self._running.append(RayRun(folder, config, wait, self._runner))
         return self._running[-1]
 
     def _slots(self, config: RunConfig) -> int:
-        """How many runs like this one the nodes have room for when nothing else runs."""
+        """Returns how many such runs fit on the idle nodes."""
         needs = {"CPU": config.threads, "GPU": config.gpus}
         return sum(min(node[kind] // n for kind, n in needs.items() if n) for node in _nodes())
 
 
 def _nodes() -> list[dict[str, int]]:
-    """The CPUs and GPUs of each node that is alive."""
+    """Returns the CPUs and GPUs of each live node."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [{kind: int(node.get(kind, 0)) for kind in ("CPU", "GPU")} for node in alive]
 
 
 def _check_address(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Fails within 10 s if nothing answers; Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
     if not (colon and port.isdigit()):  # none, or "auto"
         return
@@ -88,19 +88,19 @@ def _check_address(address: str) -> None:
 
 
 class RayRun:
-    """A run that a task makes somewhere in the cluster."""
+    """A run that a task executes on some node."""
 
-    def __init__(self, folder: Path, config: RunConfig, wait: bool, maker: str) -> None:
-        # A task that its node takes down with it is the study's to repeat, not Ray's.
-        task = ray.remote(num_cpus=config.threads, num_gpus=config.gpus, max_retries=0)(make_run)
-        self._task = task.remote(str(folder.resolve()), config, wait, maker)
+    def __init__(self, folder: Path, config: RunConfig, wait: bool, runner: str) -> None:
+        # A task that dies with its node is repeated by the study, not by Ray.
+        task = ray.remote(num_cpus=config.threads, num_gpus=config.gpus, max_retries=0)(execute)
+        self._task = task.remote(str(folder.resolve()), config, wait, runner)
         self._status: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status; 1 where the node or the task's own process went down.
+        """Returns the exit status; 1 if the node or the task's process died.
 
         Raises:
-            ValueError: The node doesn't see the study's folder.
+            ValueError: The node does not see the study's folder.
         """
         if self._status is None and ray.wait([self._task], timeout=0)[0]:
             try:
@@ -112,17 +112,17 @@ class RayRun:
         return self._status
 
     def kill(self) -> None:
-        """Ends the task, and with it the run."""
+        """Kills the task, and the run with it."""
         ray.cancel(self._task, force=True)
 
 
-def make_run(folder: str, config: RunConfig, wait: bool, maker: str) -> int:
-    """What a task does on its node; returns the run's exit status."""
+def execute(folder: str, config: RunConfig, wait: bool, runner: str) -> int:
+    """Executes a run on the node of a task; returns its exit status."""
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise ValueError(
-            f"The node {platform.node()} doesn't see {folder}: give the study a folder (--out) on a file system that "
+            f"The node {platform.node()} does not see {folder}: choose a folder (--out) on a file system that "
             "all nodes of the cluster share."
         )
     gpus: list[Any] = ray.get_gpu_ids()
-    return RunProcess(path, config, list(map(str, gpus)), wait, maker).wait()
+    return RunProcess(path, config, list(map(str, gpus)), wait, runner).wait()

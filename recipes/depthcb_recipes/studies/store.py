@@ -1,9 +1,9 @@
-"""The folders of a study's runs: the only state there is.
+"""The folders of a study's runs, which are its only state.
 
-``<study>/runs/<hash>/`` holds ``run.yaml``, the run's record and log while it runs, and ``result.json`` from its end
-on: written last, beside its place, and moved there, so that a reader finds all of it or none. A run is locked by
-the process that makes it: by a lease, which holds between machines that share the folder, and which is void once its
-process is dead or, seen from another machine, has not renewed it for a minute.
+``<study>/runs/<hash>/`` holds ``run.yaml``, the run's record and log, and, once the run has ended, ``result.json``,
+which is written last and atomically. A process locks the run that it executes with a lease, which works between
+machines that share the folder. A lease expires when its process is dead or, seen from another machine, has not been
+renewed for a minute.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from filelock import SoftFileLease, Timeout
 
 from depthcb.errors import chain
 from depthcb_recipes.publish import write_whole
-from depthcb_recipes.studies.grid import PRECISION, RunConfig, digest
+from depthcb_recipes.studies.grid import AXES, PRECISION, RunConfig
+from depthcb_recipes.studies.result import CONFIG, RESULT, VERSION, Result, read_result
 
-RESULT, CONFIG, LOCK, LOG = "result.json", "run.yaml", "lock", "log.txt"
-#: Seconds without a sign of life after which another machine takes a run over.
+LOCK, LOG = "lock", "log.txt"
+#: Seconds without renewal after which another machine may take over a run.
 LEASE = 60.0
 
 
 class Busy(Exception):
-    """Another process makes this run."""
+    """Another process has this run."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,26 @@ class Store:
     """A study's folder.
 
     Args:
-        root: The folder; made when the first run starts.
+        root: The folder; created when the first run starts.
     """
 
     root: Path
 
     def folder(self, config: RunConfig) -> Path:
-        """The folder of a run, whether it exists or not."""
+        """Returns the folder of a run, which need not exist."""
         return self.root / "runs" / config.hash
 
     def prepare(self, config: RunConfig) -> Path:
-        """The folder of a run, with its configuration in it, in the precision that this study has settled."""
+        """Creates a run's folder and writes its configuration there, with the study's precision."""
         folder, fields = self.folder(config), config.to_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        if config.precision == "auto" and (kept := self.precision(config.device)):
-            fields["options"][PRECISION] = kept["precision"]
+        if config.precision == "auto" and (settled := self.precision(config.device)):
+            fields["options"][PRECISION] = settled["precision"]
         write_whole(folder / CONFIG, yaml.safe_dump(fields, sort_keys=False))
         return folder
 
     def precision(self, device: str) -> dict[str, str] | None:
-        """The precision of this study's runs on a kind of device, with its reason; None before it is settled."""
+        """Returns the study's precision on a kind of device, with the reason; None before it is chosen."""
         try:
             found: dict[str, str] = json.loads(self._precision(device).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -70,7 +71,7 @@ class Store:
         return found
 
     def settle_precision(self, device: str, choice: dict[str, str]) -> dict[str, str]:
-        """Keeps a precision for all runs on a kind of device, and returns what is kept: another's, if it came first."""
+        """Stores the precision for all runs on a kind of device, unless there is one; returns the stored one."""
         self.root.mkdir(parents=True, exist_ok=True)
         path = self._precision(device)
         fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.mine")
@@ -78,62 +79,47 @@ class Store:
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
         fresh.unlink()
-        kept = self.precision(device)
-        assert kept is not None
-        return kept
+        settled = self.precision(device)
+        assert settled is not None
+        return settled
 
     def _precision(self, device: str) -> Path:
         return self.root / f"precision-{device}.json"
 
     def forget_failures(self, configs: Sequence[RunConfig]) -> None:
-        """Removes the results of runs that ended without figures, so that they are run again."""
+        """Removes the results of failed runs, so that they are run again."""
         for config in configs:
             result = self.result(config)
-            if result is not None and result["status"] != "finished":
+            if result is not None and not result.finished:
                 (self.folder(config) / RESULT).unlink()
 
-    def result(self, config: RunConfig) -> dict[str, Any] | None:
-        """What is known of a run: None while it has no result, or where it is damaged (then it is run again)."""
+    def result(self, config: RunConfig) -> Result | None:
+        """A run's result: None while it has none, or where the file is damaged (then it is run again)."""
         return read_result(self.folder(config))
 
+    def older(self, configs: Sequence[RunConfig]) -> list[Result]:
+        """Finished runs of an earlier version, under hashes that no configuration has today, and not yet rerun.
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """A run's result; None where there is none, or not the whole of it.
-
-    Raises:
-        ValueError: It is there and cannot be read.
-    """
-    try:
-        text = (folder / RESULT).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(
-            f"{folder / RESULT} cannot be read ({error.strerror}): give this user the right to."
-        ) from error
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        result: dict[str, Any] = json.loads(text)
-        if result["sha256"] == _digest(result):
-            return result
-    return None
-
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes a run's result with a checksum of itself, whole or not at all."""
-    plain = json.loads(json.dumps(result))
-    write_whole(folder / RESULT, json.dumps(plain | {"sha256": _digest(plain)}, indent=1) + "\n")
+        Args:
+            configs: The runs of the study; results of other values of its axes are none of its own.
+        """
+        current = {config.hash for config in configs}
+        missing = {_point(config) for config in configs if self.result(config) is None}
+        folders = sorted(path.parent for path in self.root.glob(f"runs/*/{RESULT}") if path.parent.name not in current)
+        results = [result for folder in folders if (result := read_result(folder)) is not None]
+        return [r for r in results if r.finished and r.version < VERSION and _point(r.config) in missing]
 
 
 @contextlib.contextmanager
 def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[None]:
     """Holds a run's lock.
 
-    A holder whose lease was taken over (it was halted for longer than that) ends at once: the run is another's now.
+    A process whose lease was taken over, because it was suspended for too long, exits at once.
 
     Args:
         folder: The run's folder.
-        patience: Seconds to wait for another holder.
-        lease: Seconds without a sign of life after which the lock is free: the same for all.
+        patience: Seconds to wait for another process that holds the lock.
+        lease: Seconds without renewal after which the lock expires; must be the same for all processes.
 
     Raises:
         Busy: Another process holds it.
@@ -147,30 +133,31 @@ def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[
         yield
 
 
+def _point(config: RunConfig) -> tuple[Any, ...]:
+    """Returns the run's coordinates in the study's grid."""
+    return tuple(getattr(config, axis) for axis in AXES)
+
+
 def seems_running(folder: Path) -> bool:
-    """Whether a process of this machine holds a run's lock, or another machine did less than a minute ago."""
+    """Returns whether a local process holds the lock, or another machine renewed it less than a minute ago."""
     owner = SoftFileLease(folder / LOCK, lease_duration=LEASE).owner
     with contextlib.suppress(OSError):
         if owner is not None and owner.hostname != socket.gethostname():
             return time.time() - (folder / LOCK).stat().st_mtime < LEASE
         if owner is not None:
-            os.kill(owner.pid, 0)  # no signal: only whether it is there
+            os.kill(owner.pid, 0)  # sends no signal, only checks that the process exists
             return True
     return False
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether an error, or what led to it, is a disk or a quota that is full."""
+    """Returns whether an error, or one that led to it, is a full disk or an exceeded quota."""
     return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain(error))
 
 
 def start_afresh(folder: Path) -> None:
-    """Removes what an earlier attempt left; half a run is no run."""
+    """Removes the files of an earlier attempt."""
     for path in folder.iterdir():
-        # Another driver may be writing the configuration anew at this moment, which is the same for all.
+        # Another driver may be rewriting the configuration right now, with the same content.
         if path.name not in (CONFIG, LOG) and not path.name.startswith((LOCK, f".{CONFIG}.")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _digest(result: dict[str, Any]) -> str:
-    return digest({key: value for key, value in result.items() if key != "sha256"})

@@ -1,4 +1,4 @@
-"""The process of one run, whatever engine starts it: ``python -m depthcb_recipes.studies.worker FOLDER MODULE``."""
+"""The process of one run, for every engine: ``python -m depthcb_recipes.studies.worker FOLDER MODULE``."""
 
 from __future__ import annotations
 
@@ -12,40 +12,32 @@ from pathlib import Path
 import yaml
 
 from depthcb_recipes.studies.grid import RunConfig
-from depthcb_recipes.studies.store import (
-    CONFIG,
-    LEASE,
-    Busy,
-    full_disk,
-    locked,
-    read_result,
-    start_afresh,
-    write_result,
-)
+from depthcb_recipes.studies.result import CONFIG, read_result, write_result
+from depthcb_recipes.studies.store import LEASE, Busy, full_disk, locked, start_afresh
 
-#: Exit statuses: another process makes this run; the disk is full.
+#: Exit statuses: another process has this run; the disk is full.
 BUSY, FULL = 75, 74
 _PR_SET_PDEATHSIG = 1
 
 
 def main(folder: Path, module: str) -> int:
-    """Makes the run by ``module.make(config, folder)``, unless it has a result or another process makes it.
+    """Makes the run by ``module.run(config, folder)``, unless it has a result or another process makes it.
 
     Returns:
-        The exit status: 0 with a result on the disk, `BUSY`, `FULL`, or 1 where ``make`` itself broke.
+        The exit status: 0 with a result on disk, `BUSY`, `FULL`, or 1 if the module itself failed.
     """
     die_with_the_parent()
     config = RunConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
     patience = 1.5 * LEASE if os.environ.get("DEPTHCB_WAIT") else 0
     try:
-        if int(os.environ.get("LOCAL_RANK", 0)):  # one more process of a run whose first one holds the lock
-            importlib.import_module(module).make(config, folder)
+        if int(os.environ.get("LOCAL_RANK", 0)):  # a further process of a distributed run; the first one holds the lock
+            importlib.import_module(module).run(config, folder)
             return 0
         with locked(folder, patience):
             if read_result(folder) is None:
                 if not config.resumes:
                     start_afresh(folder)
-                write_result(folder, importlib.import_module(module).make(config, folder))
+                write_result(folder, importlib.import_module(module).run(config, folder))
     except Busy:
         return BUSY
     except Exception as error:
@@ -55,15 +47,15 @@ def main(folder: Path, module: str) -> int:
 
 
 def die_with_the_parent() -> None:
-    """Has the system end this process when the one that started it ends, however it ends (Linux)."""
+    """Has the kernel kill this process when its parent dies (Linux only)."""
     parent = os.environ.get("DEPTHCB_PARENT")
     if parent and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):  # it ended before we asked
+        if os.getppid() != int(parent):  # the parent died first
             os._exit(1)
-    os.environ["DEPTHCB_PARENT"] = str(os.getpid())  # for the further processes of a run on several devices
+    os.environ["DEPTHCB_PARENT"] = str(os.getpid())  # for the further processes of a distributed run
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from studies import FIGURES
 
 from depthcb_recipes.studies.grid import RunConfig
+from depthcb_recipes.studies.result import FINISHED, Result
 
 
-def make(config: RunConfig, folder: Path) -> dict[str, Any]:
+def run(config: RunConfig, folder: Path) -> Result:
     options, began = config.options, time.time()
     if "child" in options:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(folder)])
@@ -24,5 +26,5 @@ def make(config: RunConfig, folder: Path) -> dict[str, Any]:
     with open(folder.parents[1] / "made", "a") as file:
         file.write(f"{folder.name} {os.environ['CUDA_VISIBLE_DEVICES'] or '-'} {began} {time.time()}\n")
     if options.get("fail") == f"{config.model} {config.objective}":
-        return {"status": "failed", "message": "on purpose"}
-    return {"status": "finished", "slope": 1.0}
+        return Result("failed", config, message="on purpose")
+    return Result(FINISHED, config, FIGURES)
