@@ -23,7 +23,7 @@ RUN_COLUMNS = {
     "width": "Fraction of the layers that share the change: 1 if all L layers change equally, 1/L if only one changes.",
     "mean": "Mean change over the layers. Unit: that of the measure.",
     "null relative slope": "Relative slope after adding random noise of the same size to the pretrained weights "
-    "instead of training, averaged over seeds. A run whose slope is no larger shows nothing about training.",
+    "instead of training, averaged over seeds. A run whose slope is no larger is no evidence about training.",
 }
 VERDICTS = {
     "none": "The standard run shows no slope to explain.",

@@ -174,7 +174,7 @@ def _search(name: str, module: nn.Module) -> list[_Candidate]:
     if isinstance(module, nn.RNNBase) and module.num_layers > 1:
         fused = f"its {module.num_layers} layers are fused in one module; use one nn.{type(module).__name__} per layer"
         return [_Candidate(name, ((name, module),) * module.num_layers, fused)]
-    children = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+    children = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
     blocks = _stages(name, module, children) or (_run(children) if _is_list(module) else [])
     own = [_Candidate(name, tuple(blocks))] if len(blocks) > 1 else []
     if _is_list(module) and not own and len(children) > 1 and _alternates(children):
@@ -225,7 +225,7 @@ def _stage_blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         owners = [(n, m) for n, m in _children(name, module) if _size(m)]
         lists = [(n, m) for n, m in owners if _is_list(_unwrap(m)) and _stage_blocks(n, m)]
         return _stage_blocks(*lists[0]) if len(lists) == 1 and len(owners) <= 2 else []
-    blocks = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+    blocks = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
     one_kind = len({_kind(m) for _, m in blocks}) == 1
     # Blocks must have submodules: the two Linears of an MLP are not a stage.
     return blocks if one_kind and all(_children("", _unwrap(m)) for _, m in blocks) else []
@@ -274,7 +274,7 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _weighs(module: nn.Module) -> bool:
+def _has_matrix(module: nn.Module) -> bool:
     """Returns whether a module holds a weight matrix; others (activations, norms) don't separate two layers.
 
     Embedding tables are never part of a stack [ours].

@@ -150,13 +150,13 @@ class DepthProfile(Callback):
         refuse_sharding(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_lost_reference(trainer)
+        self._check_resumed_reference(trainer)
         source = None
         if self.recorder.probe is None:
             source = _validation_loader(trainer)
         elif trainer.val_dataloaders is None:
             warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
-        with _muted(pl_module):
+        with _logging_disabled(pl_module):
             self.recorder.prepare(pl_module, source=source)
         self._open_record(trainer, pl_module)
 
@@ -166,7 +166,7 @@ class DepthProfile(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        with _muted(pl_module):
+        with _logging_disabled(pl_module):
             profiles = self.recorder.measure(logged_step(trainer), trainer.current_epoch)
         shown = f"{self.name}/{self.measures[0].name}/slope"
         for key, value in self.recorder.row(profiles).items():
@@ -200,7 +200,7 @@ class DepthProfile(Callback):
         with checkpoint_errors(f"DepthProfile {self.name!r}"):
             self._validations = int(state_dict["validations"])
 
-    def _refuse_lost_reference(self, trainer: pl.Trainer) -> None:
+    def _check_resumed_reference(self, trainer: pl.Trainer) -> None:
         if self.reference is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             # Lightning's tuners restore their own checkpoint, at step 0.
             raise ValueError(
@@ -249,7 +249,7 @@ class DepthProfile(Callback):
 
 
 @contextlib.contextmanager
-def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
+def _logging_disabled(pl_module: pl.LightningModule) -> Iterator[None]:
     """Disables ``self.log`` while the probe runs."""
     attributes: dict[str, Any] = vars(pl_module)
     before = dict(attributes)

@@ -166,7 +166,7 @@ class StepEqualizer(StepHooks):
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
         rescale(now, way_back, scale)
-        self._remember(broken, done)
+        self._record_broken(broken, done)
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
@@ -248,7 +248,7 @@ class StepEqualizer(StepHooks):
         all_ratios.index_copy_(0, index, ratios)
         return imposed_ratios(self.target, all_ratios, self.steps_made).index_select(0, index)
 
-    def _remember(self, broken: Tensor, done: list[int]) -> None:
+    def _record_broken(self, broken: Tensor, done: list[int]) -> None:
         """Records, on the device, the broken layers of the first step that has any; ``broken`` is (K,)."""
         if self._broken is None:
             self._broken = torch.zeros(len(self.names), dtype=torch.bool, device=broken.device)

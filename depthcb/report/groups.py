@@ -65,14 +65,14 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """Returns pairs that differ only in the control, in the order of the standard runs, then one group of the rest."""
     by_settings: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        by_settings[_all_but_control(run)][run.control].append(run)
+        by_settings[_pair_key(run)][run.control].append(run)
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
     return [*(Group(pair, paired=True) for pair in pairs), *([Group(rest)] if rest else [])]
 
 
-def _all_but_control(run: Run) -> str:
+def _pair_key(run: Run) -> str:
     """Returns a key of everything that a pair must share: training settings, seed, layers, measures and probe."""
     depth = run.record("DepthProfile")
     if depth is None:

@@ -56,7 +56,7 @@ def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool 
 
 
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """Computes `cka_change` from (..., n, n) Gram matrices, centred or not: (...), NaN if a side's rows are all equal."""
+    """Computes `cka_change` (...) from Gram matrices (..., n, n), centred or not; NaN where a side's rows are equal."""
     centre = u_centred if debiased else doubly_centred
     return half_squared_distance(*(unit_norm(centre(k), k) for k in (reference, current)))
 

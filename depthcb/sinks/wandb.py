@@ -29,8 +29,8 @@ class WandbSink(LoggerSink):
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         layers = {layer_key(i): layer for i, layer in enumerate(settings["layers"])}
         config: Any = self.logger.experiment.config
-        ours = dict(config.get("depthcb") or {}) | {name: plain(settings) | {"layers": layers}}
-        config.update({"depthcb": ours, "depthcb_control": control}, allow_val_change=True)
+        callbacks = dict(config.get("depthcb") or {}) | {name: plain(settings) | {"layers": layers}}
+        config.update({"depthcb": callbacks, "depthcb_control": control}, allow_val_change=True)
 
     def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
         from depthcb.curves import curves_page, heatmap_image  # lazy: everything else works without matplotlib
