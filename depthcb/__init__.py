@@ -1,6 +1,6 @@
-"""Where in depth fine-tuning changes a network, and whether that is only where the gradient went.
+"""Measures where in depth fine-tuning changes a network, and whether gradient size alone explains it.
 
-Names are imported when they are first used, so that ``import depthcb`` stays light.
+Public names are imported lazily to keep ``import depthcb`` fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "DepthProfile": "depthcb.callbacks.depth_profile",
     "EqualStep": "depthcb.callbacks.equal_step",
     "LayerStack": "depthcb.stack",
@@ -31,12 +31,12 @@ _HOMES = {
     "depth_profile": "depthcb.compare",
     "objective_distance": "depthcb.gradient_distance",
 }
-__all__ = [*_HOMES, "similarity"]
+__all__ = [*_MODULES, "similarity"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if name == "similarity":
         return importlib.import_module("depthcb.similarity")
     raise AttributeError(f"module 'depthcb' has no attribute {name!r}")

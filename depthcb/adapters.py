@@ -1,6 +1,6 @@
-"""Adapters (LoRA and its variants): a layer multiplies by the weight that they make of W0, not by their own tensors.
+"""Adapters (LoRA and its variants): a layer's effective weight is W0 merged with its adapters.
 
-Modules are known by the methods that every adapter layer of ``peft`` has, so that the package itself is not needed.
+Adapter modules are detected by the methods that every ``peft`` layer has, so ``peft`` itself is not required.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from depthcb.stack import half_dtypes
 
 
 def adapted_modules(layer: nn.Module) -> list[Any]:
-    """The modules of a layer that hold a weight and adapters of it."""
+    """Returns the modules of a layer that hold a base weight and its adapters."""
     return [m for m in layer.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
 
 
 @torch.no_grad()
 def effective_weights(module: Any) -> list[Tensor]:
-    """What a module's active adapters make of its weights, W0 + BA with LoRA: new tensors, in fp32 at least [ours].
+    """Returns a module's weights with its active adapters merged, W0 + BA for LoRA: new tensors, at least fp32 [ours].
 
-    The adapters' own ``merge``, applied to a copy, says what that is; so it holds for DoRA, LoHa or OFT too. A bias
-    counts only where it trains.
+    Calls the adapters' own ``merge`` on a copy, so DoRA, LoHa and OFT work too. Biases are included only if trainable.
 
     Raises:
         ValueError: The weights are quantised, or the adapters can't be merged.
@@ -33,21 +32,21 @@ def effective_weights(module: Any) -> list[Tensor]:
     parameters = list(copied.get_base_layer().parameters())
     if not parameters or not all(p.is_floating_point() for p in parameters):
         raise ValueError(
-            f"The weight under {kind} is quantised, so that its step ratio is not defined: load the model unquantised, "
-            "or drop the monitor."
+            f"The base weight of {kind} is quantised, so its step ratio is undefined: load the model unquantised or "
+            "remove the monitor."
         )
     if len(adapted_modules(module)) > 1:
         raise ValueError(
-            f"{kind} lies over other adapters: the step ratio is supported for one kind of adapter a module."
+            f"{kind} wraps another adapter layer: the step ratio is supported for one kind of adapter per module."
         )
     if half_dtypes(parameters):
-        copied.float()  # W0 x and BA x are added as outputs, so a merge in half precision would lose small BA
+        copied.float()  # the forward adds W0 x and BA x, but merging in half precision would round a small BA away
     if not (module.merged or module.disable_adapters):
         try:
             copied.merge()
         except NotImplementedError as error:
             raise ValueError(
-                f"The adapters of {kind} can't be merged into its weight, so that there is no step ratio: drop the "
+                f"The adapters of {kind} can't be merged into its weight, so its step ratio is undefined: remove the "
                 f"monitor ({error or 'not supported by peft'})."
             ) from error
     return [p.detach() for p in copied.get_base_layer().parameters() if p.dim() > 1 or p.requires_grad]

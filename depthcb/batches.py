@@ -1,4 +1,4 @@
-"""Probe inputs: where batches come from, what is in them, and how they go into a model."""
+"""Probe inputs: collecting batches, inspecting them, and passing them to a model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LABELS = ("labels", "label")
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls a model the way its signature asks for: a dict by keyword, the first of a tuple, a tensor as it is.
+    """Calls a model on a batch: a dict by keyword, a tuple by its first element, a tensor as is.
 
     Raises:
-        ValueError: The model refuses the call, with the remedy.
+        ValueError: The model does not accept the batch.
     """
     if isinstance(batch, (tuple, list)):
         return feed(model, batch[0])
@@ -33,21 +33,21 @@ def feed(model: nn.Module, batch: Any) -> Any:
         return model(**keywords) if keywords else model(batch)
     except TypeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be fed a probe batch of type {type(batch).__name__} ({error}): pass "
+            f"{type(model).__name__} cannot be called on a probe batch of type {type(batch).__name__} ({error}): pass "
             "forward=(model, batch) -> output."
         ) from error
 
 
 def batch_size(batch: Any) -> int:
-    """Number of examples: dimension 0 of the first tensor."""
+    """Returns the number of examples: dimension 0 of the first tensor."""
     return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
 
 
 def collect_batches(source: Any, limit: int) -> list[Any]:
-    """Copies on the CPU of a batch, a list of batches, or items 0 to ``limit`` - 1 of a Dataset or DataLoader.
+    """Returns CPU copies of a batch, a list of batches, or items 0 to ``limit`` - 1 of a Dataset or DataLoader.
 
     Raises:
-        ValueError: A source of none of these kinds.
+        ValueError: The source is none of these.
     """
     return [tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), _plain(b)) for b in _split(source, limit)]
 
@@ -63,13 +63,13 @@ def _split(source: Any, limit: int) -> list[Any]:
     if isinstance(source, (Tensor, Mapping, tuple)):
         return [source]
     if isinstance(source, list):
-        # What default_collate makes of (x, y) pairs is the list [x, y]: tensors that differ in kind are one batch.
+        # default_collate turns (x, y) pairs into the list [x, y]: tensors of different dtypes or shapes are one batch.
         one = all(isinstance(b, Tensor) for b in source) and len({(b.dtype, b.shape[1:]) for b in source}) > 1
         return [source] if one else source
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return _batched(source, limit, 32, default_collate)
     raise ValueError(
-        f"probe={type(source).__name__}: give a batch, a list of batches, a Dataset with a length, or a DataLoader."
+        f"probe={type(source).__name__}: pass a batch, a list of batches, a Dataset with a length, or a DataLoader."
     )
 
 
@@ -79,7 +79,7 @@ def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]],
 
 
 def _whole_batches(source: Iterable[Any], limit: int) -> list[Any]:
-    """The first batches of a source that makes them itself, until they hold ``limit`` examples."""
+    """Returns the first batches of an iterable of batches, until they contain ``limit`` examples."""
     batches: list[Any] = []
     for batch in source:
         batches.append(batch)
@@ -89,17 +89,17 @@ def _whole_batches(source: Iterable[Any], limit: int) -> list[Any]:
 
 
 def _plain(batch: Any) -> Any:
-    """Mappings of a tokenizer's own type as dicts, wherever they stand: tensors in them would be overlooked."""
+    """Converts nested mappings to plain dicts; pytree would ignore tensors in other types, such as BatchEncoding."""
     if isinstance(batch, Mapping):
         return {key: _plain(value) for key, value in batch.items()}
     return type(batch)(map(_plain, batch)) if type(batch) in (tuple, list) else batch
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """(B, T) booleans on the CPU: the real positions, where the batch has an ``attention_mask`` that says so.
+    """Returns the ``attention_mask`` of a batch as (B, T) booleans on the CPU, True for non-padding; None without one.
 
     Raises:
-        ValueError: A mask of another form, from which padding can't be read.
+        ValueError: The mask is not a (batch, positions) tensor.
     """
     mask = dict(_named_inputs(batch)).get("attention_mask")
     if mask is None:
@@ -113,7 +113,7 @@ def attention_mask(batch: Any) -> Tensor | None:
 
 
 def positions_input(batch: Any) -> Tensor | None:
-    """The tensor that carries the positions: ``input_ids``, else the first (B, T, ...) that is no mask and no label."""
+    """Returns ``input_ids``, else the first (B, T, ...) tensor that is neither mask nor label, else None."""
     tensors = [
         (name, value)
         for name, value in _named_inputs(batch)
@@ -123,31 +123,31 @@ def positions_input(batch: Any) -> Tensor | None:
 
 
 def check_batch(batch: Any) -> None:
-    """Refuses what cannot be a batch of examples.
+    """Raises an error if a batch is not valid.
 
     Raises:
-        ValueError: No tensor in it, or ``input_ids`` that are not (batch, positions).
+        ValueError: It contains no tensor, or its ``input_ids`` are not (batch, positions).
     """
     if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
-        raise ValueError(f"A probe batch of type {type(batch).__name__} holds no tensor with examples in it.")
+        raise ValueError(f"A probe batch of type {type(batch).__name__} contains no tensor with a batch dimension.")
     ids = dict(_named_inputs(batch)).get("input_ids")
     if ids is not None and (not isinstance(ids, Tensor) or ids.dim() < 2):
         found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(
-            f"input_ids of a probe batch is {found}, not a (batch, positions) tensor: give collated batches, or a "
-            "dataset that gives tensors of one length (of Hugging Face datasets: .with_format('torch'))."
+            f"input_ids of a probe batch is {found}, not a (batch, positions) tensor: pass collated batches, or a "
+            "dataset of tensors of equal length (for Hugging Face datasets: .with_format('torch'))."
         )
 
 
 def longest_example(batch: Any) -> Any:
-    """The batch cut to one example: the first of those with the most real positions."""
+    """Returns the batch reduced to one example: the first with the most non-padding positions."""
     size, mask = batch_size(batch), attention_mask(batch)
     best = int(mask.sum(dim=1).argmax()) if mask is not None and len(mask) == size else 0
     return tree_map_only(Tensor, lambda t: t[best : best + 1] if t.dim() and len(t) == size else t, batch)
 
 
 def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
-    """The batch with another input at one position: another token of the text, or the negative of a number."""
+    """Returns the batch with one position perturbed: another token of the batch, or 1 - x for floating inputs."""
     changed = inputs.clone()
     if inputs.is_floating_point():
         changed[:, position] = 1 - inputs[:, position]
@@ -159,7 +159,7 @@ def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
 
 
 def _named_inputs(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of what is in a batch's dicts, nested ones too; of a tuple only the inputs, its first element."""
+    """Yields (name, value) of all entries of a batch's nested dicts; of a tuple only those of its first element."""
     if isinstance(batch, (tuple, list)) and not name:
         yield from _named_inputs(batch[0]) if batch else ()
         return

@@ -1,4 +1,4 @@
-"""The ``depthcb`` command: what needs the library alone, and what other packages add to it."""
+"""The ``depthcb`` command line: the library's own subcommands and those registered by other packages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import depthcb
 
-#: Entry points of this group are functions that add commands: they get what ``add_subparsers`` returned.
+#: Entry point group for functions that add subcommands; each is called with the return value of ``add_subparsers``.
 COMMANDS = "depthcb.commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; bad input gives one line on stderr and exit code 2."""
+    """Runs one command; invalid input prints one line to stderr and returns exit code 2."""
     args, options = _parser().parse_known_args(argv)
     if options and not args.takes_options:
         _parser().error(f"unrecognized arguments: {' '.join(options)}")
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="depthcb", description="Where in depth fine-tuning changes a network, and whether the step size is why."
+        prog="depthcb",
+        description="Measure where in depth fine-tuning changes a network, and whether step size explains it.",
     )
     parser.add_argument("--version", action="version", version=f"depthcb {depthcb.__version__}")
     parser.set_defaults(extra="demo", takes_options=False)
@@ -40,25 +41,26 @@ def _parser() -> argparse.ArgumentParser:
         entry.load()(commands)
     report = commands.add_parser(
         "report",
-        help="one page on a run, or on several side by side",
-        description="Writes one self-contained HTML page: profiles, step ratios, slopes, numbers and provenance.",
+        help="write an HTML report on one or more runs",
+        description="Write one self-contained HTML page: profiles, step ratios, slopes, numbers and provenance.",
     )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds some")
+    run_dir = "the folder of a run, or one that contains runs"
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help=run_dir)
     report.add_argument("--out", type=Path, default=Path("depthcb-report.html"), help="the page (default: %(default)s)")
     report.set_defaults(run=_report)
     show = commands.add_parser(
-        "show", help="the latest profile of a run in the terminal", description="Prints one bar per layer."
+        "show", help="print the latest profile of a run", description="Print the latest profile as one bar per layer."
     )
-    show.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds some")
+    show.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help=run_dir)
     show.set_defaults(run=_show)
     workspace = commands.add_parser(
         "workspace",
-        help="a view of the depth profiles in a W&B project",
-        description="Saves a workspace view 'Depth profiles' in a W&B project and prints its address.",
+        help="save a W&B workspace view of the depth profiles",
+        description="Save a workspace view 'Depth profiles' in a W&B project and print its URL.",
     )
     workspace.add_argument("--entity", required=True, help="the W&B user or team")
     workspace.add_argument("--project", required=True, help="the W&B project; it must exist")
-    workspace.add_argument("--dry-run", action="store_true", help="print the view's specification and save nothing")
+    workspace.add_argument("--dry-run", action="store_true", help="print the view's specification without saving it")
     workspace.set_defaults(run=_workspace, extra="workspace")
     return parser
 
@@ -70,7 +72,7 @@ def _report(args: argparse.Namespace) -> None:
     try:
         write_html(read_runs(*args.runs), args.out)
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written ({error.strerror}): name another file.") from error
+        raise ValueError(f"--out {args.out} cannot be written ({error.strerror}): choose another file.") from error
     print(f"{args.out} (open it in a browser)")
 
 

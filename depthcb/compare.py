@@ -1,4 +1,4 @@
-"""The depth profiles between two models, without a Trainer."""
+"""Depth profiles between two models, without a Trainer."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def depth_profile(
     probe_rows: int = 256,
     forward: Forward | None = None,
 ) -> dict[str, Profile]:
-    """How far each layer of ``model`` has moved from ``reference_model``: one profile per measure.
+    """Returns one profile per measure of how far each layer of ``model`` has moved from ``reference_model``.
 
     Args:
-        reference_model: The pretrained side.
-        model: The fine-tuned side, with equally many layers.
+        reference_model: The pretrained model.
+        model: The fine-tuned model, with the same number of layers.
         probe: A batch, a list of batches, a Dataset or a DataLoader.
-        layers: The layers, as `LayerStack.find` takes them.
-        measures: Names out of `depthcb.similarity.MEASURES`, or measures of your own.
-        rows: What a row is, as `Probe` takes it.
-        probe_rows: Most examples taken from a dataset, and most token rows.
-        forward: ``(model, batch) -> anything``: how a batch is fed.
+        layers: The layers, as accepted by `LayerStack.find`.
+        measures: Names from `depthcb.similarity.MEASURES`, or custom `depthcb.similarity.Measure` objects.
+        rows: How rows are formed; see `Probe`.
+        probe_rows: Maximum number of examples taken from a dataset, and of token rows.
+        forward: ``(model, batch) -> anything``: how to run the model on a batch.
 
     Raises:
-        ValueError: Another number of layers, or whatever keeps the probe from being measured.
+        ValueError: The models differ in number of layers, or the probe cannot be measured.
 
     Example:
         >>> import torch
@@ -52,6 +52,6 @@ def depth_profile(
     fixed = Probe.collect(probe, probe_rows, rows=rows, max_tokens=probe_rows, forward=forward)
     stacks = [LayerStack.find(m, layers) for m in (reference_model, model)]
     if len(stacks[0]) != len(stacks[1]):
-        raise ValueError(f"The models have {len(stacks[0])} and {len(stacks[1])} layers: depths can't be paired.")
+        raise ValueError(f"The models have {len(stacks[0])} and {len(stacks[1])} layers: their depths can't be paired.")
     reference = Reference.record(fixed, reference_model, stacks[0], chosen)
     return reference.profiles(fixed.record(model, stacks[1]), chosen, step=0, epoch=0)

@@ -1,4 +1,4 @@
-"""Pictures of one run's profiles, by matplotlib: in notebooks, in W&B and in TensorBoard."""
+"""Matplotlib plots of one run's profiles, for notebooks, W&B, TensorBoard and MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 
 class Curve(Protocol):
-    """What is shown of a `depthcb.Profile`, which draws itself by these functions."""
+    """The parts of a `depthcb.Profile` that are plotted; avoids a circular import."""
 
     @property
     def measure(self) -> str: ...
@@ -53,25 +53,25 @@ class Curve(Protocol):
     def mean(self) -> float: ...
 
 
-#: Most earlier validations that one picture overlays; of more, evenly spaced ones are drawn, and the title says so.
+#: Maximum number of earlier validations in one plot; if there are more, evenly spaced ones are shown (see the title).
 MOST_CURVES = 24
-#: Stands for the text's colour while matplotlib draws, and is replaced by the page's own, light or dark.
+#: Placeholder for the text colour, replaced in the SVG by the colour of the page (light or dark).
 _INK = "#010203"
 
 
 def new_axes() -> Axes:
-    """Axes of a new pyplot figure, which notebooks show by themselves."""
+    """Returns axes of a new pyplot figure, which notebooks display automatically."""
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(6.4, 4), layout="constrained")[1]
 
 
 def draw_curves(ax: Axes, profiles: Sequence[Curve], ink: str = "black") -> None:
-    """Change of each layer at all validations, the earlier the paler, the last one with its band.
+    """Plots the change of each layer at all validations, earlier ones paler, the last one with its band.
 
     Args:
-        ax: Where to.
-        profiles: Of one measure, oldest first; without any a sentence takes the curves' place.
+        ax: The axes to plot on.
+        profiles: Profiles of one measure, oldest first; if empty, a message is shown instead.
         ink: Colour of text and frame.
     """
     if not profiles:
@@ -98,7 +98,7 @@ def draw_curves(ax: Axes, profiles: Sequence[Curve], ink: str = "black") -> None
 
 
 def draw_heatmap(ax: Axes, profiles: Sequence[Curve]) -> None:
-    """Layer x validation, the change as colour, from 0; at least one profile."""
+    """Plots a heatmap of the change, layer x validation, with colours starting at 0; needs at least one profile."""
     change = np.array([p.change for p in profiles]).T
     top = float(change.max()) or 1.0
     image = ax.imshow(change, cmap="cividis", vmin=0, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
@@ -115,7 +115,7 @@ def draw_heatmap(ax: Axes, profiles: Sequence[Curve]) -> None:
 
 
 def heatmap_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.uint8]:
-    """Layer x validation, one panel per measure, as a picture (height, width, 3)."""
+    """Returns heatmaps of layer x validation, one panel per measure, as an image (height, width, 3)."""
     fig, axes = _row_of_axes(len(by_measure), "white")
     for ax, profiles in zip(axes, by_measure.values(), strict=True):
         draw_heatmap(ax, profiles)
@@ -123,7 +123,7 @@ def heatmap_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.u
 
 
 def curves_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.uint8]:
-    """The curves of all validations, one panel per measure, as a picture (height, width, 3)."""
+    """Returns the curves of all validations, one panel per measure, as an image (height, width, 3)."""
     fig, axes = _row_of_axes(len(by_measure), "white")
     for ax, profiles in zip(axes, by_measure.values(), strict=True):
         draw_curves(ax, profiles)
@@ -131,7 +131,7 @@ def curves_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.ui
 
 
 def curves_svg(by_measure: Mapping[str, Sequence[Curve]]) -> str:
-    """The same as an SVG that takes its text's colour from the page."""
+    """Returns the curves of all validations as an SVG that inherits its text colour from the page."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "depthcb"}):
         fig, axes = _row_of_axes(len(by_measure), "none")
         for ax, profiles in zip(axes, by_measure.values(), strict=True):
@@ -143,7 +143,7 @@ def curves_svg(by_measure: Mapping[str, Sequence[Curve]]) -> str:
 
 
 def _row_of_axes(panels: int, background: str) -> tuple[Figure, Sequence[Axes]]:
-    """Axes side by side in fixed places: a layout engine would take longer than all the drawing."""
+    """Returns a row of axes at fixed positions, because a layout engine would take longer than the plotting."""
     width = 5.6 * panels
     fig = Figure(figsize=(width, 4.2), facecolor=background, dpi=100)
     places = {"left": 0.9 / width, "right": 1 - 0.35 / width, "bottom": 0.13, "top": 0.91, "wspace": 0.27}
@@ -161,20 +161,20 @@ def _pixels(fig: Figure) -> npt.NDArray[np.uint8]:
 
 
 def curves_page(by_measure: Mapping[str, Sequence[Curve]]) -> str:
-    """`curves_svg` as a page of its own, which follows the reader's light or dark mode."""
+    """Returns `curves_svg` as an HTML page that follows the reader's light or dark mode."""
     style = ":root{color-scheme:light dark}body{margin:0;background:Canvas;color:CanvasText}svg{width:100%;height:auto}"
     return f"<!doctype html><html><head><style>{style}</style></head><body>{curves_svg(by_measure)}</body></html>"
 
 
 def profiles_html(profiles: Sequence[Curve]) -> str:
-    """What a notebook shows of the profiles of one measure: the curves, and the last one's figures."""
+    """Returns the HTML that notebooks show for the profiles of one measure: the curves and the last one's numbers."""
     if not profiles:
         return "<p>No depth profile was measured yet.</p>"
     p = profiles[-1]
-    figures = (
+    numbers = (
         f"{p.title} at step {p.step}: slope {p.slope:+.3g}{show_interval(p.slope_interval)}, "
         f"relative slope {show(p.relative_slope, '+.3g')}{show_interval(p.relative_slope_interval)}, "
         f"width {show(p.width, '.2f')}, centre {show(p.centre, '.2f')}, mean {show(p.mean)}; {p.rows} rows"
     )
     width = f'style="max-width: 40rem">{curves_svg({p.measure: profiles})}'
-    return f'<div {width}<p style="margin: 0">{html.escape(figures)}</p></div>'
+    return f'<div {width}<p style="margin: 0">{html.escape(numbers)}</p></div>'

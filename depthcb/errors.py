@@ -1,4 +1,4 @@
-"""Errors that callers tell apart; all else is a ValueError with one clear sentence."""
+"""Exceptions that callers need to distinguish; all other errors are plain ValueErrors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class NotFiniteError(ValueError):
-    """A loss, an update, a gradient or activations that are NaN or infinite."""
+    """Raised when a loss, update, gradient or activation is NaN or infinite."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, then what led to it, and so on back."""
+    """Yields an exception, then its cause or context, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

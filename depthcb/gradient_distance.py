@@ -1,4 +1,4 @@
-"""How far a new objective is from the one per model was pretrained with, before any training."""
+"""The distance between a new objective and the pretraining objective, measured before any training."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from depthcb.errors import NotFiniteError
-from depthcb.isolation import undisturbed
+from depthcb.isolation import isolated
 from depthcb.stack import LayerStack
 
-#: A module and the mean loss that one of its objectives gives a batch.
+#: A module and a function that returns its mean loss on a batch under one objective.
 Objective = tuple[nn.Module, Callable[[Any, Any], Tensor]]
-#: Two sets of batches, each giving an estimate of the gradient of its own.
+#: Two disjoint sets of batches, which give independent estimates of the gradient.
 Halves = tuple[Sequence[Any], Sequence[Any]]
 Gradient = list[list[Tensor]]
 
 
 @dataclass(frozen=True)
 class ObjectiveDistance:
-    """The distance between two objectives at one set of weights: 0 the same direction, 1 none in common, 2 opposite.
+    """The distance between two objectives at the same weights: 0 for equal, 1 for orthogonal, 2 for opposite gradients.
 
-    None means *unresolved*: the two halves' gradients of one objective don't agree, so that batch noise hides it.
+    None means *unresolved*: batch noise dominates, because the gradients of one objective on the two halves disagree.
 
     Args:
-        overall: Over all layers as one vector.
-        per_layer: Of each layer, input side first.
+        overall: The distance over all layers as one vector.
+        per_layer: The distance in each layer, input side first.
         layer_names: Name of each layer's module.
-        self_overall: The pretraining objective's distance to itself on other data: what counts as near.
-        self_per_layer: The same of each layer; empty where no other data were given.
+        self_overall: The distance of the pretraining objective to itself on other data, as a baseline.
+        self_per_layer: The same for each layer; empty if no other data were given.
     """
 
     overall: float | None
@@ -46,7 +46,7 @@ class ObjectiveDistance:
     self_per_layer: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Returns JSON-serialisable lists and numbers."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def __str__(self) -> str:
@@ -62,27 +62,28 @@ def objective_distance(
     *,
     layers: str | list[str] | None = None,
 ) -> ObjectiveDistance:
-    """1 - cos of the stack's gradients under two objectives, on the same texts [paper names it; formula ours].
+    """Computes 1 - cos of the stack's gradients under two objectives on the same texts [paper names it; formula ours].
 
-    With u the gradient of the pretraining loss and v that of the new one, each on two halves of the texts,
+    With u the gradient of the pretraining loss and v that of the new loss, each on two halves of the texts,
 
         cos = (<u1, v2> + <u2, v1>) / 2 / sqrt(<u1, u2> <v1, v2>)
 
-    in which no product meets the same batch noise twice, so that noise does not pass for distance. An estimate may
-    leave [0, 2]; it is not clamped. Gradients are taken in eval mode in the weights' own dtype, products in float64.
-    Frozen parameters of the stack count too. Models, their gradients and random streams are left as they were. Memory:
-    four gradients of the stack.
+    Each product combines independent batches, so that batch noise does not appear as distance. The estimate may lie
+    outside [0, 2] and is not clamped. Gradients are computed in eval mode in the dtype of the weights, products in
+    float64. Frozen parameters of the stack are included. Models, their gradients and random states are unchanged.
+    Memory: four gradients of the stack.
 
     Args:
         pretraining: The pretrained model with its head, and ``(model, batch) -> mean loss``.
-        new: The model under the new objective and its loss: the same module, or another of the same stack and weights.
-        halves: Two equally large sets of batches of the texts; a gradient is the mean over its batches.
-        other_halves: The same of other texts, for the pretraining objective's distance to itself.
-        layers: The layers, as `LayerStack.find` takes them.
+        new: The model under the new objective and its loss: the same module, or another one with the same stack and
+            weights.
+        halves: Two equally large sets of batches of the texts; a gradient is the mean over the batches of a half.
+        other_halves: The same for other texts, to measure the pretraining objective's distance to itself.
+        layers: The layers, as accepted by `LayerStack.find`.
 
     Raises:
-        ValueError: Stacks that differ in layers, shapes or weights; sharded parameters; a half without batches; a loss
-            or gradient that is not finite.
+        ValueError: The stacks differ in layers, shapes or weights; parameters are sharded; a half has no batches; or a
+            loss or gradient is not finite.
 
     Example:
         >>> import torch
@@ -107,7 +108,7 @@ def objective_distance(
 
 
 def _distances(u: list[Gradient], v: list[Gradient]) -> tuple[float | None, tuple[float | None, ...]]:
-    """Overall and per layer."""
+    """Returns the distance overall and per layer."""
     products = [[(_dot(a, d) + _dot(b, c)) / 2, _dot(a, b), _dot(c, d)] for a, b, c, d in zip(*u, *v, strict=True)]
     whole = [math.fsum(column) for column in zip(*products, strict=True)]
     return _distance(*whole), tuple(_distance(*layer) for layer in products)
@@ -124,12 +125,12 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _gradient(name: str, objective: Objective, stack: LayerStack, batches: Sequence[Any]) -> Gradient:
-    """The mean gradient over batches, a list of tensors per layer; zeros where a loss does not reach."""
+    """Returns the mean gradient over batches as a list of tensors per layer; zeros for parameters the loss ignores."""
     module, loss_of = objective
     groups = stack.parameters()
     flat = [p for layer in groups for p in layer]
     sums = [torch.zeros_like(p) for p in flat]
-    with undisturbed(module), _differentiable(flat), torch.enable_grad():
+    with isolated(module), _differentiable(flat), torch.enable_grad():
         for batch in batches:
             loss = loss_of(module, tree_map_only(Tensor, lambda t: t.to(flat[0].device), batch))
             if not loss.isfinite():
@@ -163,20 +164,22 @@ def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 def _check(stacks: list[LayerStack], halves: Halves, other_halves: Halves | None) -> None:
     if not all(len(half) for pair in (halves, other_halves or halves) for half in pair):
-        raise ValueError("Each half needs at least one batch: give two lists of batches.")
+        raise ValueError("Each half needs at least one batch: pass two lists of batches.")
     if len(stacks[0]) != len(stacks[1]):
         raise ValueError(
-            f"The objectives' models have {len(stacks[0])} and {len(stacks[1])} layers: they must be one model."
+            f"The objectives' models have {len(stacks[0])} and {len(stacks[1])} layers: they must share one stack."
         )
     for name, a, b in zip(stacks[0].names, stacks[0].parameters(), stacks[1].parameters(), strict=True):
         if any(isinstance(p, DTensor) for p in (*a, *b)):
-            raise ValueError(f"Layer {name} is sharded over several processes: measure the distance on one process.")
+            raise ValueError(f"Layer {name} is sharded across processes: measure the distance on one process.")
         if [p.shape for p in a] != [p.shape for p in b]:
-            raise ValueError(f"Layer {name} has other shapes under the new objective: the two must share one stack.")
+            raise ValueError(
+                f"Layer {name} has different shapes under the new objective: the two must share one stack."
+            )
         if not all(torch.equal(p.detach().to(q.device), q.detach()) for p, q in zip(a, b, strict=True)):
             raise ValueError(
-                f"Layer {name} has other weights under the new objective: the distance is measured at the pretrained "
-                "weights, before any step."
+                f"Layer {name} has different weights under the new objective: the distance is measured at the "
+                "pretrained weights, before any step."
             )
 
 

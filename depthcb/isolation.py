@@ -1,4 +1,4 @@
-"""Scopes that leave no trace: random streams, flags, buffers and precision settings are put back."""
+"""Context managers that restore random states, train/eval flags, buffers and precision settings on exit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """An fp32 eval-mode, gradient-free scope that leaves flags, buffers, random streams and precision as they were."""
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Runs code in fp32 eval mode without gradients; restores flags, buffers, random states and precision on exit."""
     flags = [(m, m.training) for m in model.modules()]
     buffers = [(m, n, b, b.clone()) for m, _ in flags for n, b in m._buffers.items() if b is not None]
-    # nn.TransformerEncoder's fused kernels skip the layers' hooks, and refuse padded inputs when a hook is set.
+    # nn.TransformerEncoder's fused kernels skip forward hooks, and reject padded inputs when a hook is registered.
     fused = torch.backends.mha.get_fastpath_enabled()
     precision = [(b, b.fp32_precision) for b in _fp32_backends()]
     devices = {p.device.type for p in model.parameters()} or {"cpu"}
@@ -26,11 +26,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         scope.enter_context(torch.no_grad())
         for device in devices:
             scope.enter_context(torch.autocast(device, enabled=False))
-        if any(_compiled(m) for m, _ in flags):  # compiled code would skip the forward hooks in silence
+        if any(_compiled(m) for m, _ in flags):  # compiled code would silently skip the forward hooks
             scope.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module, _ in flags:
-                module.training = False  # not .eval(), which modules override with side effects
+                module.training = False  # not .eval(), because some modules override it with side effects
             for backend, _ in precision:
                 backend.fp32_precision = "ieee"
             torch.backends.mha.set_fastpath_enabled(False)
@@ -49,7 +49,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Puts every random stream (Python, NumPy, torch on all devices) back afterwards; seeds them inside on request."""
+    """Restores all random states (Python, NumPy, torch on all devices) on exit; optionally seeds them on entry."""
     states = random.getstate(), np.random.get_state()
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=cuda):
@@ -57,7 +57,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed a GPU not yet in use
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs not yet initialised
                 for device in cuda:
                     torch.cuda.default_generators[device].manual_seed(seed)
             yield

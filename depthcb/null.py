@@ -1,4 +1,4 @@
-"""The null of a profile: what random changes of the same size would have done."""
+"""The null of a profile: the change caused by random weight perturbations of the same size."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def null_profiles(
     layers: str | list[str] | None = None,
     seeds: Sequence[int] = (0, 1),
 ) -> list[dict[str, Profile]]:
-    """What random changes of the same size would have done: the null of a profile [ours].
+    """Measures the profiles that random weight changes of the same size give: the null of a profile [ours].
 
-    Each tensor of the pretrained stack gets seeded Gaussian noise with the norm of that tensor's net change in
-    ``model``: same sizes, random directions. Memory: one more copy of the stack.
+    Adds seeded Gaussian noise to each tensor of the pretrained stack, with the norm of that tensor's net change in
+    ``model``: the same sizes, but random directions. Memory: one more copy of the stack.
 
     Args:
-        pretrained: The model at its pretrained weights, which it has again at the end.
+        pretrained: The model at its pretrained weights, which are restored at the end.
         model: The fine-tuned model.
         probe: The probe that ``reference`` was recorded on.
-        reference: The recorded pretrained side.
+        reference: The recorded pretrained model.
         measures: The measures of the profiles.
-        layers: The layers, as `LayerStack.find` takes them.
-        seeds: One draw of noise each.
+        layers: The layers, as accepted by `LayerStack.find`.
+        seeds: Seeds of the noise, one draw per seed.
 
     Returns:
-        For each seed one profile per measure.
+        One profile per measure for each seed.
     """
     stack = LayerStack.find(pretrained, layers)
     noisy, tuned = (
@@ -64,7 +64,7 @@ def null_profiles(
 
 
 def _like(values: Tensor, parameter: Tensor) -> Tensor:
-    """The values in the parameter's type and place: this process's shard of them, where it is sharded."""
+    """Returns the values with the parameter's dtype, device and sharding."""
     values = values.to(parameter.device, parameter.dtype)
     if not isinstance(parameter, DTensor):
         return values

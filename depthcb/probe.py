@@ -1,8 +1,8 @@
-"""A fixed set of inputs, fed through a model without leaving a trace, and one vector per row and layer taken from it.
+"""Runs a model on fixed inputs without side effects and records one vector per row and layer.
 
-`Probe.record` runs the model once per batch with a forward hook on every layer. Everything the run could disturb is
-put back: hooks, each module's train/eval flag, all random number streams, precision flags. The forward is in fp32 (no
-autocast, no TF32), because one outlier channel in bf16 can hide the change of all others.
+`Probe.record` runs the model once per batch with a forward hook on every layer. All state that the run could change is
+restored: hooks, train/eval flags, random states and precision flags. The forward runs in fp32 (no autocast, no TF32),
+because in bf16 a single outlier channel can hide the change of all others.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from depthcb.batches import (
     perturbed,
     positions_input,
 )
-from depthcb.isolation import isolated_rng, undisturbed
+from depthcb.isolation import isolated, isolated_rng
 from depthcb.similarity.cka import MIN_ROWS
 from depthcb.stack import LayerStack
 
 Rows = Literal["mean", "tokens", "last", "first"]
 Forward = Callable[[nn.Module, Any], Any]
-#: What ``forward`` is called where its author wrote none: nn.Module's, or Lightning's that hands on to it.
+#: Qualified names of ``forward`` in a class that does not define it: nn.Module's and Lightning's defaults.
 NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
-#: Relative size below which a perturbed position counts as not having moved another one.
+#: Relative change below which a position counts as unaffected by perturbing another one.
 UNMOVED = 1e-5
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one pass over the probe gave.
+    """The result of one pass over the probe.
 
     Args:
-        rows: For each of L layers its (n, d) activations, in the model's own precision.
-        examples: (n,) number of the example that each row belongs to.
-        causal: Whether the model is causal, so that position 0 was left out.
+        rows: (n, d) activations of each of L layers, in fp32, or fp64 for fp64 models.
+        examples: (n,) index of the example that each row belongs to.
+        causal: Whether the model is causal, so that position 0 was excluded.
     """
 
     rows: list[Tensor]
@@ -59,24 +59,25 @@ class Recording:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed inputs and how to turn a layer's output into rows.
+    """Fixed inputs, and how to turn a layer's output into rows.
 
     Args:
-        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or bare tensors, examples along dimension 0.
-        rows: One row per example: ``"mean"`` over its real positions, its ``"last"`` or ``"first"`` real position;
-            or ``"tokens"``: a seeded sample of positions, the same number from each example [ours]. Of a causal
-            model position 0 never counts: massive activations there would rule every measure. Positions are
-            dimension 1 of (B, T, d) outputs, and padding is read from a (B, T) ``attention_mask`` in the batch; maps
-            (B, C, H, W) are averaged or sampled over H x W (blocks without a convolution are read as (B, H, W, C)),
-            and so are the (B, C, T) outputs of blocks that end in an ``nn.Conv1d``.
-        max_tokens: The most rows that ``"tokens"`` samples.
-        forward: ``(model, batch) -> anything``, how a batch is fed; by default a dict goes in by keyword (without
-            labels), the first element of a tuple or a tensor by position. Floating inputs are cast to the dtype of
-            the model's weights.
+        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or tensors, with examples along dimension 0.
+        rows: ``"mean"``, ``"last"`` or ``"first"`` give one row per example: the mean over its non-padding positions,
+            or the last or first of them; ``"tokens"`` gives a seeded sample of positions, the same number from each
+            example [ours]. For causal models position 0 is excluded, because its massive activations would dominate
+            every measure. Positions are dimension 1 of (B, T, d) outputs, and padding is read from a (B, T)
+            ``attention_mask`` in the batch. Feature maps (B, C, H, W) are averaged or sampled over H x W (outputs of
+            blocks without a convolution are read as (B, H, W, C)), and (B, C, T) outputs of blocks that end in an
+            ``nn.Conv1d`` over T.
+        max_tokens: Maximum number of rows sampled by ``"tokens"``.
+        forward: ``(model, batch) -> anything``: how to run the model on a batch. By default a dict is passed by keyword
+            (without labels), and a tensor or the first element of a tuple by position. Floating-point inputs are cast
+            to the dtype of the model's weights.
         seed: Seed of the token sample.
 
     Raises:
-        ValueError: No batch, an unknown ``rows``, or a batch without tensors.
+        ValueError: There is no batch, a batch contains no tensor, or ``rows`` is unknown.
 
     Example:
         >>> import torch
@@ -97,20 +98,19 @@ class Probe:
         if self.rows not in get_args(Rows):
             raise ValueError(f"rows={self.rows!r} is unknown: use one of {get_args(Rows)}.")
         if not self.batches:
-            raise ValueError("The probe has no batch: give inputs, or a dataset that is not empty.")
+            raise ValueError("The probe has no batch: pass inputs, or a dataset that is not empty.")
         for batch in self.batches:
             check_batch(batch)
 
     @classmethod
     def collect(cls, source: Any, limit: int, **options: Any) -> Probe:
-        """A probe from a batch, a list of batches, a Dataset or a DataLoader.
+        """Creates a probe from a batch, a list of batches, a Dataset or a DataLoader.
 
-        Of datasets and loaders the items 0 to ``limit`` - 1 are taken through the loader's ``collate_fn``, without
-        iterating the loader, in isolation from all random streams; given batches are taken whole. A probe stays as
-        it is.
+        From datasets and loaders, takes items 0 to ``limit`` - 1 and collates them with the loader's ``collate_fn``,
+        without iterating the loader or affecting random states. Batches are used in full. A probe is returned as is.
 
         Raises:
-            ValueError: A source of none of these kinds.
+            ValueError: The source is none of these.
         """
         if isinstance(source, cls):
             return source
@@ -119,7 +119,7 @@ class Probe:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the inputs and of how rows are taken from them."""
+        """SHA-256 of the inputs and of the settings that determine the rows."""
         digest = hashlib.sha256(repr((self.rows, self.rows == "tokens" and (self.max_tokens, self.seed))).encode())
         for batch in self.batches:
             for leaf in tree_leaves(batch):
@@ -129,27 +129,28 @@ class Probe:
         return digest.hexdigest()
 
     def record(self, model: nn.Module, stack: LayerStack, causal: bool | None = None) -> Recording:
-        """Feeds every batch to ``model`` and takes the rows of each layer of ``stack``.
+        """Runs ``model`` on every batch and records the rows of each layer of ``stack``.
 
         Args:
-            model: What is fed, or, where it has no forward of its own, what holds the module that has.
-            stack: Its layers.
-            causal: Whether the model is causal, where that is known; None finds out.
+            model: The model to run; if it does not define ``forward``, its child that holds the layers is run.
+            stack: The layers of the model.
+            causal: Whether the model is causal; None detects it.
 
         Raises:
-            ValueError: A layer that is never reached, reached several times, or gives an output that cannot be read;
-                layers side by side; fewer than 4 rows; ``rows="first"`` of a causal model, which sees one token there.
+            ValueError: A layer is not reached, is reached several times or has an unsupported output; layers are
+                parallel to each other; there are fewer than 4 rows; or ``rows="first"`` is used with a causal model,
+                whose first position sees one token only.
         """
-        with undisturbed(model):
+        with isolated(model):
             model = model if self.forward else _with_forward(model, stack)
             causal = self._is_causal(model, stack) if causal is None else causal
             if causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
             parts, examples, start = [], [], 0
             for batch in self.batches:
-                taken = _Taker(self, batch, causal, start)
-                parts.append(self._run(model, stack, batch, taken))
-                examples.append(taken.examples)
+                extract = _RowExtractor(self, batch, causal, start)
+                parts.append(self._run(model, stack, batch, extract))
+                examples.append(extract.examples)
                 start += batch_size(batch)
         rows = [torch.cat(layer) for layer in zip(*parts, strict=True)]
         if len(rows[0]) < MIN_ROWS:
@@ -159,7 +160,7 @@ class Probe:
     def _run(
         self, model: nn.Module, stack: LayerStack, batch: Any, take: Callable[[str, nn.Module, Tensor], Tensor]
     ) -> list[Tensor]:
-        """One forward; what ``take`` made of each layer's output."""
+        """Runs one forward; returns the result of ``take`` for each layer's output."""
         found: dict[str, Tensor] = {}
         last: tuple[str, Any, Tensor | None] = ("", None, None)
 
@@ -168,21 +169,21 @@ class Probe:
             activation = _activation(name, output)
             if name in found:
                 raise ValueError(
-                    f"Layer {name!r} ran several times in one forward: its depth is not one number, name others."
+                    f"Layer {name!r} ran several times in one forward, so its depth is ambiguous: name other layers."
                 )
-            given = args[0] if args and isinstance(args[0], Tensor) else None
-            if given is not None and given is last[1] and last[2] is not given:
+            layer_input = args[0] if args and isinstance(args[0], Tensor) else None
+            if layer_input is not None and layer_input is last[1] and last[2] is not layer_input:
                 raise ValueError(
-                    f"Layers {last[0]!r} and {name!r} read the same input: they stand side by side, not in depth. Name "
-                    "layers that follow each other with layers=."
+                    f"Layers {last[0]!r} and {name!r} read the same input: they are parallel, not sequential. Use "
+                    "layers= to name layers that follow each other."
                 )
-            last = name, given, _first_tensor(output)
+            last = name, layer_input, _first_tensor(output)
             found[name] = take(name, layer, activation)
 
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
         def placed(t: Tensor) -> Tensor:
-            # A copy: the first module may work in place, and the probe is to stay as it is.
+            # Copied, because the first module may work in place and the probe must not change.
             return t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype, copy=True)
 
         with contextlib.ExitStack() as hooks:
@@ -190,16 +191,19 @@ class Probe:
                 handle = layer.register_forward_hook(lambda m, args, out, name=name: hook(name, m, args, out))
                 hooks.callback(handle.remove)
             (self.forward or feed)(model, tree_map_only(Tensor, placed, batch))
-        silent = [name for name in stack.names if name not in found]
-        if silent:
+        unreached = [name for name in stack.names if name not in found]
+        if unreached:
             raise ValueError(
-                f"The forward never reached layer {', '.join(silent)}: check layers=, or pass forward=(model, batch) "
-                "that runs them."
+                f"The forward never reached layer {', '.join(unreached)}: check layers=, or pass a "
+                "forward=(model, batch) -> output that runs them."
             )
         return [found[name] for name in stack.names]
 
     def _is_causal(self, model: nn.Module, stack: LayerStack) -> bool:
-        """Whether a change of the last position moves no earlier one, while a change of the first moves later ones."""
+        """Returns whether perturbing the last position affects no other, while perturbing the first affects others.
+
+        Returns False if the layers' outputs don't have the positions of the inputs.
+        """
         batch = longest_example(self.batches[0])
         mask, inputs = attention_mask(batch), positions_input(batch)
         if inputs is None or inputs.dim() < 2:
@@ -219,14 +223,14 @@ class Probe:
             return False
         end, start = activations(last), activations(first)
         pairs = list(zip(before, end, start, strict=True))
-        deaf = all(_moved(a[:, :last], b[:, :last]) <= UNMOVED for a, b, _ in pairs)
-        mixes = any(_moved(a[:, first + 1 :], c[:, first + 1 :]) > UNMOVED for a, _, c in pairs)
-        return deaf and mixes
+        ignores_later = all(_moved(a[:, :last], b[:, :last]) <= UNMOVED for a, b, _ in pairs)
+        uses_earlier = any(_moved(a[:, first + 1 :], c[:, first + 1 :]) > UNMOVED for a, _, c in pairs)
+        return ignores_later and uses_earlier
 
 
 @dataclass
-class _Taker:
-    """Takes the rows of one batch from each layer's output, the same rows for all layers."""
+class _RowExtractor:
+    """Extracts the rows of one batch from each layer's output, the same rows for all layers."""
 
     probe: Probe
     batch: Any
@@ -238,8 +242,8 @@ class _Taker:
         size = batch_size(self.batch)
         if output.dim() not in (2, 3, 4) or len(output) != size:
             raise ValueError(
-                f"Layer {name!r} gives shape {tuple(output.shape)} for a batch of {size}: rows need examples along "
-                "dimension 0 and 2 to 4 dimensions."
+                f"Layer {name!r} returns shape {tuple(output.shape)} for a batch of {size}: it must have 2 to 4 "
+                "dimensions, with examples along dimension 0."
             )
         if output.dim() == 4:
             conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in layer.modules())
@@ -252,27 +256,27 @@ class _Taker:
         return self._rows(output, self._real(name, output))
 
     def _real(self, name: str, output: Tensor) -> Tensor:
-        """(B, T) booleans: the positions that count."""
+        """Returns (B, T) booleans: the positions to include."""
         mask = attention_mask(self.batch)
         if mask is None:
             mask = torch.ones(output.shape[:2], dtype=torch.bool)
         elif mask.shape != output.shape[:2]:
             raise ValueError(
-                f"Layer {name!r} gives {output.shape[1]} positions, attention_mask has {mask.shape[1]}: pass forward= "
-                "or a probe without the mask."
+                f"Layer {name!r} returns {output.shape[1]} positions, attention_mask has {mask.shape[1]}: pass "
+                "forward= or a probe without the mask."
             )
         if self.causal:
-            mask = mask & (mask.cumsum(dim=1) > 1)  # all but the first real position, wherever padding put it
+            mask = mask & (mask.cumsum(dim=1) > 1)  # all but the first non-padding position, also with left padding
         if not bool(mask.any(dim=1).all()):
             empty = self.start + int((~mask.any(dim=1)).nonzero()[0])
-            raise ValueError(f"Example {empty} of the probe has no position that counts: leave it out.")
+            raise ValueError(f"Example {empty} of the probe has no usable position: leave it out.")
         return mask
 
     def _rows(self, output: Tensor, real: Tensor) -> Tensor:
         if self.probe.rows == "mean":
             self.examples = self.start + torch.arange(len(real))
             weights = real.to(output.device)[..., None]
-            # Padding may hold anything, NaN included: select, don't multiply.
+            # Select rather than multiply, because padding may contain NaN.
             return torch.where(weights, output, 0).sum(dim=1) / weights.sum(dim=1)
         pairs = [(i, p) for i, mask in enumerate(real) for p in self._positions(self.start + i, mask)]
         which, where = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(dim=1)
@@ -287,20 +291,20 @@ class _Taker:
             return real[:1]
         share, rest = divmod(self.probe.max_tokens, sum(map(batch_size, self.probe.batches)))
         quota = share + (example < rest)
-        # Seeded by example, so that the sample depends neither on batch size nor on padding.
+        # Seeded per example, so that the sample depends on neither batch size nor padding.
         generator = torch.Generator().manual_seed(self.probe.seed * 1_000_003 + example)
         order = torch.randperm(len(real), generator=generator)[:quota].sort().values
         return [real[i] for i in order.tolist()]
 
 
 def _activation(name: str, output: Any) -> Tensor:
-    """The tensor that a layer hands on: its output, or the first tensor in a tuple, dict or dataclass."""
+    """Returns a copy of a layer's output, or of the first tensor in its output tuple, dict or dataclass."""
     item = _first_tensor(output)
     if item is None:
-        raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor in it: name other layers.")
+        raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor: name other layers.")
     if isinstance(item, DTensor):
         item = item.full_tensor()
-    # A copy: the next module may work in place, as nn.ReLU(inplace=True) does.
+    # Copied, because the next module may work in place, such as nn.ReLU(inplace=True).
     return item.detach().to(torch.float64 if item.dtype == torch.float64 else torch.float32, copy=True)
 
 
@@ -314,7 +318,7 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _with_forward(model: nn.Module, stack: LayerStack) -> nn.Module:
-    """``model``, or where nobody wrote it a forward the only child that holds all layers.
+    """Returns ``model`` if it defines ``forward``, else the child that holds all layers.
 
     Raises:
         ValueError: Several children hold layers.
@@ -328,11 +332,11 @@ def _with_forward(model: nn.Module, stack: LayerStack) -> nn.Module:
 
 
 def _ends_in_conv1d(layer: nn.Module, channels: int) -> bool:
-    """Whether the last weight matrix of a layer is a Conv1d that gives ``channels``: its output is (B, C, T)."""
+    """Returns whether a layer's last weight is an nn.Conv1d with ``channels`` outputs, so that it returns (B, C, T)."""
     weighted = [m for m in layer.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     return bool(weighted) and isinstance(weighted[-1], nn.Conv1d) and weighted[-1].out_channels == channels
 
 
 def _moved(before: Tensor, after: Tensor) -> float:
-    """Largest difference relative to the largest value; 0 for nothing to compare."""
+    """Returns the largest difference relative to the largest value; 0 for empty tensors."""
     return float((after - before).abs().max() / before.abs().max().clamp(min=1e-30)) if before.numel() else 0.0

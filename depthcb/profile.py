@@ -1,4 +1,4 @@
-"""The numbers of one depth curve: how much each layer changed, and what shape that makes."""
+"""The depth profile: the change of each layer, and numbers that describe its shape."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 FloatArray = npt.NDArray[np.float64]
 
-#: The derived numbers, written beside the stored ones so that a JSON file can be read without depthcb.
+#: Derived numbers, saved together with the stored ones so that a JSON file can be read without depthcb.
 DERIVED = ("slope", "relative_slope", "spearman", "centre", "width", "mean")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The depth profile of one measure at one moment of training.
+    """The depth profile of one measure at one point in training.
 
     Args:
-        change: Change c_l of each of the L layers, input side first (unit: the measure's; 0 is unchanged).
+        change: Change c_l of each of the L layers, input side first (unit: that of the measure; 0 is unchanged).
         layer_names: Name of each layer's module.
-        measure: The measure that gave ``change``, for example ``"cka"``.
-        step: The step that Lightning stamps on the ``val/...`` rows of the same validation.
+        measure: Name of the measure of ``change``, for example ``"cka"``.
+        step: The step number with which Lightning logs ``val/...`` at the same validation.
         epoch: The epoch of that validation.
-        rows: Number of probe rows behind each figure.
+        rows: Number of probe rows.
         band: 2.5 % and 97.5 % points of each layer's change over random halves of the probe, or None.
-        slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers which rows the probe
-            happened to hold, not training seeds [ours].
+        slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers the choice of probe rows,
+            not training seeds [ours].
         relative_slope_interval: The same for ``relative_slope``.
-        title: What the measure is called; by default as `depthcb.similarity.MEASURES` has it, else its name.
-        unit: The label of an axis that shows it; by default the same.
+        title: Display name of the measure; defaults to that in `depthcb.similarity.MEASURES`, else to its name.
+        unit: Axis label of the measure; same default.
 
     Raises:
-        ValueError: Fewer than 2 layers, a figure that is not finite or below 0, or lengths that differ.
+        ValueError: There are fewer than 2 layers, a change is negative or not finite, or lengths differ.
 
     Example:
         >>> from depthcb import Profile
@@ -67,26 +67,26 @@ class Profile:
     unit: str = ""
 
     def __post_init__(self) -> None:
-        if not self.title or not self.unit:  # made by hand, or recorded before profiles had words
-            from depthcb.similarity import MEASURES  # not above: it needs torch, which reading a record does not
+        if not self.title or not self.unit:  # created by hand, or recorded before profiles had labels
+            from depthcb.similarity import MEASURES  # lazy: imports torch, which reading a record does not need
 
             known = MEASURES.get(self.measure)
-            for words in ("title", "unit"):
-                own = getattr(self, words) or (getattr(known, words) if known else "") or self.measure
-                object.__setattr__(self, words, own)  # as dataclasses do it in frozen ones
+            for field in ("title", "unit"):
+                value = getattr(self, field) or (getattr(known, field) if known else "") or self.measure
+                object.__setattr__(self, field, value)  # as frozen dataclasses do themselves
         if len(self.change) < 2:
             raise ValueError(f"A depth profile needs at least 2 layers, got {len(self.change)}.")
         if len(self.change) != len(self.layer_names):
-            raise ValueError(f"{len(self.change)} changes for {len(self.layer_names)} layer names: they must pair up.")
+            raise ValueError(f"{len(self.change)} changes for {len(self.layer_names)} layer names: they must match.")
         for name, value in zip(self.layer_names, self.change, strict=True):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"The {self.measure} change of layer {name!r} is {value}: it must be finite and >= 0.")
 
     @classmethod
     def from_halves(cls, change: Sequence[float], halves: FloatArray, **fields: Any) -> Profile:
-        """A profile with its intervals: the 2.5 % and 97.5 % points over the (H, L) changes of random halves.
+        """Creates a profile with intervals: the 2.5 % and 97.5 % points over the (H, L) changes of random halves.
 
-        The spread over halves of n rows is that of the mean of n rows, so no widening is applied [ours].
+        Half-samples of n rows vary as much as means of n rows do, so the intervals are not widened [ours].
         """
         slopes = np.asarray([slope(c) for c in halves])
         means = halves.mean(axis=1)
@@ -143,16 +143,16 @@ class Profile:
         return float(scaled.sum() ** 2 / (len(scaled) * (scaled**2).sum()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The stored fields and, for readers without depthcb, the depth and the derived numbers."""
+        """Returns the stored fields and, for readers without depthcb, the depth and the derived numbers."""
         derived = {name: getattr(self, name) for name in ("depth", *DERIVED)}
         return {**dataclasses.asdict(self), **derived}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
-        """The profile that `to_dict` described; derived numbers are computed anew.
+        """Recreates a profile from `to_dict`; derived numbers are recomputed.
 
         Raises:
-            ValueError: A field is missing or has the wrong form.
+            ValueError: A field is missing or invalid.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         try:
@@ -161,12 +161,12 @@ class Profile:
             raise ValueError(f"This is not a saved depth profile: {error}.") from error
 
     def to_json(self) -> str:
-        """One JSON object; every float survives the round trip exactly."""
+        """Returns the profile as a JSON object; floats survive the round trip exactly."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
-        """The profile that `to_json` wrote."""
+        """Recreates a profile from `to_json`."""
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError(f"This is not a saved depth profile: a JSON {type(fields).__name__}, not an object.")
@@ -182,7 +182,7 @@ class Profile:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the curve with its band, onto ``ax`` or a new figure; returns the axes."""
+        """Plots the curve with its band on ``ax`` or a new figure; returns the axes."""
         return Profiles([self]).plot(ax)
 
     def _repr_html_(self) -> str:
@@ -190,7 +190,7 @@ class Profile:
 
 
 class Profiles(list[Profile]):
-    """The profiles of one measure, oldest first: a list that notebooks draw.
+    """A list of the profiles of one measure, oldest first, which notebooks display as a plot.
 
     Example:
         >>> from depthcb import Profile
@@ -199,24 +199,24 @@ class Profiles(list[Profile]):
         'change at step 0  (pale: 1 earlier)'
     """
 
-    def __getitem__(self, index: Any) -> Any:  # a part of the list draws itself too
+    def __getitem__(self, index: Any) -> Any:  # slices are Profiles too
         found = super().__getitem__(index)
         return Profiles(found) if isinstance(index, slice) else found
 
     @property
     def mean_relative_slope(self) -> float | None:
-        """Mean relative slope of those that changed; None when none did."""
+        """Mean relative slope of the profiles with any change; None if there is none."""
         known = [p.relative_slope for p in self if p.relative_slope is not None]
         return float(np.mean(known)) if known else None
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws all curves, the last one emphasised and with its band; needs matplotlib.
+        """Plots all curves, with the last one highlighted and with its band; requires matplotlib.
 
         Args:
-            ax: Where to; None makes a new figure.
+            ax: The axes to plot on; None creates a new figure.
 
         Returns:
-            The axes that were drawn on.
+            The axes.
         """
         from depthcb.curves import draw_curves, new_axes
 
@@ -227,13 +227,13 @@ class Profiles(list[Profile]):
     def _repr_html_(self) -> str:
         try:
             from depthcb.curves import profiles_html
-        except ModuleNotFoundError:  # without matplotlib a notebook shows the list's own text
+        except ModuleNotFoundError:  # without matplotlib, show the text representation
             return f"<pre>{html.escape(repr(self))}</pre>"
         return profiles_html(self)
 
 
 def layer_key(index: int) -> str:
-    """How a layer is called in logged keys.
+    """Returns the name of a layer in logged keys.
 
     >>> layer_key(7)
     'L07'
@@ -242,12 +242,12 @@ def layer_key(index: int) -> str:
 
 
 def relative_depth(layers: int) -> FloatArray:
-    """Relative depth x_l = l / (L - 1) of L layers [ours]."""
+    """Returns the relative depth x_l = l / (L - 1) of L layers [ours]."""
     return np.linspace(0.0, 1.0, layers)
 
 
 def slope(change: Sequence[float] | FloatArray) -> float:
-    """Least-squares slope of L changes on relative depth (change per whole depth) [ours].
+    """Returns the least-squares slope of L changes on relative depth (change per whole depth) [ours].
 
     >>> round(slope([1.0, 2.0, 3.0]), 12)
     2.0
@@ -263,7 +263,7 @@ def _interval(values: FloatArray) -> Interval:
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    """Ranks from 0, ties sharing their mean rank."""
+    """Returns ranks from 0; ties get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[inverse]

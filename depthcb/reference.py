@@ -1,4 +1,4 @@
-"""The pretrained side of a comparison: what is kept of it, and the profiles that later recordings give against it."""
+"""The recorded pretrained model, and the profiles of later recordings against it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from depthcb.similarity import Measure, check_defined, effective_rank, gram
 from depthcb.stack import LayerStack
 
 HALVES = 200
-#: With fewer halves on which every layer's change is defined there is no interval [ours].
+#: Minimum number of halves with a defined change in every layer for an interval to be reported [ours].
 ENOUGH_HALVES = 180
-#: Fewer examples have too few distinct halves, or too few rows in one, for an interval [ours].
+#: Minimum number of examples for an interval; fewer give too few distinct halves or too few rows per half [ours].
 EXAMPLES_FOR_INTERVAL = 8
-#: Most float64 numbers that a batch of halves may take at once (256 MB).
+#: Maximum number of float64 values in one batch of halves (256 MB).
 CHUNK = 2**25
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Sketches of L layers' reference activations: enough for every measure asked for, and no more.
+    """Sketches of L layers' reference activations: only what the requested measures need.
 
     Args:
-        sketches: By kind, one tensor per layer: ``"gram"``, doubly centred and unnormalised with its diagonal (n, n) in
-            float64, so that memory grows neither with width nor with time; ``"rows"`` (n, d) only where a measure
-            needs them.
-        examples: (n,) number of the example behind each row.
+        sketches: Tensors by kind, one per layer: ``"gram"``, the doubly centred, unnormalised Gram matrix including its
+            diagonal (n, n) in float64, whose memory is independent of layer width and training time; ``"rows"`` (n, d)
+            only if a measure needs them.
+        examples: (n,) index of the example that each row comes from.
         layer_names: Names of the L layers.
-        probe_hash: `Probe.hash` of the probe that was recorded.
-        effective_rank: Of each layer's Gram: how many directions its CKA sees [ours].
-        causal: Whether the model was found to be causal, so that position 0 was left out.
+        probe_hash: `Probe.hash` of the recorded probe.
+        effective_rank: Effective rank of each layer's Gram matrix: the number of directions that CKA sees [ours].
+        causal: Whether the model was detected as causal, so that position 0 was excluded.
     """
 
     sketches: dict[str, list[Tensor]]
@@ -51,7 +51,7 @@ class Reference:
         """Records ``model`` as the reference.
 
         Raises:
-            ValueError: What `Probe.record` raises; a layer whose activations are not finite or all the same.
+            ValueError: `Probe.record` failed, or a layer's activations are non-finite or identical for all rows.
         """
         recording = probe.record(model, stack)
         kinds = {"gram"} | {m.needs for m in measures}  # the effective rank always needs the Grams
@@ -59,19 +59,22 @@ class Reference:
         for name, rows, k in zip(stack.names, recording.rows, sketches["gram"], strict=True):
             _check_finite(name, rows)
             if not bool(k.any()):
-                raise ValueError(f"Layer {name!r} gives the same activations for all probe rows: nothing to compare.")
+                raise ValueError(f"Layer {name!r} has the same activations for all probe rows: nothing to compare.")
         ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
         return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal)
 
     def profiles(self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int) -> dict[str, Profile]:
-        """The profile of each measure for activations of the same probe now.
+        """Returns one profile per measure for new activations of the same probe.
 
         Raises:
-            ValueError: Activations that are not finite or all the same, naming the layer; another attention.
+            ValueError: A layer's activations are non-finite or identical for all rows, or the model is causal and the
+                reference is not (or vice versa).
         """
         if recording.causal != self.causal:
             kinds = ["causal" if causal else "not causal" for causal in (self.causal, recording.causal)]
-            raise ValueError(f"The reference model is {kinds[0]}, the current one {kinds[1]}: use the same attention.")
+            raise ValueError(
+                f"The reference model is {kinds[0]}, the current one {kinds[1]}: use the same attention mask for both."
+            )
         halves = _halves(self.examples)
         for name, rows in zip(self.layer_names, recording.rows, strict=True):
             _check_finite(name, rows)
@@ -97,13 +100,13 @@ class Reference:
             "rows": len(self.examples),
         }
         samples = torch.stack(over_halves, dim=1)
-        samples = samples[~samples.isnan().any(dim=1)]  # a half may hold rows that are all the same
+        samples = samples[~samples.isnan().any(dim=1)]  # all rows of a half may be identical
         if len(samples) < ENOUGH_HALVES:
             return Profile(tuple(change), **fields)
         return Profile.from_halves(change, samples.numpy(), **fields)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, lists and scalars only, so that a checkpoint with it loads without pickle."""
+        """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``."""
         return {
             "sketches": self.sketches,
             "examples": self.examples,
@@ -115,11 +118,11 @@ class Reference:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Reference:
-        """The reference that `state_dict` described.
+        """Recreates a reference from its `state_dict`.
 
         Raises:
-            KeyError: A part is missing.
-            ValueError: The parts don't fit each other, or hold NaN.
+            KeyError: An entry is missing.
+            ValueError: The entries are inconsistent or non-finite.
         """
         found = cls(
             state["sketches"],
@@ -134,7 +137,7 @@ class Reference:
             for k in layers:
                 fits = fits and k.shape == (n, n if kind == "gram" else k.shape[-1]) and bool(k.isfinite().all())
             if not fits:
-                raise ValueError(f"the {kind} sketches don't fit the layers and rows, or are not finite")
+                raise ValueError(f"the {kind} sketches do not match the layers and rows, or are not finite")
         return found
 
 
@@ -144,13 +147,11 @@ def _sketch(kind: str, rows: Tensor) -> Tensor:
 
 def _check_finite(name: str, rows: Tensor) -> None:
     if not bool(rows.isfinite().all()):
-        raise NotFiniteError(
-            f"Layer {name!r} gives NaN or infinite activations for the probe: its change is not defined."
-        )
+        raise NotFiniteError(f"Layer {name!r} has NaN or infinite activations on the probe: its change is undefined.")
 
 
 def _halves(examples: Tensor) -> list[Tensor]:
-    """Row numbers of 200 random halves of the examples (whole examples); none when there are too few."""
+    """Returns the row indices of 200 random halves, split by whole examples; empty if there are too few examples."""
     distinct: Tensor = torch.unique(examples)
     if len(distinct) < EXAMPLES_FOR_INTERVAL:
         return []
@@ -160,7 +161,7 @@ def _halves(examples: Tensor) -> list[Tensor]:
 
 
 def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: list[Tensor]) -> Tensor:
-    """The change (H,) computed anew on each half of the rows, equal-sized halves batched."""
+    """Returns the change (H,) recomputed on each half of the rows, with halves of equal size batched."""
     if not halves:
         return torch.empty(0, dtype=torch.float64)
     changes = torch.empty(len(halves), dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""What a run leaves on disk, and how it is read back.
+"""Writes and reads the records of a run on disk.
 
-Each callback appends JSON lines to a file of its own, ``<run folder>/depthcb/<name>.jsonl``: a header when a fit
-starts, then a row for whatever it logs. Nothing is rewritten, so a killed run leaves all but its last line. A fit from
-step 0 makes what stood there before void, a resumed one what lay beyond its checkpoint; a step that comes twice counts
-as it came last. Reading the files is all that reports do: they see what was logged, to the last digit.
+Each callback appends JSON lines to its own file, ``<run folder>/depthcb/<name>.jsonl``: a header at the start of a fit,
+then one row per log event. Nothing is rewritten, so a killed run loses at most its last line. A fit from step 0
+invalidates all earlier rows, a resumed fit those after its checkpoint; for duplicate steps, the last row wins. Reports
+read only these files, and see the logged values in full precision.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 
 @dataclass(frozen=True)
 class Record:
-    """What one callback of a run wrote down.
+    """The record of one callback in a run.
 
     Args:
-        callback: Class of the callback in depthcb.
-        settings: What the callback measures or does, as it was resolved.
+        callback: Name of the callback's depthcb class.
+        settings: The callback's resolved settings.
         fit: The Trainer's and the module's settings.
         provenance: Versions, seed, git commit and date.
-        rows: One per logged step, in the order of the steps.
-        end: What was written when the fit came to its end; None where it was interrupted or still runs.
+        rows: One row per logged step, ordered by step.
+        end: The row written at the end of the fit; None if it was interrupted or is still running.
     """
 
     callback: str
@@ -58,11 +58,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as its folder holds it.
+    """One run, as read from its folder.
 
     Args:
-        name: What tells it from the runs it is read with.
-        records: What each callback wrote down, by the callback's ``name``.
+        name: A name that distinguishes it from the runs it was read with.
+        records: The callbacks' records, by the callback's ``name``.
 
     Example:
         >>> from depthcb.run import read_runs
@@ -74,17 +74,17 @@ class Run:
     records: Mapping[str, Record]
 
     def record(self, callback: str) -> Record | None:
-        """The (first) record of a callback of this class."""
+        """Returns the (first) record of a callback of this class."""
         return next((r for r in self.records.values() if r.callback == callback), None)
 
     @property
     def control(self) -> Control:
-        """``"standard"``, or ``"equal-step"`` where `EqualStep` ruled the steps."""
+        """``"equal-step"`` if `EqualStep` controlled the steps, else ``"standard"``."""
         return "equal-step" if self.record("EqualStep") else "standard"
 
     @property
     def finished(self) -> bool:
-        """Whether the fit came to its own end: neither interrupted nor running still."""
+        """Whether the fit finished: it was not interrupted and is not still running."""
         return all(record.end is not None for record in self.records.values() if record.callback == "DepthProfile")
 
     @property
@@ -94,27 +94,27 @@ class Run:
 
     @property
     def effective_rank(self) -> list[float]:
-        """Of each layer's reference; none without `DepthProfile`."""
+        """Effective rank of each layer in the reference; none without `DepthProfile`."""
         return list(self._depth.settings["effective_rank"]) if self._depth else []
 
     @property
     def definitions(self) -> dict[str, str]:
-        """What was measured by, in words, by measure; none without `DepthProfile`."""
+        """Definition of each measure; none without `DepthProfile`."""
         return dict(self._depth.settings["measures"]) if self._depth else {}
 
     @cached_property
     def profiles(self) -> dict[str, Profiles]:
-        """The curves by measure, oldest first."""
+        """The profiles by measure, oldest first."""
         return _profiles(self._depth)
 
     @cached_property
     def null(self) -> dict[str, Profiles]:
-        """Profiles of noise of the same size by measure, one per seed; none where they were not measured."""
+        """The null profiles by measure, one per seed; empty if they were not measured."""
         return _profiles(self.record("null_profiles"))
 
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
-        """What else was logged at each measurement, by key: (step, value)."""
+        """Other metrics logged at each measurement: (step, value) pairs by key."""
         found: dict[str, list[tuple[int, float]]] = {}
         for row in self._depth.rows if self._depth else ():
             for key, value in row.get("metrics", {}).items():
@@ -123,21 +123,21 @@ class Run:
 
     @cached_property
     def step_ratio(self) -> StepRatios:
-        """What the steps were: as `EqualStep` measured them after its work, or as `UpdateRatioMonitor` saw them."""
+        """The realised step ratios, from `EqualStep` after rescaling, or else from `UpdateRatioMonitor`."""
         return self._ratios("realised")
 
     @cached_property
     def wanted_ratio(self) -> StepRatios:
-        """What the optimizer wanted the steps to be; the same as `step_ratio` without `EqualStep`."""
+        """The step ratios that the optimizer wanted; the same as `step_ratio` without `EqualStep`."""
         return self._ratios("ratio")
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as JSON holds it."""
+        """Returns the run as JSON-serialisable data."""
         return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, fields: Row) -> Run:
-        """The run that `to_dict` described."""
+        """Recreates a run from `to_dict`."""
         records = {name: Record(**{**r, "rows": tuple(r["rows"])}) for name, r in fields["records"].items()}
         return cls(fields["name"], records)
 
@@ -167,7 +167,7 @@ class StepRatios:
 
     @classmethod
     def read(cls, record: Record, prefix: str) -> StepRatios:
-        """The columns of a record whose keys are ``<prefix>L00``, ``<prefix>L01``, ..."""
+        """Reads the columns ``<prefix>L00``, ``<prefix>L01``, ... of a record."""
         layer = re.compile(re.escape(prefix) + r"L(\d+)")
         rows = [
             (row["step"], {int(m[1]): value for key, value in row.items() if (m := layer.fullmatch(key))})
@@ -179,13 +179,13 @@ class StepRatios:
 
     @property
     def mean(self) -> list[float | None]:
-        """Of each layer over the steps in which it had an update; None where it had none at all."""
+        """Mean ratio of each layer over the steps that updated it; None if no step did."""
         columns = [[r for r in column if r is not None] for column in zip(*self.ratios, strict=True)]
         return [sum(column) / len(column) if column else None for column in columns]
 
     @property
     def spread(self) -> float | None:
-        """Largest over smallest mean of the layers that had updates."""
+        """Largest divided by smallest mean ratio, over the layers that were updated; None if none was."""
         known = [r for r in self.mean if r]
         return max(known) / min(known) if known else None
 
@@ -193,15 +193,15 @@ class StepRatios:
 def write_header(
     folder: Path, name: str, callback: str, step: int, settings: Row | None = None, fit: Row | None = None
 ) -> None:
-    """Opens a callback's record of a fit.
+    """Starts a callback's record of a fit.
 
     Args:
-        folder: The run's folder; made if missing.
+        folder: The run's folder; created if missing.
         name: The callback's ``name``.
-        callback: Its class.
-        step: The last step that was made before: 0 makes earlier rows void, another one those beyond it.
-        settings: As `Record` has them.
-        fit: As `Record` has them.
+        callback: Name of its class.
+        step: Number of the last step before this fit; existing rows of later steps become invalid (0: all rows).
+        settings: See `Record`.
+        fit: See `Record`.
 
     Raises:
         ValueError: The folder cannot be written.
@@ -213,8 +213,8 @@ def write_header(
         write_row(folder, name, {**head, "provenance": provenance()})
     except OSError as error:
         raise ValueError(
-            f"{callback} cannot write its record to {folder}: {error.strerror or error}. Give the logger another "
-            "save_dir, or the Trainer logger=False to keep none."
+            f"{callback} cannot write its record to {folder}: {error.strerror or error}. Pass another save_dir to the "
+            "logger, or logger=False to the Trainer to disable records."
         ) from error
 
 
@@ -225,32 +225,32 @@ def write_row(folder: Path, name: str, row: Row) -> None:
 
 
 def write_null(folder: Path, draws: Sequence[Mapping[str, Profile]]) -> None:
-    """Writes the profiles of noise of the same size beside a run's own, one draw per seed from 0 on."""
+    """Writes the null profiles to a run's folder, one draw per seed, with seeds 0, 1, ..."""
     write_header(folder, "null", "null_profiles", 0, {"seeds": list(range(len(draws)))})
     for seed, draw in enumerate(draws):
         write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
 
 
 def read_runs(*folders: str | Path) -> list[Run]:
-    """The runs at or below some folders; one that was measured by several `DepthProfile` counts once for each.
+    """Reads all runs at or below the given folders, with one result for each `DepthProfile` of a run.
 
     Args:
-        folders: Each one per run's folder, or one that holds such folders at any depth.
+        folders: Folders of runs, or folders that contain them at any depth.
 
     Raises:
-        ValueError: A folder that does not exist or holds no run, or a file that is no record.
+        ValueError: A folder does not exist or contains no run, or a file is not a record.
     """
     found: dict[Path, None] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(
-                f"{folder} is not a folder: name the folder of a run (its logger's, such as "
-                "lightning_logs/version_0), or one that holds several."
+                f"{folder} is not a folder: pass the folder of a run (its logger's, such as lightning_logs/version_0), "
+                "or one that contains several."
             )
         below = sorted({file.parent.parent for file in folder.rglob(f"{FOLDER}/*.jsonl")}, key=_natural)
         if not below:
             raise ValueError(
-                f"{folder} holds no run of depthcb (no {FOLDER}/*.jsonl at any depth): train with DepthProfile, "
+                f"{folder} contains no depthcb run (no {FOLDER}/*.jsonl at any depth): train with DepthProfile, "
                 "EqualStep or UpdateRatioMonitor and any logger."
             )
         found |= dict.fromkeys(path.resolve() for path in below)
@@ -259,13 +259,13 @@ def read_runs(*folders: str | Path) -> list[Run]:
 
 
 def provenance() -> dict[str, Any]:
-    """Where a run comes from: versions, seed, git commit and date."""
+    """Returns the provenance of a run: versions, seed, git commit and date."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         if name in sys.modules:
             try:
                 versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:  # on the path without being installed
+            except importlib.metadata.PackageNotFoundError:  # importable without being installed
                 continue
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -276,7 +276,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit checked out where the run was started, marked where files differ from it; None outside of git."""
+    """Returns the commit of the working directory, marked if files differ from it; None outside a git repository."""
     try:
         asked = {"capture_output": True, "text": True, "timeout": 10}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **asked)  # type: ignore[call-overload]
@@ -289,7 +289,7 @@ def _git_commit() -> str | None:
 
 
 def plain(settings: Row) -> dict[str, Any]:
-    """Settings as JSON has them; what it doesn't know, such as a function, becomes its name or its class's."""
+    """Returns settings as plain JSON data; other objects are replaced by their own name or that of their class."""
     found: dict[str, Any] = json.loads(_json(settings))
     return found
 
@@ -303,7 +303,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _end_torn_line(path: Path) -> None:
-    """Ends the line that a kill left half-written, so that the next one starts anew."""
+    """Terminates a line that a killed process left incomplete, so that the next row starts on a new line."""
     if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
@@ -333,7 +333,7 @@ def _records(folder: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read(path: Path) -> Record | None:
-    """The last fit that a file tells of; None where a kill left less than a header."""
+    """Reads the last fit recorded in a file; returns None if the file has no complete header."""
     head: dict[str, Any] | None = None
     rows: dict[int, dict[str, Any]] = {}
     end: dict[str, Any] | None = None
@@ -342,25 +342,27 @@ def _read(path: Path) -> Record | None:
             row = json.loads(line)
             step = int(row["step"])
         except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{path}, line {number} is damaged, as a kill may leave it: it is left out.", stacklevel=2)
+            warnings.warn(
+                f"{path}, line {number} is damaged, perhaps by a killed process: it is ignored.", stacklevel=2
+            )
             continue
         if "callback" in row:
             head, end = row, None
-            rows = {s: kept for s, kept in rows.items() if s <= step} if step else {}
+            rows = {s: r for s, r in rows.items() if s <= step} if step else {}
         elif head is None:
-            raise ValueError(f"{path}, line {number}: a row without a header before it; this is no record of depthcb.")
+            raise ValueError(f"{path}, line {number}: a row without a preceding header; this is not a depthcb record.")
         elif "end" in row:
             end = row["end"]
         else:
-            rows[step] = rows.get(step, {}) | row  # optimizers that step in turns share a step
+            rows[step] = rows.get(step, {}) | row  # optimizers that step in turn share a step number
     if head is None:
         return None
-    kept = tuple(rows[step] for step in sorted(rows))
-    return Record(head["callback"], head["settings"], head["fit"], head["provenance"], kept, end)
+    ordered = tuple(rows[step] for step in sorted(rows))
+    return Record(head["callback"], head["settings"], head["fit"], head["provenance"], ordered, end)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """What is left of the paths without what they share; of a single one its last folder, or two if it is a version."""
+    """Returns the paths without their common parent; for a single path, its last part, or two if it is a version."""
     if len(paths) == 1:
         parts = paths[0].parts
         return ["/".join(parts[-2:] if parts[-1].startswith("version_") else parts[-1:])]
@@ -369,5 +371,5 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts version_10 after version_9."""
+    """Returns a sort key that orders version_10 after version_9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]

@@ -1,10 +1,10 @@
 """The depth-ordered layers of any model, their names and their parameters.
 
-A model's depth is the list its author wrote: an ``nn.ModuleList`` or ``nn.Sequential`` of same-kind blocks. The search
-walks the module tree, input side first, and collects every such list that is not inside a block of another one. Lists
-of one block kind that follow each other (the stages of a ResNet or a Swin) count as one. No table of model names is
-consulted, so an unknown architecture works as soon as it is written the usual way, and where two lists have an equal
-claim the search says so instead of guessing.
+A model's layers are found as an ``nn.ModuleList`` or ``nn.Sequential`` of blocks of one class. The search walks the
+module tree, input side first, and collects every such list that is not inside a block of another list. Consecutive
+lists of one block class (the stages of a ResNet or a Swin) are joined. There is no table of model names, so unknown
+architectures work if they follow this convention. If two lists are equally plausible, the search raises an error
+instead of guessing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-#: What torch.compile, FSDP and activation checkpointing put between a module and its name.
+#: Attributes that torch.compile, FSDP and activation checkpointing insert into module names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-#: A second list is a rival, not an accessory, from this share of the longest list's parameters on [ours].
+#: A second list makes the search ambiguous if it has at least this fraction of the longest list's parameters [ours].
 RIVAL_SHARE = 0.1
 
 _HOW = "layers='path.to.the.list', a glob such as 'blocks.*', or a list of module names"
@@ -29,15 +29,15 @@ _HOW = "layers='path.to.the.list', a glob such as 'blocks.*', or a list of modul
 
 @dataclass(frozen=True)
 class LayerStack:
-    """L layers in depth order, input side first; embeddings, final norm and head are outside [ours].
+    """L layers in depth order, input side first, without embeddings, final norm and head [ours].
 
     Args:
-        names: Name of each layer's module, the same under torch.compile, FSDP and checkpoint wrappers.
+        names: Name of each layer's module, without torch.compile, FSDP and checkpoint wrappers.
         modules: The layers themselves.
-        root: The model they were found in.
+        root: The model that contains them.
 
     Raises:
-        ValueError: Fewer than 2 layers, a layer inside another one, or one module standing in two places.
+        ValueError: There are fewer than 2 layers, a layer is inside another one, or a module appears twice.
 
     Example:
         >>> from torch import nn
@@ -61,19 +61,19 @@ class LayerStack:
             raise ValueError(f"One module appears twice among the layers {list(self.names)}: each must be distinct.")
         for name, after in zip(sorted(self.names), sorted(self.names)[1:], strict=False):
             if after.startswith(f"{name}."):
-                raise ValueError(f"Layer {after!r} lies inside layer {name!r}: name layers that don't overlap.")
+                raise ValueError(f"Layer {after!r} is inside layer {name!r}: name layers that don't overlap.")
 
     @classmethod
     def find(cls, model: nn.Module, layers: str | Sequence[str] | None = None) -> LayerStack:
-        """Finds the stack of ``model``, or takes the one that ``layers`` names.
+        """Finds the stack of ``model``, or returns the one specified by ``layers``.
 
         Args:
             model: Any module.
-            layers: None to search; the path of a list of layers; the path of a part of the model to search in; a glob,
-                in which ``*`` stays within one dot-separated part; or the module names in depth order.
+            layers: None to search; the path of a list of layers; the path of a submodule to search in; a glob, in which
+                ``*`` matches within one dot-separated part; or the module names in depth order.
 
         Raises:
-            ValueError: Nothing found, several lists of equal right, or a name that matches nothing.
+            ValueError: No stack was found, several are equally plausible, or a name matches nothing.
         """
         if layers is None:
             return _choose(model, _search("", model))
@@ -95,7 +95,7 @@ class LayerStack:
         return len(self.names)
 
     def parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of each layer, frozen ones included; a tied tensor belongs to its first layer alone."""
+        """Returns the parameters of each layer, including frozen ones; a tied tensor belongs to its first layer."""
         seen: set[int] = set()
         owned = []
         for layer in self.modules:
@@ -104,7 +104,7 @@ class LayerStack:
         return owned
 
     def outside(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of no layer, by the module that owns them; a tied tensor appears once."""
+        """Returns the parameters outside the layers, by the module that owns them; a tied tensor appears once."""
         seen = {id(p) for layer in self.parameters() for p in layer}
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.root.named_parameters():
@@ -114,7 +114,7 @@ class LayerStack:
 
 
 def clean_name(name: str) -> str:
-    """A module or parameter name without the parts that wrappers add.
+    """Returns a module or parameter name without the parts that wrappers add.
 
     >>> clean_name("model._orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'model.layers.0.weight'
@@ -124,7 +124,7 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A list of blocks that may be the stack; ``problem`` says why it cannot be."""
+    """A list of blocks that may be the stack; ``problem`` says why it cannot be used."""
 
     path: str
     layers: tuple[tuple[str, nn.Module], ...]
@@ -136,7 +136,7 @@ class _Candidate:
 
     @property
     def trains(self) -> bool:
-        """A frozen teacher must not hide the smaller student."""
+        """Whether any parameter is trainable; a frozen teacher must not hide a smaller student."""
         return any(p.requires_grad for _, m in self.layers for p in m.parameters())
 
     def __str__(self) -> str:
@@ -149,41 +149,43 @@ class _Candidate:
 
 def _choose(model: nn.Module, found: list[_Candidate], where: str = "") -> LayerStack:
     inside = f"{where!r} of {_title(model)}" if where else _title(model)
-    distinct = {tuple(id(m) for _, m in c.layers): c for c in reversed(found)}  # a stack may have two names
+    distinct = {tuple(id(m) for _, m in c.layers): c for c in reversed(found)}  # a stack may have two paths
     found = sorted(distinct.values(), key=lambda c: (len(c.layers), c.size), reverse=True)
     if not found:
         single = [n for n, m in _modules(model).items() if _is_list(m) and _stage_blocks(n, m)]
-        hint = f" (of one layer only: {', '.join(map(repr, single))}; a depth profile needs 2)" if single else ""
-        raise ValueError(f"No list of same-kind layers found in {inside}{hint}: name them with {_HOW}.")
+        hint = f" (with one layer only: {', '.join(map(repr, single))}; a depth profile needs 2)" if single else ""
+        raise ValueError(f"No list of layers of one class found in {inside}{hint}: name them with {_HOW}.")
     best, *others = found
     rivals = [best] + [c for c in others if c.size >= RIVAL_SHARE * best.size or (c.trains and not best.trains)]
     if len(rivals) > 1:
         listed = "; ".join(str(c) for c in rivals)
-        raise ValueError(f"{len(rivals)} stacks of equal right in {inside}: {listed}. Pick one: layers={best.path!r}.")
+        raise ValueError(
+            f"{len(rivals)} equally plausible stacks in {inside}: {listed}. Pick one: layers={best.path!r}."
+        )
     if best.problem:
-        raise ValueError(f"The layers of {inside} can't be told apart: {best}.")
+        raise ValueError(f"The layers of {inside} can't be determined: {best}.")
     names, modules = zip(*best.layers, strict=True)
     return LayerStack(names, modules, model)
 
 
 def _search(name: str, module: nn.Module) -> list[_Candidate]:
-    """All candidates at or below ``module``, none inside a block of another, input side first."""
+    """Returns all candidates at or below ``module`` that are not inside a block of another one, input side first."""
     module = _unwrap(module)
     if isinstance(module, nn.RNNBase) and module.num_layers > 1:
-        remedy = f"its {module.num_layers} layers are fused in one module; use one nn.{type(module).__name__} a layer"
-        return [_Candidate(name, ((name, module),) * module.num_layers, remedy)]
-    children = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+        fused = f"its {module.num_layers} layers are fused in one module; use one nn.{type(module).__name__} per layer"
+        return [_Candidate(name, ((name, module),) * module.num_layers, fused)]
+    children = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
     blocks = _stages(name, module, children) or (_run(children) if _is_list(module) else [])
     own = [_Candidate(name, tuple(blocks))] if len(blocks) > 1 else []
     if _is_list(module) and not own and len(children) > 1 and _alternates(children):
-        return [_Candidate(name, tuple(children), f"kinds alternate; name the layers ({_HOW})")]
+        return [_Candidate(name, tuple(children), f"block classes alternate; name the layers ({_HOW})")]
     taken = [n for n, _ in blocks] if own else []
     rest = [(n, m) for n, m in children if not any(t == n or t.startswith(f"{n}.") for t in taken)]
     return own + [candidate for n, m in rest for candidate in _search(n, m)]
 
 
 def _run(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The longest run of one kind, if that kind occurs in one run only."""
+    """Returns the longest run of consecutive blocks of one class, if that class occurs in one run only."""
     runs: list[list[tuple[str, nn.Module]]] = []
     for name, module in children:
         if runs and _kind(runs[-1][-1][1]) is _kind(module):
@@ -196,16 +198,16 @@ def _run(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
 
 
 def _alternates(children: list[tuple[str, nn.Module]]) -> bool:
-    """Whether a kind of block occurs in several runs: such a list has depth, but no single kind."""
+    """Returns whether a block class occurs in several runs, as in stacks that alternate between block classes."""
     kinds = [_kind(m) for _, m in children if _children("", m)]
     return len(kinds) > len(set(kinds)) > 1
 
 
 def _stages(name: str, module: nn.Module, children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The blocks of all children that are stages of one block kind, in order; empty where there are fewer than two.
+    """Returns the blocks of all children that are stages of one block class, in order; empty for fewer than two stages.
 
-    Children of a list are stages by their place; children of another module only when their names count up
-    (``layer1``, ``layer2``): two towers of a model also hold equal blocks, but side by side.
+    Children of a list count as stages; children of another module only if their names are numbered (``layer1``,
+    ``layer2``), because two parallel towers also hold blocks of one class.
     """
     stages = [(n, blocks) for n, m in children if (blocks := _stage_blocks(n, m))]
     stems = {re.sub(r"\d+$", "", n) for n, _ in stages}
@@ -217,20 +219,20 @@ def _stages(name: str, module: nn.Module, children: list[tuple[str, nn.Module]])
 
 
 def _stage_blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks of a stage: a list of same-kind blocks, or a module that holds one and at most a down-sampler."""
+    """Returns the blocks of a stage: a list of blocks of one class, or a module with such a list and a down-sampler."""
     module = _unwrap(module)
     if not _is_list(module):
         owners = [(n, m) for n, m in _children(name, module) if _size(m)]
         lists = [(n, m) for n, m in owners if _is_list(_unwrap(m)) and _stage_blocks(n, m)]
         return _stage_blocks(*lists[0]) if len(lists) == 1 and len(owners) <= 2 else []
-    blocks = [(n, m) for n, m in _children(name, module) if _weighs(m)]
+    blocks = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
     one_kind = len({_kind(m) for _, m in blocks}) == 1
-    # A block has parts of its own: the two Linears of an MLP are no stage.
+    # Blocks must have submodules: the two Linears of an MLP are not a stage.
     return blocks if one_kind and all(_children("", _unwrap(m)) for _, m in blocks) else []
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by clean name, the outermost wrapper where several share one."""
+    """Returns every module by clean name, or the outermost wrapper if several share a name."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         modules.setdefault(clean_name(name), module)
@@ -272,10 +274,10 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _weighs(module: nn.Module) -> bool:
-    """Whether a module holds a weight matrix: activations and norms between two layers don't part them.
+def _has_matrix(module: nn.Module) -> bool:
+    """Returns whether a module holds a weight matrix; others (activations, norms) don't separate two layers.
 
-    Embedding tables are outside every stack [ours], however many of them stand side by side.
+    Embedding tables are never part of a stack [ours].
     """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return False
@@ -287,5 +289,5 @@ def _title(model: nn.Module) -> str:
 
 
 def half_dtypes(parameters: Iterable[Tensor]) -> str:
-    """The half-precision dtypes among parameters, as text; empty where there is none."""
+    """Returns the half-precision dtypes among parameters, comma-separated; empty if there are none."""
     return ", ".join(sorted({str(p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}))

@@ -1,8 +1,8 @@
-"""Measure and impose the step ratio ||dW|| / ||W|| of each layer, on tensors alone.
+"""Measures and imposes the step ratio ||dW|| / ||W|| of each layer, given only tensors.
 
-All arithmetic is batched over parameters and stays on their device: nothing here reads a number back to the host. Where
-parameters are sharded over processes (DTensor), each process works on its own shards, and one sum over all processes
-makes the norms whole: every tensor counts with its share, 1 / the number of processes that hold the same values.
+All arithmetic is batched over parameters and stays on their device, without host synchronisation. If parameters are
+sharded across processes (DTensor), each process works on its local shards and one all-reduce gives the global norms.
+Every tensor is weighted by its share, 1 / (number of processes that hold the same values).
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-#: How the imposed ratio follows from the measured ones; see `imposed_ratios`.
+#: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
 Target = str | float | Sequence[float] | Callable[[Tensor, int], Tensor]
 NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
 
 
 class LayerSteps:
-    """Copies of L layers' parameters from before the step, so that what the step did can be measured after it.
+    """Copies of L layers' parameters from before the step, from which the update is computed after it.
 
-    Where several optimizers own parts of the layers, a round lasts until each of them has stepped, so that the layers
-    can be compared with each other; a parameter is copied when its own optimizer is about to step. The copies (one
-    more of every trainable parameter) are kept and reused.
+    If several optimizers own parameters of the layers, a round lasts until each of them has stepped, so that layers
+    are comparable; a parameter is copied just before its own optimizer steps. The buffers (one copy of every trainable
+    parameter) are reused.
 
     Args:
-        layers: The parameters of each layer; those that don't require a gradient when their optimizer steps are left
-            out.
+        layers: The parameters of each layer; parameters that don't require a gradient when their optimizer steps are
+            ignored.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
         self._layers = layers
-        self._ours = {p for layer in layers for p in layer}
+        self._parameters = {p for layer in layers for p in layer}
         self._copies: dict[Tensor, Tensor] = {}
-        #: Numbers of the optimizers that have yet to step in this round; empty between rounds.
+        #: Indices of the optimizers that have yet to step in this round; empty between rounds.
         self.waiting: set[int] = set()
         self._open: list[list[nn.Parameter]] = [[] for _ in layers]
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Copies what this optimizer is about to change, opening a round if none is open."""
-        owners = [_owned(o) & self._ours for o in optimizers]
+        """Copies the parameters that this optimizer is about to change, and starts a round if none is open."""
+        owners = [_owned(o) & self._parameters for o in optimizers]
         if not self.waiting:
             self.waiting = {i for i, owned in enumerate(owners) if owned}
             self._open = [[] for _ in self._layers]
@@ -63,7 +63,7 @@ class LayerSteps:
             torch._foreach_copy_([self._copies[p] for p in fresh], [local(p) for p in fresh])
 
     def finish(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
-        """The layers of the round, in depth order, if this optimizer's step was its last; else none."""
+        """Returns the layers of the round in depth order if this optimizer's step completes it, else an empty list."""
         number = _index(optimizer, optimizers)
         if number not in self.waiting:
             return []
@@ -71,24 +71,24 @@ class LayerSteps:
         return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
 
     def opened(self, layers: Sequence[int]) -> list[list[nn.Parameter]]:
-        """The parameters of these layers that take part in this round."""
+        """Returns the parameters of these layers that take part in this round."""
         return [self._open[i] for i in layers]
 
     def now(self, layers: Sequence[int]) -> list[list[Tensor]]:
-        """The live parameters of these layers, or this process's shards of them."""
+        """Returns the current parameters of these layers, or this process's shards of them."""
         return [[local(p) for p in layer] for layer in self.opened(layers)]
 
     def before(self, layers: Sequence[int]) -> list[list[Tensor]]:
-        """Their copies from before the step: free to be overwritten until the next round."""
+        """Returns the copies from before the step; callers may overwrite them until the next round."""
         return [[self._copies[p] for p in layer] for layer in self.opened(layers)]
 
     def shares(self, layers: Sequence[int]) -> tuple[float, ...] | None:
-        """What each of their tensors counts in a sum over all processes; None where each process holds them whole."""
+        """Returns the weight of each tensor in a sum over all processes; None if nothing is sharded."""
         return shares(self.opened(layers))
 
 
 class MeanRatios:
-    """Mean step ratio of each of L layers over the steps that were noted; memory does not grow with their number.
+    """Running mean of the step ratio of each of L layers, in constant memory.
 
     >>> mean = MeanRatios(2)
     >>> mean.note({0: 0.1})
@@ -101,13 +101,13 @@ class MeanRatios:
         self.sums, self.counts = [0.0] * layers, [0] * layers
 
     def note(self, ratios: Mapping[int, float]) -> None:
-        """Adds one step: the ratio of each layer that had an update, by its number."""
+        """Adds one step: the ratio of each layer that was updated, by layer index."""
         for layer, ratio in ratios.items():
             self.sums[layer] += ratio
             self.counts[layer] += 1
 
     def values(self) -> list[float]:
-        """The means; 0 for a layer that never had an update."""
+        """Returns the means; 0 for a layer that was never updated."""
         return [total / count if count else 0.0 for total, count in zip(self.sums, self.counts, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,12 +122,12 @@ class MeanRatios:
 
 @torch.no_grad()
 def local(parameter: Tensor) -> Tensor:
-    """The tensor itself, or this process's shard of it, which may be empty; writing to it writes to the parameter."""
+    """Returns a view of the tensor, or of this process's possibly empty shard; in-place writes change the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def shares(layers: Sequence[Sequence[Tensor]]) -> tuple[float, ...] | None:
-    """1 / the number of processes that hold each tensor's values, for all tensors; None where none is sharded."""
+    """Returns 1 / (number of processes that hold the same values) for each tensor; None if nothing is sharded."""
     flat = _flat(layers)
     if not any(isinstance(t, DTensor) for t in flat):
         return None
@@ -135,7 +135,7 @@ def shares(layers: Sequence[Sequence[Tensor]]) -> tuple[float, ...] | None:
 
 
 def _shards(tensor: Tensor) -> int:
-    """The number of pieces that a tensor lies in."""
+    """Returns the number of shards of a tensor."""
     if not isinstance(tensor, DTensor):
         return 1
     mesh = tensor.device_mesh
@@ -144,9 +144,9 @@ def _shards(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def layer_norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """L2 norm of each layer's tensors seen as one vector: (L,), on the first tensor's device.
+    """Returns the L2 norm of each layer's concatenated tensors: (L,), on the first tensor's device.
 
-    Where tensors are sharded, one collective call of all processes.
+    Makes one collective call if tensors are sharded.
 
     >>> layer_norms([[torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([1.0])]]).tolist()
     [5.0, 1.0]
@@ -161,12 +161,12 @@ def step_ratios(
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """||now - before|| / ||before|| of each layer: (L,) [paper]. What ``before`` held is lost.
+    """Returns ||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before``.
 
     Args:
         now: The parameters of each of L layers, of any shapes, or this process's shards of them.
-        before: The same from before the step, of the same shapes.
-        shares: As `LayerSteps.shares` gives them: with them, one collective call of all processes.
+        before: The values from before the step, in the same shapes.
+        shares: As returned by `LayerSteps.shares`; if given, makes one collective call.
     """
     squares, _ = step_squares(now, before, shares)
     return as_ratios(all_reduce([squares], shares)[0])
@@ -179,17 +179,17 @@ def step_squares(
     shares: tuple[float, ...] | None = None,
     broken: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
-    """This process's part of the squared norms behind the step ratios, and the way back to before the step.
+    """Computes this process's part of the squared norms behind the step ratios, and the negated step.
 
     Args:
-        now: As for `step_ratios`.
-        before: As for `step_ratios`.
-        shares: As for `step_ratios`.
-        broken: (L,) booleans: layers whose ratio is to be NaN, in all processes if one says so.
+        now: As in `step_ratios`.
+        before: As in `step_ratios`; overwritten.
+        shares: As in `step_ratios`.
+        broken: (L,) booleans: layers whose ratio becomes NaN, in all processes if set in any.
 
     Returns:
-        (2, L): ||before||^2 and ||now - before||^2 of each layer; and ``before - now``, shaped as ``before``, whose
-        memory it takes over: what ``before`` held is lost.
+        (2, L): ||before||^2 and ||now - before||^2 of each layer; and ``before - now``, stored in the memory of
+        ``before``.
     """
     sizes = _squares(before, shares)
     torch._foreach_sub_(_flat(before), _flat(now))
@@ -201,7 +201,7 @@ def step_squares(
 
 
 def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
-    """The sums over all processes, in one collective call, where shares say that each holds only a part."""
+    """Sums over all processes in one collective call if ``shares`` is given, else returns the inputs."""
     if shares is None:
         return list(sums)
     joined = torch.cat([s.flatten() for s in sums])
@@ -211,16 +211,16 @@ def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list
 
 
 def as_ratios(squares: Tensor) -> Tensor:
-    """The step ratios (L,) that whole `step_squares` (2, L) stand for."""
+    """Converts globally reduced `step_squares` (2, L) to step ratios (L,)."""
     sizes, moved = squares.sqrt()
-    return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that stays so has moved by 0, not by NaN
+    return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that did not move gives 0, not NaN
 
 
 def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
-    """Sum of squares of each layer's tensors, weighed by their shares: (L,)."""
+    """Returns the sum of squares of each layer's tensors, weighted by their shares: (L,)."""
     flat = _flat(layers)
     device = flat[0].device
-    # The CPU kernel sums a whole tensor in one running fp32 number: 1e-5 off at 1M elements, growing with size.
+    # The CPU kernel accumulates a whole tensor in one fp32 sum: relative error 1e-5 at 1M elements, growing with size.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     squares = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)]).square()
     if shares is not None:
@@ -231,7 +231,7 @@ def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | Non
 
 @torch.no_grad()
 def revert_non_finite(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Puts each layer with a NaN or infinite parameter back to ``before``; returns which were, as (L,) booleans."""
+    """Restores each layer with a NaN or infinite parameter to ``before``; returns which ones, as (L,) booleans."""
     norms = torch._foreach_norm(_flat(now), 2)
     device = norms[0].device
     index = _layer_index(tuple(map(len, now)), device)
@@ -245,14 +245,14 @@ def revert_non_finite(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence
 
 @torch.no_grad()
 def rescale(now: Sequence[Sequence[Tensor]], way_back: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
-    """Rescales each layer's step: now <- before + scale * (now - before). What ``way_back`` held is lost.
+    """Rescales each layer's step: now <- before + scale * (now - before). Overwrites ``way_back``.
 
-    Written as now + (1 - scale) * (before - now), so that a scale of 1 changes no bit and an interrupt finds either
+    Computed as now + (1 - scale) * (before - now), so that a scale of 1 is bit-exact and an interrupt leaves either
     the old or the new weights.
 
     Args:
-        now: The parameters of each of L layers, of any shapes; they are changed.
-        way_back: ``before - now``, of the same shapes, as `step_squares` gives it.
+        now: The parameters of each of L layers, of any shapes; changed in place.
+        way_back: The negated step ``before - now`` in the same shapes, as returned by `step_squares`.
         scale: (L,) factors.
     """
     shares = (1 - scale).unbind()
@@ -263,17 +263,17 @@ def rescale(now: Sequence[Sequence[Tensor]], way_back: Sequence[Sequence[Tensor]
 
 
 def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:
-    """The step ratio that each of L layers is to have: (L,).
+    """Returns the step ratio to impose on each of L layers: (L,).
 
     Args:
-        target: ``"mean"`` of the layers with an update [paper: "equalizes"; the mean is ours], ``"median"``,
-            ``"min"``, ``"geometric_mean"``; a float, imposed as it is; L weights w, giving w_l / mean(w) times the
+        target: ``"mean"`` over the layers with an update [paper: "equalizes"; the mean is ours], ``"median"``,
+            ``"min"``, ``"geometric_mean"``; a float, imposed as is; L weights w, giving w_l / mean(w) times the
             mean ratio of the layers with an update; or a callable ``(ratios, step) -> ratios`` [all ours].
         ratios: Measured ratios (L,); 0 for a layer without an update.
         step: Number of steps made before this one.
 
     Raises:
-        ValueError: A callable returned another shape.
+        ValueError: A callable returned the wrong shape.
 
     Example:
         >>> imposed_ratios("mean", torch.tensor([0.1, 0.3, 0.0]), 0).tolist()
@@ -304,25 +304,27 @@ def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:
 
 
 def check_target(target: Target, layers: int | None = None) -> None:
-    """Refuses a target that cannot be imposed.
+    """Validates a target.
 
     Args:
-        target: As `imposed_ratios` takes it.
-        layers: Number of controlled layers, once it is known.
+        target: As accepted by `imposed_ratios`.
+        layers: Number of controlled layers, if already known.
 
     Raises:
-        ValueError: An unknown name, a number that is not finite and above 0, or a sequence of the wrong length.
+        ValueError: An unknown name, a number that is not finite and positive, or a sequence of the wrong length.
     """
     if callable(target):
         return
     if isinstance(target, str):
         if target not in NAMED_TARGETS:
-            raise ValueError(f"target={target!r} is unknown: use one of {NAMED_TARGETS}, a number or one per layer.")
+            raise ValueError(
+                f"target={target!r} is unknown: use one of {NAMED_TARGETS}, a number, or one number per layer."
+            )
         return
     numbers = [float(target)] if isinstance(target, (int, float)) else [float(t) for t in target]
     for number in numbers:
         if not 0 < number < float("inf"):
-            raise ValueError(f"target contains {number}: a step ratio must be finite and above 0.")
+            raise ValueError(f"target contains {number}: a step ratio must be finite and positive.")
     if not isinstance(target, (int, float)) and layers is not None and len(numbers) != layers:
         raise ValueError(f"target has {len(numbers)} numbers for {layers} controlled layers: give one per layer.")
 
@@ -332,13 +334,13 @@ def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _layer_index(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """The layer that each tensor of a flat list belongs to."""
+    """Returns the index of the layer that each tensor of a flat list belongs to."""
     return _on_device(tuple(i for i, count in enumerate(counts) for _ in range(count)), device, torch.int64)
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The numbers as a tensor; cached, so that a GPU sees one small copy in all."""
+    """Returns the numbers as a tensor, cached so that they are copied to a GPU only once."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 

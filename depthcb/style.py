@@ -1,4 +1,4 @@
-"""How things look and how figures are written, in pictures, pages and the terminal."""
+"""Colours, markers and number formats shared by plots, reports and terminal output."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MISSING = "\N{EN DASH}"
-#: Of the Okabe-Ito colours those with 3:1 or better on white and on near-black, told apart by colour-blind people.
+#: Colour-blind-safe Okabe-Ito colours with a contrast of at least 3:1 on white and on near-black.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#C06595"
-#: Earlier validations, 4:1 or better on white and on near-black.
+#: Colour of earlier validations, with a contrast of at least 4:1 on white and on near-black.
 PALE = "#767676"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a run's line looks: colour, marker (matplotlib's and plotly's name) and dash (plotly's name)."""
+    """The style of a run's line: colour, marker (matplotlib's and plotly's name) and dash (plotly's name)."""
 
     color: str
     marker: str
@@ -34,35 +34,35 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def line_style(index: int) -> Style:
-    """The look of the index-th run of a chart: 16 that differ in colour or dash, then again."""
+    """Returns the style of the index-th run of a chart; 16 distinct combinations of colour and dash, then repeating."""
     return Style(_COLORS[index % 4], *_MARKERS[index % 4], _DASHES[index // 4 % 4])
 
 
 def show(value: float | None, form: str = ".3g") -> str:
-    """A figure, or a dash where there is none."""
+    """Formats a number; returns a dash for None or NaN."""
     return MISSING if value is None or math.isnan(value) else format(value, form)
 
 
 def show_interval(interval: tuple[float, float] | None) -> str:
-    """An interval in brackets, after a space; nothing where there is none."""
+    """Formats an interval in brackets with a leading space; returns an empty string for None."""
     return "" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
 
 
 def tick_step(count: int, ticks: int = 12) -> int:
-    """Distance between labelled layers (or validations), so that at most about ``ticks`` labels share the axis."""
+    """Returns the spacing of labelled layers (or validations) that gives at most about ``ticks`` labels."""
     steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, *range(10, count + 20, 5))
     return next(step for step in steps if count <= ticks * step)
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """Evenly spaced items, the last one among them: all where there are no more than ``most``."""
+    """Returns at most ``most`` evenly spaced items, always including the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def tick_text(value: float, _: int | None = None) -> str:
-    """A number on an axis; matplotlib's own way puts a factor above it."""
+    """Formats a tick label without matplotlib's common factor above the axis."""
     if abs(value) >= 1e-2 or value == 0:
         return f"{value:.4g}"
     digits, exponent = f"{value:.3e}".split("e")
@@ -70,14 +70,14 @@ def tick_text(value: float, _: int | None = None) -> str:
 
 
 def layer_axis(ax: Axes, layers: int, ink: str = "black") -> None:
-    """Layers from left to right, so many labelled that none overlap."""
+    """Sets up the x axis over layers, with labels spaced so that they don't overlap."""
     ax.set_xlim(-0.5, layers - 0.5)
     ax.set_xticks(range(0, layers, tick_step(layers)))
     ax.set_xlabel("layer  (0 = input side)", color=ink)
 
 
 def decorate(ax: Axes, ink: str = "black") -> None:
-    """Grid, frame and number format."""
+    """Sets the grid, frame and number format of the axes."""
     from matplotlib.ticker import FuncFormatter
 
     ax.yaxis.set_major_formatter(FuncFormatter(tick_text))

@@ -1,4 +1,4 @@
-"""What a pair of runs, standard and equal-step, says about the depth profile."""
+"""The verdict on a pair of runs, standard and equal-step."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from depthcb.profile import Interval, Profile
 
-#: Below this share of the standard relative slope, an equal-step profile "weakens" [ours].
+#: An equal-step profile "weakens" below this fraction of the standard relative slope [ours].
 WEAKENS_BELOW = 0.8
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict and the context without which it must not be read.
+    """A verdict with the context needed to interpret it.
 
     Args:
         verdict: ``"none"``, ``"collapses"``, ``"reverses"``, ``"weakens"`` or ``"persists"``.
-        reason: One sentence with the figures that decided.
-        spread: max r_l / min r_l of the step ratios that the control removed (1: it removed nothing).
+        reason: One sentence with the numbers behind the verdict.
+        spread: max r_l / min r_l of the step ratios, which the control removed (1: nothing to remove).
         measures_agree: Whether all measures of the standard run agree on the sign of the slope.
     """
 
@@ -32,12 +32,12 @@ def judge(standard: Mapping[str, Profile], equal_step: Mapping[str, Profile], sp
     """Compares a standard with an equal-step run by the relative slope of their first measure [ours].
 
     Args:
-        standard: Last profile of the standard run under each measure, by measure; the first one decides.
-        equal_step: The same of the equal-step run.
+        standard: Last profile of the standard run, by measure; the first measure decides.
+        equal_step: Last profile of the equal-step run, by measure.
         spread: max / min of the per-layer step ratios before the control changed them.
 
     Raises:
-        ValueError: A profile carries no interval: without one there is no verdict.
+        ValueError: A profile has no interval.
 
     Example:
         >>> def run(slope, low, high):

@@ -1,4 +1,4 @@
-"""A view of the depth profiles in the web application of Weights & Biases, made by ``depthcb workspace``."""
+"""The W&B workspace view of depth profiles that ``depthcb workspace`` saves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STEP = "trainer/global_step"
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """The view: pictures and slopes, then layers, then step ratios; standard and equal-step runs in groups.
+    """Builds the view: plots and slopes, then layers, then step ratios; grouped by standard and equal-step runs.
 
-    Lines are found by regular expressions on the keys that `DepthProfile`, `EqualStep` and `UpdateRatioMonitor` log
-    under their default names, so a model of any depth fits.
+    Panels match the keys that `DepthProfile`, `EqualStep` and `UpdateRatioMonitor` log under their default names by
+    regular expression, so the view works for any number of layers.
 
     Args:
         entity: The W&B user or team.
@@ -53,30 +53,30 @@ def workspace(entity: str, project: str) -> ws.Workspace:
 
 
 def specification(entity: str, project: str) -> str:
-    """The view as JSON, without asking any server."""
+    """Returns the view as JSON, without contacting a server."""
     return TypeAdapter(ws.Workspace).dump_json(workspace(entity, project), indent=1).decode()
 
 
 def save(entity: str, project: str) -> str:
-    """Saves the view in the project, which must exist.
+    """Saves the view in an existing project.
 
     Returns:
-        Its address.
+        The URL of the view.
 
     Raises:
-        ValueError: The server did not take it: no login, no such project.
+        ValueError: The server rejected the view, for example because of a missing login or project.
     """
     try:
         return str(workspace(entity, project).save().url)  # type: ignore[no-untyped-call]
-    except Exception as error:  # requests, wandb and GraphQL each raise their own
+    except Exception as error:  # requests, wandb and GraphQL each raise their own exceptions
         raise ValueError(
             f"the view was not saved in {entity}/{project} ({' '.join(str(error).split())}): log in with "
-            "`wandb login`, and name a project that exists."
+            "`wandb login`, and use a project that exists."
         ) from error
 
 
 def _lines(title: str, regex: str, unit: str, log: bool = False, width: int = 12) -> LinePlot:
-    """Lines of all metrics that match, over the steps."""
+    """Returns a line plot over steps of all metrics that match ``regex``."""
     return LinePlot(
         title=title, x=STEP, metric_regex=regex, log_y=log, title_y=unit or None, layout=Layout(w=width, h=10)
     )

@@ -29,8 +29,8 @@ def test_importing_the_package_is_light() -> None:
         (["demo", "--backbone", "./no-such-model"], "./no-such-model"),
         (["demo", "--steps", "0"], "at least one step"),
         (["compare", "minilm", "minilm", "--text", "nowhere.txt"], "--text nowhere.txt is not a file"),
-        (["report", "nowhere"], "nowhere is not a folder: name the folder of a run"),
-        (["show", "."], "holds no run of depthcb"),
+        (["report", "nowhere"], "nowhere is not a folder: pass the folder of a run"),
+        (["show", "."], "contains no depthcb run"),
     ],
 )
 def test_bad_input_is_one_line(

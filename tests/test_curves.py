@@ -27,7 +27,7 @@ def test_every_measure_has_its_words() -> None:
     for measure in ALL_MEASURES.values():
         assert measure.title
         assert measure.unit
-        assert measure.definition.endswith("No unit.")
+        assert measure.definition.endswith("Dimensionless.")
 
 
 def test_all_curves_are_drawn_the_last_one_with_its_band() -> None:

@@ -155,7 +155,7 @@ def test_nothing_is_left_behind_and_frozen_layers_count() -> None:
     [
         (lambda m: m, ([], [batch(0)]), "at least one batch"),
         (lambda m: seeded(lambda: TinyLM(layers=3)), ([batch(0)], [batch(0)]), "4 and 3 layers"),
-        (lambda m: TinyLM(), ([batch(0)], [batch(0)]), r"h\.0 has other weights.*before any step"),
+        (lambda m: TinyLM(), ([batch(0)], [batch(0)]), r"h\.0 has different weights.*before any step"),
     ],
 )
 def test_what_is_not_one_model_is_refused(change: Any, halves: Any, message: str) -> None:

@@ -144,7 +144,7 @@ def test_a_pair_of_runs(layers: int, scheme: str, browser: Browser, tmp_path: Pa
     ("runs", "says"),
     [
         (make_runs(validations=(0,), arms=1), "No depth profile was measured."),
-        (make_runs(validations=(1,), arms=1), "One validation so far: nothing to slide through yet."),
+        (make_runs(validations=(1,), arms=1), "The slider has a single step, because there is only one validation so far."),
         ([make_run(i, "AdamW", "standard", 6 + i, 4) for i in range(5)], "relative depth (0 = input side)"),
         (make_runs(12, (8, 8, 3, 0)), "SGD: no verdict (equal-step not measured)"),
         ([make_run(0, "SGD", "equal-step", 48, 400)], "Depth profile of sgd-equal-step"),

@@ -307,10 +307,10 @@ def test_compiled_models_are_seen() -> None:
         (torch.ones(4, 3), {"rows": "max"}, "rows='max' is unknown"),
         (torch.ones(4, 3), {"forward": lambda m, b: m.blocks[0](b)}, r"never reached layer blocks\.1"),
         (torch.ones(4, 3), {"forward": lambda m, b: m(m(b))}, r"'blocks\.0' ran several times"),
-        (torch.ones(2, 2, 2, 4, 3), {}, r"gives shape \(2, 2, 2, 4, 3\) for a batch of 2"),
+        (torch.ones(2, 2, 2, 4, 3), {}, r"returns shape \(2, 2, 2, 4, 3\) for a batch of 2"),
         ({"y": torch.ones(4, 3), "z": torch.ones(4)}, {"forward": lambda m, b: m(**b)}, None),
         ({"y": torch.ones(4, 3)}, {}, None),
-        ("text", {}, "holds no tensor"),
+        ("text", {}, "contains no tensor"),
     ],
 )
 def test_bad_probes_are_refused(batch: Any, options: dict[str, Any], message: str | None) -> None:
@@ -322,7 +322,7 @@ def test_bad_probes_are_refused(batch: Any, options: dict[str, Any], message: st
 def test_a_mask_of_another_length_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     batch = {"x": torch.ones(4, 5, 3), "attention_mask": torch.ones(4, 6)}
-    with pytest.raises(ValueError, match="gives 5 positions, attention_mask has 6"):
+    with pytest.raises(ValueError, match="returns 5 positions, attention_mask has 6"):
         record(model, batch, forward=lambda m, b: m(b["x"]))
 
 
@@ -346,12 +346,12 @@ def test_a_tokenizers_own_mapping_in_a_tuple_is_read() -> None:
 def test_an_example_of_padding_only_is_refused() -> None:
     batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 7)}
     batch["attention_mask"][2, 1:] = 0
-    with pytest.raises(ValueError, match="Example 2 of the probe has no position that counts"):
+    with pytest.raises(ValueError, match="Example 2 of the probe has no usable position"):
         record(Reader(causal=True), batch)
 
 
 def test_an_unfit_source_is_refused() -> None:
-    with pytest.raises(ValueError, match="probe=int: give a batch"):
+    with pytest.raises(ValueError, match="probe=int: pass a batch"):
         Probe.collect(3, limit=4)
     with pytest.raises(ValueError, match="The probe has no batch"):
         Probe.collect(TensorDataset(torch.ones(0, 2)), limit=4)
@@ -393,7 +393,7 @@ def test_causality_is_decided_on_the_longest_example() -> None:
     """One of a single real token cannot tell; it is then refused, because its only position does not count."""
     mask = torch.ones(5, 7, dtype=torch.int64)
     mask[0, 1:] = 0
-    with pytest.raises(ValueError, match="Example 0 of the probe has no position that counts"):
+    with pytest.raises(ValueError, match="Example 0 of the probe has no usable position"):
         record(Reader(causal=True), {"input_ids": ids(), "attention_mask": mask})
 
 

@@ -311,7 +311,8 @@ def test_a_figure_without_profiles_says_so() -> None:
 
 
 def test_one_validation_says_so_on_the_page(tmp_path: Path) -> None:
-    assert "One validation so far: nothing to slide through yet." in page(make_runs(validations=(1,), arms=1), tmp_path)
+    note = "The slider has a single step, because there is only one validation so far."
+    assert note in page(make_runs(validations=(1,), arms=1), tmp_path)
     assert "No depth profile was measured." in page(make_runs(validations=(0,), arms=1), tmp_path)
 
 

@@ -178,13 +178,13 @@ def test_two_profiles_in_one_run_are_read_as_two(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_one_clear_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is not a folder: name the folder of a run"):
+    with pytest.raises(ValueError, match="nowhere is not a folder: pass the folder of a run"):
         read_runs(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no run of depthcb \(no depthcb/\*\.jsonl at any depth\)"):
+    with pytest.raises(ValueError, match=r"contains no depthcb run \(no depthcb/\*\.jsonl at any depth\)"):
         read_runs(tmp_path)
     (tmp_path / "depthcb").mkdir()
     (tmp_path / "depthcb" / "a.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: a row without a header"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: a row without a preceding header"):
         read_runs(tmp_path)
 
 

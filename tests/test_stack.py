@@ -176,13 +176,13 @@ def jamba() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (t5, r"2 stacks of equal right in T5Model: .*encoder\.block.*layers='"),
+        (t5, r"2 equally plausible stacks in T5Model: .*encoder\.block.*layers='"),
         (TwoTowers, r"image \(3 x Block.*text \(2 x Block.*layers='image'"),
         (Distilled, r"teacher \(12 x Block, [\d,]+ frozen parameters\); student \(2 x Block"),
-        (FusedLSTM, r"lstm \(3 x LSTM.*use one nn\.LSTM a layer"),
+        (FusedLSTM, r"lstm \(3 x LSTM.*use one nn\.LSTM per layer"),
         (jamba, r"model\.layers .*alternate; name the layers"),
-        (lambda: nn.Linear(2, 2), "No list of same-kind layers found in Linear: name them with layers="),
-        (lambda: build(hf.BertConfig(**{**SMALL, "num_hidden_layers": 1})), r"of one layer only: 'encoder\.layer'"),
+        (lambda: nn.Linear(2, 2), "No list of layers of one class found in Linear: name them with layers="),
+        (lambda: build(hf.BertConfig(**{**SMALL, "num_hidden_layers": 1})), r"with one layer only: 'encoder\.layer'"),
     ],
 )
 def test_what_cannot_be_told_is_refused(make: Callable[[], nn.Module], message: str) -> None:
@@ -207,7 +207,7 @@ def test_the_user_can_name_layers() -> None:
         ("encoder.blocks.*", "matches no module"),
         (["encoder.block.0", "x"], "layers='x' matches no module"),
         (["encoder.block.0"], "at least 2 layers, found only 'encoder.block.0'"),
-        (["encoder.block.0", "encoder.block.0.layer"], "lies inside layer 'encoder.block.0'"),
+        (["encoder.block.0", "encoder.block.0.layer"], "is inside layer 'encoder.block.0'"),
         (["encoder.block.0", "encoder.block.0"], "One module appears twice"),
     ],
 )

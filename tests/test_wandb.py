@@ -296,7 +296,7 @@ def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: 
         monkeypatch.delattr(depthcb, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logger = offline_logger(tmp_path)
-    with pytest.warns(UserWarning, match=r"matplotlib.* is not installed, so loggers get scalars and no pictures"):
+    with pytest.warns(UserWarning, match=r"matplotlib.* is not installed, so only scalars are logged and no plots"):
         fit(seeded(TinyLM), [DepthProfile()], logger=logger)
     finish(logger)
     rows = history(tmp_path)

@@ -1,1 +1,1 @@
-"""The Lightning callbacks: each decides *when*; the pure functions beside this folder decide *what*."""
+"""Lightning callbacks: they decide *when* to act; the functions in the rest of the package decide *what* to do."""

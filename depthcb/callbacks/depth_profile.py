@@ -1,4 +1,4 @@
-"""Watches in a Trainer how far each layer's representations have moved from the pretrained model."""
+"""Measures in a Trainer how far each layer's representations have moved from the pretrained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
-from depthcb.engine.step_hooks import damage_named
+from depthcb.engine.step_hooks import checkpoint_errors
 from depthcb.engine.warn import warn
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import Profiles
@@ -26,42 +26,43 @@ from depthcb.similarity import Measure
 class DepthProfile(Callback):
     """Measures at every validation how far each layer has moved from the pretrained model [paper].
 
-    The reference is recorded at train start, before the first step, and travels in checkpoints: a resumed run still
-    compares with the pretrained model, and so does a refit with the same object (`reset` forgets it). Watching changes
-    nothing: weights, optimizer state, random streams and train/eval flags stay bit-for-bit what they were.
+    The reference is recorded at train start, before the first step, and saved in checkpoints: a resumed run still
+    compares with the pretrained model, and so does another fit with the same object (`reset` clears it). Measuring has
+    no side effects: weights, optimizer state, random states and train/eval flags stay bit-for-bit the same.
 
     ===============================  ==============================================================================
-    logged key, under each measure   meaning (once per validation, in the row of ``val/...``)
+    logged key, for each measure     meaning (once per validation, in the row of ``val/...``)
     ===============================  ==============================================================================
     ``depth/cka/L00``                change of layer 0 (unit: the measure's; 0 is unchanged)
     ``depth/cka/mean``               mean change
-    ``depth/cka/slope``              locality gradient: change per whole depth; ``slope_low``, ``slope_high`` bound it
+    ``depth/cka/slope``              locality gradient: change per whole depth; bounds in ``slope_low``, ``slope_high``
     ``depth/cka/relative_slope``     slope / mean
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
-    ``depth/cka/width``              share of the layers that the change is spread over
+    ``depth/cka/width``              fraction of the layers that the change is spread over
     ``depth/heatmap``                W&B and TensorBoard: layer x validation, one panel per measure
-    ``depth/curves``                 the same two: the curves of all validations, the latest with its band
+    ``depth/curves``                 W&B and TensorBoard: the curves of all validations, the latest with its band
     ===============================  ==============================================================================
 
-    In the logger's folder it leaves a record that `depthcb.run.read_runs` and ``depthcb report`` read.
+    A record in the logger's folder can be read by `depthcb.run.read_runs` and ``depthcb report``.
 
     Args:
-        probe: What is measured on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
-            of the (first) validation dataset through its loader's ``collate_fn``. A `Probe` is used as it is.
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
-        measures: Names out of `depthcb.similarity.MEASURES`, or a `depthcb.similarity.Measure` of your own; the first
-            one is in `profiles`.
-        rows: What a row is, as `Probe` takes it: ``"mean"``, ``"tokens"``, ``"last"`` or ``"first"``.
+        probe: Inputs to measure on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
+            of the (first) validation dataset through its loader's ``collate_fn``. A `Probe` is used as is.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
+        measures: Names from `depthcb.similarity.MEASURES`, or custom `depthcb.similarity.Measure` objects; `profiles`
+            holds those of the first one.
+        rows: How rows are formed: ``"mean"``, ``"tokens"``, ``"last"`` or ``"first"``; see `Probe`.
         every_n_validations: Measure at every n-th validation.
-        name: First part of the logged keys; two profiles in one Trainer need two names.
-        probe_rows: Most examples taken from a dataset, and most token rows.
-        forward: ``(pl_module, batch) -> anything``: how the probe is fed. By default ``pl_module(...)``, or where it
-            has no forward of its own the child that holds the layers.
+        name: Prefix of the logged keys; must be unique if a Trainer has several profiles.
+        probe_rows: Maximum number of examples taken from a dataset, and of token rows.
+        forward: ``(pl_module, batch) -> anything``: how to run the module on a probe batch. By default
+            ``pl_module(...)``, or the child that holds the layers if the module does not define ``forward``.
 
     Raises:
-        ValueError: A bad argument, at once; a probe that cannot be built or fed, a stack that cannot be found, or a
-            resume without or with another reference, at train start; activations that are not finite, when measured.
+        ValueError: At construction, an argument is invalid; at train start, the probe cannot be built or run, the
+            layers cannot be found, or the reference is missing or does not match on resume; when measuring,
+            activations are not finite.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -82,22 +83,22 @@ class DepthProfile(Callback):
         forward: Forward | None = None,
     ) -> None:
         if every_n_validations < 1:
-            raise ValueError(f"every_n_validations={every_n_validations}: measure at every validation (1) or fewer.")
+            raise ValueError(f"every_n_validations={every_n_validations}: it must be at least 1.")
         self.name = name
         self.every_n_validations = every_n_validations
-        #: What does the work, without a Trainer.
+        #: The underlying recorder, which works without a Trainer.
         self.recorder = ProfileRecorder(probe, layers, measures, rows, name, probe_rows, forward)
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the reference and the profiles: the next fit records its own."""
+        """Clears the reference and the profiles: the next fit records a new reference."""
         self.recorder.reset()
         self._validations = 0
         self._unpublished, self._drawn = False, True
 
     @property
     def measures(self) -> list[Measure]:
-        """What is measured."""
+        """The measures of change."""
         return self.recorder.measures
 
     @property
@@ -107,12 +108,12 @@ class DepthProfile(Callback):
 
     @property
     def fixed_probe(self) -> Probe | None:
-        """The probe as it was collected, known from train start on."""
+        """The collected probe, available from train start."""
         return self.recorder.fixed_probe
 
     @property
     def reference(self) -> Reference | None:
-        """The recorded pretrained side, known from train start on; setting it has the next fit compare with it."""
+        """The recorded pretrained model, available from train start; if set, the next fit compares with it."""
         return self.recorder.reference
 
     @reference.setter
@@ -134,13 +135,13 @@ class DepthProfile(Callback):
         return self._generate_state_key(name=self.name)
 
     def deserves_pictures(self, measurements: int) -> bool:
-        """Whether pictures go with this measurement: the first 32, then every 2nd, 4th, ... as the run doubles.
+        """Returns whether to log plots with this measurement: the first 32, then every 2nd, 4th, ... as runs double.
 
-        A run of a million validations thus sends two files 270 times: W&B takes some 1,000 per run. Override it for
-        another rule; the last measurement of a fit is always drawn.
+        A run of a million validations thus uploads two files 270 times; W&B accepts about 1,000 per run. Override this
+        method for a different schedule; the last measurement of a fit is always plotted.
 
         Args:
-            measurements: Measurements so far, this one included.
+            measurements: Number of measurements so far, including this one.
         """
         every: int = 2 ** max(0, (measurements - 1).bit_length() - 5)
         return measurements % every == 0
@@ -149,13 +150,13 @@ class DepthProfile(Callback):
         refuse_sharding(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_lost_reference(trainer)
+        self._check_resumed_reference(trainer)
         source = None
         if self.recorder.probe is None:
             source = _validation_loader(trainer)
         elif trainer.val_dataloaders is None:
             warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
-        with _muted(pl_module):
+        with _logging_disabled(pl_module):
             self.recorder.prepare(pl_module, source=source)
         self._open_record(trainer, pl_module)
 
@@ -165,12 +166,12 @@ class DepthProfile(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        with _muted(pl_module):
+        with _logging_disabled(pl_module):
             profiles = self.recorder.measure(logged_step(trainer), trainer.current_epoch)
         shown = f"{self.name}/{self.measures[0].name}/slope"
         for key, value in self.recorder.row(profiles).items():
-            # Every rank computes the same figures; saying so keeps Lightning from warning about each key. Their maximum
-            # is the figure itself, at half the collectives of a mean.
+            # Every rank computes the same values, so sync_dist only avoids Lightning's warning for each key; a maximum
+            # leaves them unchanged and needs half the collectives of a mean.
             pl_module.log(key, value, prog_bar=key == shown, sync_dist=True, reduce_fx="max")
         self._unpublished = True
 
@@ -196,20 +197,20 @@ class DepthProfile(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.recorder.load_state_dict(state_dict)
-        with damage_named(f"DepthProfile {self.name!r}"):
+        with checkpoint_errors(f"DepthProfile {self.name!r}"):
             self._validations = int(state_dict["validations"])
 
-    def _refuse_lost_reference(self, trainer: pl.Trainer) -> None:
+    def _check_resumed_reference(self, trainer: pl.Trainer) -> None:
         if self.reference is None and trainer.ckpt_path is not None and trainer.global_step > 0:
-            # Finders restore their own checkpoint, from step 0.
+            # Lightning's tuners restore their own checkpoint, at step 0.
             raise ValueError(
-                f"DepthProfile {self.name!r}: {trainer.ckpt_path} holds no reference of the pretrained model for it, "
-                "and the resumed weights would be a wrong one: resume from a full checkpoint of a run that had this "
+                f"DepthProfile {self.name!r}: {trainer.ckpt_path} contains no reference for this callback, and the "
+                "resumed weights are not the pretrained ones: resume from a full checkpoint of a run with this "
                 "callback, or compare two checkpoints with depthcb.depth_profile."
             )
 
     def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._unpublished = time.perf_counter(), False  # whatever an earlier fit left
+        self._began, self._unpublished = time.perf_counter(), False  # an earlier fit may have left it True
         reference = self.reference
         assert reference is not None
         settings = {
@@ -222,17 +223,17 @@ class DepthProfile(Callback):
             "effective_rank": reference.effective_rank,
         }
         open_record(self, "DepthProfile", trainer, pl_module, settings)
-        for i in range(len(self.profiles) if trainer.global_step else 0):  # a resumed run may have another folder
+        for i in range(len(self.profiles) if trainer.global_step else 0):  # a resumed run may use another folder
             record_row(self, trainer, self._record(i))
 
     def _record(self, index: int) -> dict[str, Any]:
-        """The index-th measurement, as the run's record holds it."""
+        """Returns the index-th measurement as a row of the run's record."""
         profiles = {m: ps[index] for m, ps in self.profiles_by_measure.items()}
         first = profiles[self.measures[0].name]
         return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
 
     def _other_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """What was logged by others, as it is at the end of a validation."""
+        """Returns the metrics logged by others, as of the end of a validation."""
         known = {key: float(value) for key, value in trainer.callback_metrics.items()}
         return {key: value for key, value in known.items() if not key.startswith(f"{self.name}/")}
 
@@ -242,13 +243,13 @@ class DepthProfile(Callback):
             log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
         except ModuleNotFoundError as error:
             warn(
-                f"DepthProfile {self.name!r}: {error.name} is not installed, so loggers get scalars and no pictures: "
+                f"DepthProfile {self.name!r}: {error.name} is not installed, so only scalars are logged and no plots: "
                 "pip install 'depthcb[wandb]'."
             )
 
 
 @contextlib.contextmanager
-def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
+def _logging_disabled(pl_module: pl.LightningModule) -> Iterator[None]:
     """Disables ``self.log`` while the probe runs."""
     attributes: dict[str, Any] = vars(pl_module)
     before = dict(attributes)
@@ -263,7 +264,7 @@ def _muted(pl_module: pl.LightningModule) -> Iterator[None]:
 
 
 def first_validation_loader(trainer: pl.Trainer) -> Any:
-    """The Trainer's validation loader, of several the first; None where it does not validate."""
+    """Returns the Trainer's (first) validation loader; None if it does not validate."""
     loader = trainer.val_dataloaders
     if isinstance(loader, dict):
         loader = list(loader.values())
@@ -273,16 +274,19 @@ def first_validation_loader(trainer: pl.Trainer) -> Any:
 
 
 def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
-    """The loader whose dataset gives the probe: iterating it would move the random streams of training."""
+    """Returns the validation loader whose dataset provides the probe.
+
+    Iterating the loader itself would advance the random states of training.
+    """
     loader = first_validation_loader(trainer)
     if loader is None:
         raise ValueError(
-            "DepthProfile: no validation loader (or limit_val_batches=0) and no probe: pass probe=a batch, a dataset "
-            "or a loader, and let the Trainer validate."
+            "DepthProfile: no validation loader (or limit_val_batches=0) and no probe: pass probe= with a batch, a "
+            "dataset or a loader, and let the Trainer validate."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "DepthProfile: the validation data can only be iterated, which would move its random streams: pass probe=a "
-            "batch or a map-style dataset."
+            "DepthProfile: the validation data can only be iterated, which would advance its random state: pass probe= "
+            "with a batch or a map-style dataset."
         )
     return loader

@@ -16,10 +16,11 @@ from depthcb.step_ratio import MeanRatios, Target
 class EqualStep(OptimizerStepCallback):
     r"""Rescales every optimizer step so that ||dW|| / ||W|| is equal in all layers [paper].
 
-    After each real step, every layer with a non-zero update becomes ``before + (r* / r) (after - before)``: its
-    direction is kept, its size is set. Layers without an update (frozen, no gradient, a skipped step) stay as they
-    are and don't count in r*. Optimizer state is left alone. A non-finite update is not applied, and an error at the
-    next log names its layer. Memory: one more copy of the controlled parameters, and a second one during log steps.
+    After each real step, every layer with a non-zero update becomes ``before + (r* / r) (after - before)``: the step
+    keeps its direction and gets the target size. Layers without an update (frozen, no gradient, a skipped step) are
+    left unchanged and don't count towards r*. Optimizer state is not modified. A non-finite update is not applied, and
+    the next log step raises an error that names its layer. Memory: one copy of the controlled parameters, and a second
+    one during log steps.
 
     ========================  =====================================================================================
     logged key                meaning (every ``log_every_n_steps``; layers without an update are left out)
@@ -32,17 +33,18 @@ class EqualStep(OptimizerStepCallback):
     ========================  =====================================================================================
 
     Args:
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
         target: r*: ``"mean"`` (default), ``"median"``, ``"min"`` or ``"geometric_mean"`` of the layers' ratios; a
             float; one weight per layer, which imposes that depth profile of step sizes at the mean ratio; or a
             callable ``(ratios, step) -> ratios`` on (L,) tensors.
-        outside: ``"leave"`` parameters outside the stack alone, or treat each module that owns some as a further
-            ``"layer"`` [ours].
-        name: First part of the logged keys; two controls in one Trainer (an encoder's and a decoder's) need two names.
+        outside: ``"leave"`` ignores parameters outside the stack; ``"layer"`` treats each module that owns some as an
+            additional layer [ours].
+        name: Prefix of the logged keys; must be unique if a Trainer has several controls (for an encoder and a
+            decoder).
 
     Raises:
-        ValueError: A target that cannot be imposed, layers that cannot be found, a layer without trainable or
-            with all-zero parameters (at fit start); a layer whose update was not finite (at the next log).
+        ValueError: At fit start, the target cannot be imposed, the layers cannot be found, or a layer has no trainable
+            parameters or only zeros; at the next log step, a layer's update was not finite.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -60,12 +62,12 @@ class EqualStep(OptimizerStepCallback):
         name: str = "equal_step",
     ) -> None:
         self.name = name
-        #: What does the work, without a Trainer.
+        #: The underlying equalizer, which works without a Trainer.
         self.equalizer = StepEqualizer(layers, target, outside, name)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the controlled layers, known from fit start on."""
+        """Names of the controlled layers, available from fit start."""
         return self.equalizer.names
 
     @property
@@ -75,7 +77,7 @@ class EqualStep(OptimizerStepCallback):
 
     @property
     def mean_realised(self) -> MeanRatios:
-        """Mean ratio of each layer over the logged steps, as the control made it."""
+        """Mean ratio of each layer over the logged steps, as realised by the control."""
         return self.equalizer.mean_realised
 
     @property
@@ -83,11 +85,11 @@ class EqualStep(OptimizerStepCallback):
         return self._generate_state_key(name=self.name)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not later: after a forward, FSDP shows gathered parameters in place of the shards that the optimizer owns.
+        # Not later: after a forward, FSDP exposes gathered parameters instead of the shards that the optimizer owns.
         self.equalizer.prepare(pl_module, trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or another model
+        if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or a new model
             self.equalizer.reset()
         self.equalizer.log = rows_of(self, trainer)
         settings = {"layers": self.names, "target": self.equalizer.target, "outside": self.equalizer.outside}

@@ -1,4 +1,4 @@
-"""Where and when callbacks log: the Trainer's loggers, and the record that a run leaves in its folder."""
+"""Logging for the callbacks: to the Trainer's loggers, and to the record in the run's folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from depthcb.sinks import sink_of
 
 
 class Named(Protocol):
-    """A callback with a name of its own in a run."""
+    """A callback with a name that is unique in its run."""
 
     name: str
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step that Lightning stamps on the metrics logged now: ``trainer.global_step`` counts every optimizer."""
+    """Returns the step number Lightning logs metrics with (``trainer.global_step`` counts each optimizer's steps)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether Lightning logs the training batch that is running now."""
+    """Returns whether Lightning logs the current training batch."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
     return every > 0 and (logged_step(trainer) + 1) % every == 0
 
 
 def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
-    """A sink that hands each row to every logger of the Trainer and writes it into the callback's record."""
+    """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record."""
 
     def log(row: Mapping[str, float], step: int) -> None:
         for logger in trainer.loggers:
@@ -46,14 +46,14 @@ def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
 
 
 def open_record(callback: Named, kind: str, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row) -> None:
-    """Starts the callback's record of this fit, and tells W&B what it does; on the first process alone.
+    """Starts the callback's record of this fit and configures the loggers' sinks; on the first process only.
 
     Args:
         callback: The callback.
-        kind: Its class in depthcb, which a subclass shares.
+        kind: Name of its depthcb class, also for user subclasses.
         trainer: The Trainer.
-        pl_module: What is trained.
-        settings: What the callback measures or does, as it was resolved.
+        pl_module: The module being trained.
+        settings: The callback's resolved settings.
 
     Raises:
         ValueError: The run's folder cannot be written.
@@ -68,14 +68,14 @@ def open_record(callback: Named, kind: str, trainer: pl.Trainer, pl_module: pl.L
 
 
 def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
-    """Writes a row into the callback's record, on the first process."""
+    """Writes a row to the callback's record, on the first process only."""
     folder = run_folder(trainer)
     if folder is not None:
         write_row(folder, callback.name, row)
 
 
 def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-    """Hands the profiles so far as pictures to the loggers that show some; on the first process.
+    """Logs plots of the profiles so far to the loggers that support them, on the first process only.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -85,9 +85,10 @@ def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, 
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The run's folder: the first logger's, where Lightning puts the checkpoints too, or its name on this machine.
+    """Returns the run's folder: that of the first logger, where Lightning also saves checkpoints.
 
-    None without a logger, and on all processes but the first.
+    Falls back to a local folder of the same name if the logger's is remote. Returns None without a logger, and on all
+    processes but the first.
     """
     loggers = [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
     if not loggers or not trainer.is_global_zero:
@@ -105,7 +106,7 @@ def _control(trainer: pl.Trainer) -> str:
 
 
 def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """What two runs must share for their difference to be the control's."""
+    """Returns the settings that two runs must share to be compared as a pair."""
     return {
         "module": type(pl_module).__qualname__,
         "hparams": dict(pl_module.hparams),
@@ -122,7 +123,7 @@ def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
 
 
 def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """The first group's settings; the learning rate as it was before a scheduler's warm-up."""
+    """Returns the settings of the first parameter group, with the learning rate before any scheduler."""
     group = optimizer.param_groups[0]
     settings = {k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, tuple)) and k != "initial_lr"}
     return {"class": type(optimizer).__qualname__, **settings, "lr": float(group.get("initial_lr", group["lr"]))}

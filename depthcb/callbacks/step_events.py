@@ -1,4 +1,4 @@
-"""``on_after_optimizer_step``, which Lightning's Trainer callbacks lack."""
+"""An ``on_after_optimizer_step`` hook, which Lightning callbacks lack."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class OptimizerStepCallback(Hooked, Callback):
     """Base class of callbacks that act around every *real* optimizer step.
 
     Override `on_after_optimizer_step` (and `on_before_optimizer_closure`). They fire once per step that the optimizer
-    really makes: not for accumulated batches, not for steps that an AMP scaler skips, once for LBFGS however often it
-    calls its closure, and once per optimizer under manual optimization. The hooks sit on ``trainer.optimizers``
-    from ``on_train_start`` until the fit ends, fails or is torn down. A subclass that overrides ``on_train_start``,
-    ``on_fit_end``, ``on_exception`` or ``teardown`` calls ``super()``.
+    really takes: not for accumulated batches, not for steps that an AMP scaler skips, once for LBFGS regardless of how
+    often it calls its closure, and once per optimizer under manual optimization. The hooks are registered on
+    ``trainer.optimizers`` from ``on_train_start`` until the fit ends, fails or is torn down. Subclasses that override
+    ``on_train_start``, ``on_fit_end``, ``on_exception`` or ``teardown`` must call ``super()``.
 
     Raises:
-        ValueError: At fit start, for a strategy that steps by itself (DeepSpeed) or flattens parameters (FSDP1).
+        ValueError: At fit start, for a strategy that has its own optimizer step (DeepSpeed) or flattens parameters
+            (FSDP1).
 
     Example:
         >>> from depthcb import OptimizerStepCallback
@@ -30,16 +31,16 @@ class OptimizerStepCallback(Hooked, Callback):
         ...         self.steps += 1
     """
 
-    #: What its runs are called in comparisons, where it changes the steps; None of one that watches.
+    #: Label of its runs in comparisons, for callbacks that change the steps; None for callbacks that only observe.
     control: str | None = None
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Called first thing in ``optimizer.step``: the weights are those before the step, gradients not yet there."""
+        """Called at the start of ``optimizer.step``, before the closure computes gradients and the weights change."""
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Called when ``optimizer.step`` has changed the weights: momentum, decay and clipping are all in them."""
+        """Called at the end of ``optimizer.step``: the new weights include momentum, weight decay and clipping."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
@@ -64,13 +65,13 @@ class OptimizerStepCallback(Hooked, Callback):
 
 
 def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
-    """Refuses strategies whose parameters are not the layers' own: flattened, or stepped by an engine out of sight.
+    """Raises an error for strategies that flatten the layers' parameters or step them in their own engine.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1.
+        ValueError: The strategy is DeepSpeed or FSDP1.
     """
     if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
         raise ValueError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
-            "parameters or steps them by an engine of its own: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
+            "parameters or updates them in its own engine: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
         )

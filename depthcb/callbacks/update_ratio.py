@@ -1,4 +1,4 @@
-"""Watches ||dW|| / ||W|| per layer in a Trainer."""
+"""Monitors ||dW|| / ||W|| per layer in a Trainer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from depthcb.step_ratio import MeanRatios
 
 
 class UpdateRatioMonitor(OptimizerStepCallback):
-    """Logs each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or a callback before this one, left it.
+    """Logs each layer's step ratio ||dW|| / ||W|| [paper], after the optimizer and all earlier callbacks.
 
-    A layer with adapters is measured by the weights that they make, W0 + BA with LoRA [ours].
-    Placed after `EqualStep` in the Trainer's list it sees the controlled step, placed before it the optimizer's own.
-    Between log steps it does nothing at all; from the first one on it keeps one more copy of the layers' parameters.
+    A layer with adapters is measured by its merged weights, W0 + BA for LoRA [ours]. Placed after `EqualStep` in the
+    Trainer's list of callbacks it sees the controlled step, placed before it the optimizer's own step. It does nothing
+    between log steps. Memory: one copy of the layers' parameters from the first log step on.
 
     ==========================  ===================================================================================
     logged key                  meaning (every ``log_every_n_steps``; layers without an update are left out)
@@ -28,8 +28,8 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     ==========================  ===================================================================================
 
     Args:
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
-        name: First part of the logged keys; two monitors in one Trainer need two names.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
+        name: Prefix of the logged keys; must be unique if a Trainer has several monitors.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -39,12 +39,12 @@ class UpdateRatioMonitor(OptimizerStepCallback):
 
     def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio") -> None:
         self.name = name
-        #: What does the work, without a Trainer.
+        #: The underlying meter, which works without a Trainer.
         self.meter = StepRatioMeter(layers, name)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the watched layers, known from fit start on."""
+        """Names of the monitored layers, available from fit start."""
         return self.meter.names
 
     @property
@@ -57,11 +57,11 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         return self._generate_state_key(name=self.name)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not later: after a forward, FSDP shows gathered parameters in place of the shards that the optimizer owns.
+        # Not later: after a forward, FSDP exposes gathered parameters instead of the shards that the optimizer owns.
         self.meter.prepare(pl_module, trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or another model
+        if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or a new model
             self.meter.reset()
         self.meter.log = rows_of(self, trainer)
         open_record(self, "UpdateRatioMonitor", trainer, pl_module, {"layers": self.names})

@@ -1,7 +1,7 @@
-"""What the callbacks do, for any training loop: objects that know torch alone.
+"""The functionality of the callbacks for any training loop, depending only on torch.
 
-Each attaches to a module and its optimizers by torch's own step hooks, hands what it measures to a sink
-(``log(row, step)``), has a ``state_dict``, and removes what it attached when it is detached or its ``with`` block ends.
+Each object attaches to a module and its optimizers with torch's optimizer step hooks, passes its measurements to a sink
+(``log(row, step)``), has a ``state_dict``, and removes its hooks on `detach` or at the end of its ``with`` block.
 """
 
 from depthcb.engine.equalizer import StepEqualizer as StepEqualizer

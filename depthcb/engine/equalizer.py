@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
-from depthcb.engine.step_hooks import StepHooks, damage_named
+from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.engine.warn import warn
 from depthcb.errors import NotFiniteError
 from depthcb.profile import layer_key
@@ -35,15 +35,15 @@ Outside = Literal["leave", "layer"]
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """A step to be logged, as far as it is known.
+    """A step that is yet to be logged.
 
     Args:
-        step: Its number.
+        step: The step number.
         done: Indices of the K controlled layers.
-        ratios: (K,), what the optimizer wanted.
-        scale: (K,), the factors applied.
-        squares: (2, K), this process's part of the realised ratios, as `step_squares` gives it.
-        shares: As `LayerSteps.shares` gives them.
+        ratios: (K,) ratios that the optimizer wanted.
+        scale: (K,) factors applied.
+        squares: (2, K) this process's part of the realised ratios, as returned by `step_squares`.
+        shares: As returned by `LayerSteps.shares`.
     """
 
     step: int
@@ -57,17 +57,18 @@ class LoggedStep:
 class StepEqualizer(StepHooks):
     """Rescales every optimizer step so that ||dW|| / ||W|| is equal in all layers [paper].
 
-    `depthcb.EqualStep`, which does this in a Trainer, says what is logged and what the arguments mean.
+    `depthcb.EqualStep` does this in a Trainer; its documentation explains the arguments and the logged keys.
 
     Args:
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
-        target: The ratio to impose, as `depthcb.step_ratio.imposed_ratios` takes it.
-        outside: ``"leave"`` parameters outside the stack alone, or treat each module that owns some as a ``"layer"``.
-        name: First part of the logged keys.
-        every: Steps between logged ones, where no Trainer says which.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
+        target: The ratio to impose, as accepted by `depthcb.step_ratio.imposed_ratios`.
+        outside: ``"leave"`` ignores parameters outside the stack; ``"layer"`` treats each module that owns some as a
+            layer.
+        name: Prefix of the logged keys.
+        every: Log every n-th step; ignored in a Trainer.
 
     Raises:
-        ValueError: A target that cannot be imposed, or an unknown ``outside``.
+        ValueError: The target cannot be imposed, or ``outside`` is unknown.
 
     Example:
         >>> import torch
@@ -94,7 +95,7 @@ class StepEqualizer(StepHooks):
         if outside not in ("leave", "layer"):
             raise ValueError(f"outside={outside!r} is unknown: use 'leave' or 'layer'.")
         self.layers, self.target, self.outside, self.name, self.every = layers, target, outside, name, every
-        #: Names of the controlled layers, known once it is prepared.
+        #: Names of the controlled layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
         self._steps = LayerSteps([])
@@ -103,8 +104,8 @@ class StepEqualizer(StepHooks):
         self.reset()
 
     def reset(self) -> None:
-        """Starts to count and to average anew."""
-        #: Mean ratio of each layer over the logged steps: what the optimizer wanted, and what the control made of it.
+        """Resets the step count and the means."""
+        #: Mean ratio of each layer over the logged steps: as the optimizer wanted it, and as realised by the control.
         self.mean_wanted, self.mean_realised = MeanRatios(len(self.names)), MeanRatios(len(self.names))
         self.steps_made = 0
 
@@ -112,7 +113,7 @@ class StepEqualizer(StepHooks):
         """Finds the layers.
 
         Raises:
-            ValueError: Layers that cannot be found, that no optimizer owns, that train adapters or are all 0.
+            ValueError: The layers cannot be found, are owned by no optimizer, train adapters, or are all 0.
         """
         stack = LayerStack.find(module, self.layers)
         groups = dict(zip(stack.names, stack.parameters(), strict=True))
@@ -125,30 +126,30 @@ class StepEqualizer(StepHooks):
         _check_adapters(stack)
         check_target(self.target, len(groups))
         _check_weights(groups, optimizers)
-        if len(self.mean_wanted.sums) != len(self.names):  # another model than before
+        if len(self.mean_wanted.sums) != len(self.names):  # a different model
             self.reset()
         self._optimizers = optimizers
         self._steps = LayerSteps(list(groups.values()))
-        self._broken, self._unlogged = None, None  # left by an exception
+        self._broken, self._unlogged = None, None  # an exception may have left some
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Copies the parameters that this optimizer is about to change."""
         self._steps.begin(optimizer, self._optimizers)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Equalizes the step, numbered from 0."""
+        """Equalizes the step; steps are numbered from 0."""
         self.equalize(optimizer, self.steps_made, logs=(self.steps_made + 1) % self.every == 0)
 
     def equalize(self, optimizer: Optimizer, step: int, logs: bool) -> None:
-        """Equalizes the round of steps that this optimizer's step is the last of.
+        """Equalizes the round of steps if this optimizer's step completes it.
 
         Args:
             optimizer: The optimizer that has stepped.
-            step: The step's number, for the sink.
+            step: The step number, for the sink.
             logs: Whether this step is logged.
 
         Raises:
-            NotFiniteError: On a logged step: an update, now or since the last one, was not finite.
+            NotFiniteError: On a logged step, if an update since the last logged step was not finite.
         """
         done = self._steps.finish(optimizer, self._optimizers)
         if not done:
@@ -157,15 +158,15 @@ class StepEqualizer(StepHooks):
         start = [[t.clone() for t in layer] for layer in before] if logs else []
         broken = revert_non_finite(now, before)
         shares = self._steps.shares(done)
-        # Over processes one sum per step: the realised ratios of a logged step wait for the next step's.
-        waiting = [] if self._unlogged is None else [self._unlogged.squares]
-        own, way_back = step_squares(now, before, shares, broken)
-        squares, *late = all_reduce([own, *waiting], shares)
-        if late:
-            self._log_step(late[0])
+        # One all-reduce per step: the realised ratios of a logged step are reduced together with the next step's.
+        pending = [] if self._unlogged is None else [self._unlogged.squares]
+        local_squares, way_back = step_squares(now, before, shares, broken)
+        squares, *reduced = all_reduce([local_squares, *pending], shares)
+        if reduced:
+            self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
         rescale(now, way_back, scale)
-        self._remember(broken, done)
+        self._record_broken(broken, done)
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
@@ -175,12 +176,12 @@ class StepEqualizer(StepHooks):
                 self._log_step(realised)
 
     def log_waiting(self) -> None:
-        """Logs the last step where no other one takes it along: before a validation, a checkpoint or the end."""
+        """Logs the pending step if no later step will do it: before a validation, a checkpoint or the end."""
         if self._unlogged is not None:
             self._log_step(all_reduce([self._unlogged.squares], self._unlogged.shares)[0])
 
     def finish(self) -> None:
-        """Ends the training.
+        """Logs the pending step at the end of training.
 
         Raises:
             NotFiniteError: An update since the last logged step was not finite.
@@ -190,15 +191,15 @@ class StepEqualizer(StepHooks):
         if self._steps.waiting:
             names = [type(self._optimizers[i]).__name__ for i in sorted(self._steps.waiting)]
             warn(
-                f"EqualStep: the last round of steps was never controlled, because optimizer {', '.join(names)} owns "
+                f"EqualStep: the last round of steps was not equalized, because optimizer {', '.join(names)} owns "
                 "parameters of the layers and did not step in it."
             )
 
     def raise_if_broken(self) -> None:
-        """Names the layers of the first step whose update, or its target, was not finite.
+        """Raises an error if an update or its target was not finite.
 
         Raises:
-            NotFiniteError: There were some.
+            NotFiniteError: Names the affected layers of the first such step.
         """
         if self._broken is not None and self._broken.any():
             names = [name for name, flag in zip(self.names, self._broken.tolist(), strict=True) if flag]
@@ -208,30 +209,30 @@ class StepEqualizer(StepHooks):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists only."""
+        """Returns numbers and lists only."""
         means = {"mean_wanted": self.mean_wanted.state_dict(), "mean_realised": self.mean_realised.state_dict()}
         return {"steps_made": self.steps_made, **means}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state.
+        """Restores the state.
 
         Raises:
             ValueError: The state is damaged.
         """
-        with damage_named(f"EqualStep {self.name!r}"):
+        with checkpoint_errors(f"EqualStep {self.name!r}"):
             self.steps_made = int(state_dict["steps_made"])
             self.mean_wanted.load_state_dict(state_dict["mean_wanted"])
             self.mean_realised.load_state_dict(state_dict["mean_realised"])
 
     def _scale(self, measured: Tensor, done: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What to do with the K layers that are done.
+        """Computes the scale factors of K layers.
 
         Args:
-            measured: (K,) step ratios, NaN where an update was not finite in any process, or the layer's norm was 0.
-            done: Their indices.
+            measured: (K,) step ratios, NaN if an update was not finite in any process or the layer's norm was 0.
+            done: Indices of the layers.
 
         Returns:
-            (K,) ratios, 0 where broken; (K,) factors, 0 where the step is taken back; (K,) which ones are broken.
+            (K,) ratios, 0 where broken; (K,) factors, 0 where the step is undone; (K,) booleans of broken layers.
         """
         broken = ~measured.isfinite()
         ratios = torch.where(broken, 0.0, measured)
@@ -241,20 +242,21 @@ class StepEqualizer(StepHooks):
         return ratios, torch.where(broken, 0.0, scale), broken
 
     def _wanted(self, ratios: Tensor, done: list[int]) -> Tensor:
-        """(K,) ratios to impose on the layers that are done; the target itself speaks of all layers."""
+        """Returns the (K,) ratios to impose on the given layers; the target is evaluated over all layers."""
         index = torch.tensor(done, device=ratios.device)
-        every = torch.zeros(len(self.names), dtype=ratios.dtype, device=ratios.device).index_copy_(0, index, ratios)
-        return imposed_ratios(self.target, every, self.steps_made).index_select(0, index)
+        all_ratios = torch.zeros(len(self.names), dtype=ratios.dtype, device=ratios.device)
+        all_ratios.index_copy_(0, index, ratios)
+        return imposed_ratios(self.target, all_ratios, self.steps_made).index_select(0, index)
 
-    def _remember(self, broken: Tensor, done: list[int]) -> None:
-        """Keeps, on the device, the layers of the first step that broke: ``broken`` is (K,)."""
+    def _record_broken(self, broken: Tensor, done: list[int]) -> None:
+        """Records, on the device, the broken layers of the first step that has any; ``broken`` is (K,)."""
         if self._broken is None:
             self._broken = torch.zeros(len(self.names), dtype=torch.bool, device=broken.device)
         flags = torch.zeros_like(self._broken).index_copy_(0, torch.tensor(done, device=broken.device), broken)
         self._broken = torch.where(self._broken.any(), self._broken, flags)
 
     def _log_step(self, squares: Tensor) -> None:
-        """Logs the step that waits, given the (2, K) squares of its realised ratios over all processes."""
+        """Logs the pending step, given the globally reduced (2, K) squares of its realised ratios."""
         logged, self._unlogged = self._unlogged, None
         assert logged is not None
         columns = torch.stack([logged.ratios, logged.scale, as_ratios(squares)]).tolist()
@@ -273,35 +275,35 @@ class StepEqualizer(StepHooks):
 
 
 def _check_adapters(stack: LayerStack) -> None:
-    """Refuses layers that train adapters."""
+    """Raises an error if a layer trains adapters."""
     for name, layer in zip(stack.names, stack.modules, strict=True):
         if any(p.requires_grad for m in adapted_modules(layer) for p in m.parameters()):
             raise ValueError(
-                f"EqualStep: layer {name} trains adapters. Its weight, W0 + BA with LoRA, is not linear in them, so no "
-                "factor on the step sets its ratio: train the weights themselves, or watch with UpdateRatioMonitor."
+                f"EqualStep: layer {name} trains adapters. Its weight, W0 + BA for LoRA, is not linear in them, so "
+                "scaling the step cannot set its ratio: train the weights themselves, or use UpdateRatioMonitor."
             )
 
 
 def _check_weights(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
-    """Refuses layers whose step ratio cannot be defined, once, before the first step."""
+    """Raises an error if a layer's step ratio is undefined; called once before the first step."""
     parameters = [p for group in groups.values() for p in group]
     trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
     trained = {name: group for name, group in trained.items() if group}
     if {p for o in optimizers for g in o.param_groups for p in g["params"]}.isdisjoint(parameters):
         raise ValueError(
-            f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name those "
-            "that are trained."
+            f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name the "
+            "layers that are trained."
         )
     norms = layer_norms(list(trained.values())).tolist() if trained else []
     zero = [name for name, norm in zip(trained, norms, strict=True) if norm == 0]
     if zero:
         raise ValueError(
-            f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is not "
-            "defined: leave it out with layers=[...]."
+            f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is "
+            "undefined: exclude it with layers=[...]."
         )
     half = half_dtypes(parameters)
     if half:
         warn(
-            f"EqualStep: with {half} weights a small step is rounded away, so the realised ratio "
-            "can miss the target by tens of per cent: look at equal_step/realised, or keep fp32 weights ('bf16-mixed')."
+            f"EqualStep: with {half} weights a small step is rounded away, so the realised ratio can miss the target "
+            "by tens of per cent: check equal_step/realised, or keep the weights in fp32 ('bf16-mixed')."
         )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from depthcb.engine.step_hooks import StepHooks, damage_named
+from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.engine.warn import warn
 from depthcb.glossary import LOW_RANK
 from depthcb.probe import Forward, Probe, Rows
@@ -22,21 +22,21 @@ from depthcb.stack import LayerStack, half_dtypes
 class ProfileRecorder(StepHooks):
     """Measures how far each layer has moved from the pretrained model [paper].
 
-    `depthcb.DepthProfile`, which does this at every validation of a Trainer, says what is logged and what the arguments
-    mean. Measuring changes nothing: weights, random streams and train/eval flags stay as they were.
+    `depthcb.DepthProfile` does this at every validation of a Trainer; its documentation explains the arguments and the
+    logged keys. Measuring has no side effects: weights, random states and train/eval flags are unchanged.
 
     Args:
-        probe: What is measured on: a batch, a list of batches, a Dataset, a DataLoader or a `Probe`.
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
-        measures: Names out of `depthcb.similarity.MEASURES`, or measures of your own.
-        rows: What a row is, as `Probe` takes it.
-        name: First part of the logged keys.
-        probe_rows: Most examples taken from a dataset, and most token rows.
-        forward: ``(module, batch) -> anything``: how the probe is fed.
-        every: Steps between measurements, where nothing else says when.
+        probe: Inputs to measure on: a batch, a list of batches, a Dataset, a DataLoader or a `Probe`.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
+        measures: Names from `depthcb.similarity.MEASURES`, or custom `depthcb.similarity.Measure` objects.
+        rows: How rows are formed; see `Probe`.
+        name: Prefix of the logged keys.
+        probe_rows: Maximum number of examples taken from a dataset, and of token rows.
+        forward: ``(module, batch) -> anything``: how to run the module on a probe batch.
+        every: Measure every n-th step; ignored in a Trainer.
 
     Raises:
-        ValueError: A bad argument.
+        ValueError: An argument is invalid.
 
     Example:
         >>> import torch
@@ -70,10 +70,10 @@ class ProfileRecorder(StepHooks):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the reference and the profiles: the next training records its own."""
-        #: The probe as it was collected, known once it is prepared.
+        """Clears the reference and the profiles: the next training records a new reference."""
+        #: The collected probe, available after `prepare`.
         self.fixed_probe: Probe | None = None
-        #: The recorded pretrained side, known once it is prepared.
+        #: The recorded pretrained model, available after `prepare`.
         self.reference: Reference | None = None
         #: All profiles so far, by measure.
         self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
@@ -85,21 +85,21 @@ class ProfileRecorder(StepHooks):
         return self.profiles_by_measure[self.measures[0].name]
 
     def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer] = (), source: Any = None) -> None:
-        """Collects the probe and records the module as the reference, unless there is one already.
+        """Collects the probe and records the module as the reference, unless there already is one.
 
         Args:
-            module: What is trained, at its pretrained weights.
-            optimizers: Not needed.
-            source: What the probe is taken from where none was given.
+            module: The module to be trained, at its pretrained weights.
+            optimizers: Unused.
+            source: Source of the probe if none was passed to the constructor.
 
         Raises:
-            ValueError: A probe that cannot be built or fed, a stack that cannot be found, or a reference of another
-                model, probe or measure.
+            ValueError: The probe cannot be built or run, the layers cannot be found, or the existing reference belongs
+                to another model, probe or measure.
         """
         start = time.perf_counter()
         source = self.probe if self.probe is not None else source
         if source is None:
-            raise ValueError("DepthProfile: nothing to measure on: pass probe=a batch, a dataset or a loader.")
+            raise ValueError("DepthProfile: there is no probe: pass probe= with a batch, a dataset or a loader.")
         self._module, self._stack = module, LayerStack.find(module, self.layers)
         self.fixed_probe = Probe.collect(
             source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward
@@ -113,23 +113,23 @@ class ProfileRecorder(StepHooks):
         self.seconds += time.perf_counter() - start
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Measures after every n-th step, numbered from 0."""
+        """Measures after every n-th step; steps are numbered from 0."""
         self.steps_made += 1
         if self.steps_made % self.every == 0:
             self.measure(self.steps_made - 1)
 
     def measure(self, step: int, epoch: int = 0) -> dict[str, Profile]:
-        """Measures the module as it is now.
+        """Measures the module in its current state.
 
         Args:
-            step: The step's number, for the profile and the sink.
-            epoch: The epoch's.
+            step: The step number, for the profile and the sink.
+            epoch: The epoch number, for the profile.
 
         Returns:
-            One profile per measure, which `profiles_by_measure` has from now on.
+            One profile per measure, also appended to `profiles_by_measure`.
 
         Raises:
-            ValueError: Activations that are not finite.
+            ValueError: Activations are not finite.
         """
         assert self.reference is not None
         assert self.fixed_probe is not None
@@ -144,7 +144,7 @@ class ProfileRecorder(StepHooks):
         return profiles
 
     def row(self, profiles: Mapping[str, Profile]) -> dict[str, float]:
-        """The numbers of one measurement, by their keys; what is not defined is left out."""
+        """Returns the numbers of one measurement by logged key, without undefined ones."""
         found: dict[str, float | None] = {}
         for measure, profile in profiles.items():
             numbers: dict[str, float | None] = {layer_key(i): c for i, c in enumerate(profile.change)}
@@ -154,19 +154,19 @@ class ProfileRecorder(StepHooks):
         return {key: value for key, value in found.items() if value is not None}  # NaN stops EarlyStopping
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, lists and scalars only, so that a checkpoint with it loads without pickle."""
+        """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``."""
         return {
             "reference": None if self.reference is None else self.reference.state_dict(),
             "profiles": {m: [p.to_json() for p in profiles] for m, profiles in self.profiles_by_measure.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state: the reference is still the pretrained model.
+        """Restores the state, including the reference: later profiles still compare with the pretrained model.
 
         Raises:
             ValueError: The state is damaged.
         """
-        with damage_named(f"DepthProfile {self.name!r}"):
+        with checkpoint_errors(f"DepthProfile {self.name!r}"):
             reference = state_dict["reference"]
             self.reference = None if reference is None else Reference.from_state_dict(reference)
             for measure in self.profiles_by_measure:
@@ -176,19 +176,19 @@ class ProfileRecorder(StepHooks):
     def _check_reference(self, reference: Reference, probe: Probe) -> None:
         if reference.layer_names != self._stack.names:
             raise ValueError(
-                f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model "
-                f"{_ends(self._stack.names)}: use a new callback, or reset() it, for another model."
+                f"DepthProfile {self.name!r}: its reference has layers {_ends(reference.layer_names)}, this model has "
+                f"{_ends(self._stack.names)}: use a new callback for another model, or reset() this one."
             )
         if reference.probe_hash != probe.hash:
             raise ValueError(
-                f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): give the "
+                f"DepthProfile {self.name!r}: its reference was recorded on another probe (or other rows): pass the "
                 "probe of the first run, or reset() the callback."
             )
         missing = {m.needs for m in self.measures} - set(reference.sketches)
         if missing:
             raise ValueError(
-                f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: ask for "
-                "the measures of the first run, or reset() the callback."
+                f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: use the "
+                "measures of the first run, or reset() the callback."
             )
 
     def _warn_low_rank(self, reference: Reference) -> None:
@@ -196,16 +196,16 @@ class ProfileRecorder(StepHooks):
         low = [f"{name} ({rank:.1f})" for name, rank in pairs if rank < LOW_RANK]
         if low and any(m.name == "cka" for m in self.measures):
             warn(
-                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective "
-                f"rank) in {', '.join(low)}: read cka_normalized beside it."
+                f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective rank) in "
+                f"{', '.join(low)}: compare with cka_normalized."
             )
 
     def _warn_half(self) -> None:
         half = half_dtypes(p for layer in self._stack.parameters() for p in layer)
         if half:
             warn(
-                f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that: "
-                "changes near its rounding (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
+                f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that precision: changes "
+                "near its rounding error (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
             )
 
 

@@ -1,4 +1,4 @@
-"""Attaches to optimizers by torch's step hooks, and always lets go of them again."""
+"""Registers torch's optimizer step hooks and reliably removes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-#: Takes what was measured at a step: a row of numbers by their keys, and the step's number.
+#: Receives the measurements of a step: numbers by key, and the step number.
 Sink = Callable[[Mapping[str, float], int], object]
 
 
 class Hooked:
-    """Holds hooks around the steps of some optimizers, at most one pair on each, until it lets go of them."""
+    """Manages step hooks on optimizers: at most one pair per optimizer, until they are removed."""
 
     def _hook(
         self,
@@ -23,12 +23,12 @@ class Hooked:
         before: Callable[[Optimizer], object],
         after: Callable[[Optimizer], object],
     ) -> None:
-        """Hooks the steps, in place of what was hooked.
+        """Registers step hooks, replacing existing ones.
 
         Args:
             optimizers: The optimizers.
-            before: Called first thing in ``optimizer.step``.
-            after: Called when the step is done.
+            before: Called at the start of ``optimizer.step``.
+            after: Called at the end of ``optimizer.step``.
         """
 
         def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -48,49 +48,49 @@ class Hooked:
 
     @property
     def _handles(self) -> list[Any]:
-        # Made on first use, so that a subclass need not call this class's constructor.
+        # Created on first use, so that subclasses need not call this class's constructor.
         handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
         return handles
 
 
 class StepHooks(Hooked):
-    """Base of the engine's objects: hooks that torch calls around every real step of some optimizers.
+    """Base class of the engine's objects, with hooks around every real step of the attached optimizers.
 
-    They fire once per step that an optimizer really makes: not for accumulated batches, not for steps that an AMP
-    scaler skips, and once for LBFGS however often it calls its closure.
+    The hooks fire once per step that an optimizer really takes: not for accumulated batches, not for steps that an AMP
+    scaler skips, and once for LBFGS regardless of how often it calls its closure.
 
-    Subclasses override `before_step` and `after_step`, and `prepare` to learn what they are attached to.
+    Subclasses override `before_step` and `after_step`, and `prepare` to set up for a module and its optimizers.
     """
 
-    #: Where rows go; None keeps none.
+    #: Receives logged rows; None discards them.
     log: Sink | None = None
 
     def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Gets ready to act on a module and its optimizers, and refuses what cannot be acted on.
+        """Sets up for a module and its optimizers, and validates them.
 
         Raises:
-            ValueError: What is wrong, before any step.
+            ValueError: The module or the optimizers are not supported.
         """
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Called first thing in ``optimizer.step``: the weights are those before the step."""
+        """Called at the start of ``optimizer.step``, before the weights change."""
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Called when ``optimizer.step`` has changed the weights."""
+        """Called at the end of ``optimizer.step``, after the weights have changed."""
 
     def finish(self) -> None:
-        """Called when the training has come to its end: hands over what still waits."""
+        """Called at the end of training; logs anything still pending."""
 
     def attach(self, module: nn.Module, optimizers: Sequence[Optimizer], log: Sink | None = None) -> Self:
-        """Starts to act on a training loop; attaching again, in the middle of it too, lets go of what was before.
+        """Attaches to a training loop; if already attached, detaches first.
 
         Args:
-            module: What is trained.
+            module: The module to be trained.
             optimizers: All optimizers that own parameters of it.
-            log: Where rows go.
+            log: Receives logged rows.
 
         Raises:
-            ValueError: As `prepare` does.
+            ValueError: See `prepare`.
         """
         self.detach()
         self.log = log
@@ -99,7 +99,7 @@ class StepHooks(Hooked):
         return self
 
     def detach(self) -> None:
-        """Removes all hooks; does nothing where there are none."""
+        """Removes all hooks, if any."""
         self._unhook()
 
     def __enter__(self) -> Self:
@@ -116,18 +116,18 @@ class StepHooks(Hooked):
 
 
 @contextmanager
-def damage_named(whose: str) -> Iterator[None]:
-    """Says whose part of a checkpoint is damaged.
+def checkpoint_errors(owner: str) -> Iterator[None]:
+    """Converts errors while restoring a state into one that names the owner of the damaged state.
 
     Args:
-        whose: The name of what reads its state inside.
+        owner: The name of the object whose state is restored.
 
     Raises:
-        ValueError: In place of what reading a state without its parts, or with others, raises.
+        ValueError: Replaces an AttributeError, KeyError, TypeError or ValueError.
     """
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The checkpoint's state of {whose} is damaged ({error!r}): resume from another checkpoint."
+            f"The checkpoint's state of {owner} is damaged ({error!r}): resume from another checkpoint."
         ) from error

@@ -1,4 +1,4 @@
-"""Measures ||dW|| / ||W|| of each layer and touches nothing."""
+"""Measures ||dW|| / ||W|| of each layer without changing the steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules, effective_weights
-from depthcb.engine.step_hooks import StepHooks, damage_named
+from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.engine.warn import warn
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack
@@ -18,14 +18,14 @@ from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
 
 
 class StepRatioMeter(StepHooks):
-    """Measures each layer's step ratio ||dW|| / ||W|| [paper] as the optimizer, or whatever acted before, left it.
+    """Measures each layer's step ratio ||dW|| / ||W|| [paper], after the optimizer and all earlier step hooks.
 
-    `depthcb.UpdateRatioMonitor`, which does this in a Trainer, says what is logged.
+    `depthcb.UpdateRatioMonitor` does this in a Trainer; its documentation explains the logged keys.
 
     Args:
-        layers: The layers, as `LayerStack.find` takes them; None finds them.
-        name: First part of the logged keys.
-        every: Steps between measured ones, where no Trainer says which.
+        layers: The layers, as accepted by `LayerStack.find`; None searches for them.
+        name: Prefix of the logged keys.
+        every: Measure every n-th step; ignored in a Trainer.
 
     Example:
         >>> import torch
@@ -34,19 +34,19 @@ class StepRatioMeter(StepHooks):
         >>> meter = StepRatioMeter()
         >>> with meter.attach(model, [optimizer]):
         ...     (0 * model(torch.ones(2, 4))).sum().backward()
-        ...     _ = optimizer.step()  # decay alone: every weight shrinks by a tenth
+        ...     _ = optimizer.step()  # weight decay only: every weight shrinks by a tenth
         >>> [round(ratio, 6) for ratio in meter.mean.values()]
         [0.1, 0.1]
     """
 
     def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio", every: int = 1) -> None:
         self.layers, self.name, self.every = layers, name, every
-        #: Names of the measured layers, known once it is prepared.
+        #: Names of the measured layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
         self.reset()
 
     def reset(self) -> None:
-        """Starts to count and to average anew."""
+        """Resets the step count and the means."""
         #: Mean ratio of each layer over the measured steps.
         self.mean = MeanRatios(len(self.names))
         self.steps_made = 0
@@ -55,11 +55,11 @@ class StepRatioMeter(StepHooks):
         """Finds the layers.
 
         Raises:
-            ValueError: Layers that cannot be found, or adapters that cannot be measured.
+            ValueError: The layers cannot be found, or their adapters cannot be measured.
         """
         stack = LayerStack.find(module, self.layers)
         self.names = stack.names
-        if len(self.mean.sums) != len(self.names):  # another model than before
+        if len(self.mean.sums) != len(self.names):  # a different model
             self.reset()
         self._optimizers = optimizers
         self._steps = LayerSteps(stack.parameters())
@@ -69,31 +69,31 @@ class StepRatioMeter(StepHooks):
                 "UpdateRatioMonitor: adapters on sharded parameters (FSDP2, tensor parallelism) are not "
                 "supported: use strategy='ddp' or 'auto'."
             )
-        self._effective_weights()  # refuses what can't be measured before any training
+        self._effective_weights()  # fails before any training if the adapters can't be measured
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Copies what this optimizer is about to change, where the step is to be measured."""
+        """Copies the parameters that this optimizer is about to change, if the step is to be measured."""
         if self._steps.waiting or (self.steps_made + 1) % self.every == 0:
             self.begin(optimizer)
         elif optimizer is self._optimizers[-1]:
             self.steps_made += 1
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Measures the step, numbered from 0."""
+        """Measures the step; steps are numbered from 0."""
         self.measure(optimizer, self.steps_made)
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Copies what this optimizer is about to change, opening a round of steps if none is open."""
+        """Copies the parameters that this optimizer is about to change, and starts a round of steps if none is open."""
         if not self._steps.waiting:
             self._weights = self._effective_weights()
         self._steps.begin(optimizer, self._optimizers)
 
     def measure(self, optimizer: Optimizer, step: int) -> None:
-        """Measures the round of steps that this optimizer's step is the last of; nothing without `begin`.
+        """Measures the round of steps if this optimizer's step completes it; does nothing without a prior `begin`.
 
         Args:
             optimizer: The optimizer that has stepped.
-            step: The step's number, for the sink.
+            step: The step number, for the sink.
         """
         done = self._steps.finish(optimizer, self._optimizers)
         if not done:
@@ -113,20 +113,20 @@ class StepRatioMeter(StepHooks):
         self.mean.note(updated)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists only."""
+        """Returns numbers and lists only."""
         return {"mean": self.mean.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state.
+        """Restores the state.
 
         Raises:
             ValueError: The state is damaged.
         """
-        with damage_named(f"UpdateRatioMonitor {self.name!r}"):
+        with checkpoint_errors(f"UpdateRatioMonitor {self.name!r}"):
             self.mean.load_state_dict(state_dict["mean"])
 
     def _ratios(self, done: list[int]) -> Tensor:
-        """(K,) step ratios of the K layers in ``done``; adapters count by the weights that they make."""
+        """Returns the (K,) step ratios of the K layers in ``done``, using the merged weights of adapters."""
         if not any(self._adapted):
             return step_ratios(self._steps.now(done), self._steps.before(done), self._steps.shares(done))
         own = {p for layer in self._adapted for m in layer for p in m.parameters()}

@@ -1,4 +1,4 @@
-"""Warnings that one process says for all."""
+"""Warnings emitted by the first process only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 
 def warn(message: str) -> None:
-    """Warns on the first process alone.
+    """Emits a ``UserWarning`` on the first process only.
 
     Args:
-        message: What is said, as a ``UserWarning``.
+        message: The warning message.
     """
     started = dist.is_available() and dist.is_initialized()
     if not (dist.get_rank() if started else int(os.environ.get("LOCAL_RANK", 0))):

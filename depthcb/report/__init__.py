@@ -1,8 +1,8 @@
-"""What people look at after a run: figures, one page that needs no network, and tables in the terminal.
+"""Reports on finished runs: figures, a self-contained HTML page, and tables in the terminal.
 
-All are drawn from the runs' own records. Pairing them and wording the verdict happen once, in `depthcb.report.groups`,
-so that they never tell different stories. A run that was interrupted before its first validation is named as not
-measured and never drawn.
+All reports are based on the runs' records, and share the pairing of runs and the text of verdicts in
+`depthcb.report.groups`, so that they are consistent. A run that was interrupted before its first validation is listed
+as not measured and is not plotted.
 """
 
 from depthcb.report.figure import figure, write_png

@@ -1,4 +1,4 @@
-"""The page's charts, as plotly figures."""
+"""Plotly charts of the HTML report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from depthcb.report.groups import Group, label, last, log_axis, null_change, tit
 from depthcb.run import Run
 from depthcb.style import PALE, line_style, thinned, tick_step
 
-#: Most validations on a slider, and most columns of a heatmap; of more, evenly spaced ones are shown.
+#: Maximum number of validations on a slider and of heatmap columns; if there are more, evenly spaced ones are shown.
 MOST_VALIDATIONS, MOST_COLUMNS = 100, 300
 Values = Sequence[float | None]
 
 
-# The page's style sheet colours text and grids by light or dark mode. These greys remain for exported pictures.
+# The page's style sheet sets text and grid colours for light or dark mode; the greys here apply to exported images.
 def layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
-    """The look that all charts of a page share."""
+    """Applies the layout that all charts of a page share."""
     named = sum(bool(trace.showlegend) for trace in fig.data)
     fig.update_layout(
         template="none",
@@ -43,13 +43,13 @@ def layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
     return fig
 
 
-def _alike(group: Group) -> bool:
-    """Whether all runs have equally many layers; where not, they share relative depth alone."""
+def _same_depth(group: Group) -> bool:
+    """Returns whether all runs have the same number of layers; if not, charts use relative depth."""
     return len({len(run.layers) for run in group.runs if run.layers}) <= 1
 
 
 def _layer_axis(group: Group) -> dict[str, Any]:
-    if not _alike(group):
+    if not _same_depth(group):
         return {"title": {"text": "relative depth (0 = input side)"}, "range": [-0.02, 1.02]}
     count = len(group.layers)
     ticks = {"tick0": 0, "dtick": tick_step(count), "range": [-0.5, count - 0.5]}
@@ -57,12 +57,12 @@ def _layer_axis(group: Group) -> dict[str, Any]:
 
 
 def _depth(group: Group, layers: int) -> list[float]:
-    """Where a run's layers stand on the axis."""
-    return list(range(layers)) if _alike(group) else relative_depth(layers).tolist()
+    """Returns the positions of a run's layers on the axis."""
+    return list(range(layers)) if _same_depth(group) else relative_depth(layers).tolist()
 
 
 def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
-    """A run's line over its layers."""
+    """Returns a run's line over its layers."""
     style, run = line_style(index), group.runs[index]
     trace = {
         "x": _depth(group, len(y)),
@@ -79,20 +79,20 @@ def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
 
 
 def _band(x: Sequence[float], y: Values, group: Group, index: int) -> go.Scatter:
-    """The area between a lower edge over ``x`` and an upper one back."""
+    """Returns the filled area of a band: ``y`` has its lower edge over ``x``, then its upper edge in reverse."""
     filled: dict[str, Any] = {"fill": "toself", "fillcolor": _rgba(line_style(index).color, 0.22), "line": {"width": 0}}
     filled |= {"mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False, "customdata": None}
     return _line(y, group, index, x=[*x, *reversed(x)], **filled)
 
 
 def slider_steps(group: Group) -> list[int]:
-    """The steps at which some run was measured; of very many, evenly spaced ones."""
+    """Returns the steps at which any run was measured, thinned to evenly spaced ones if there are too many."""
     steps = sorted({p.step for run in group.runs for profiles in run.profiles.values() for p in profiles})
     return thinned(steps, MOST_VALIDATIONS)
 
 
 def profile_chart(group: Group) -> go.Figure:
-    """All measures, with a slider over the validations of all runs."""
+    """Returns the profiles by all measures, with a slider over the validations of all runs."""
     steps, measures = slider_steps(group), group.measures
     drawn = [(m, i) for m in measures for i, run in enumerate(group.runs) if last(run, m)]
     columns = min(2, len(measures))
@@ -134,7 +134,7 @@ def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[g
 
 
 def _profile_ys(measure: str, run: Run, step: int) -> list[Values]:
-    """Band, change and, of a run with a null, the null of its last profile; nothing where it was not measured then."""
+    """Returns the band, change and null (if any, at the last profile only) at a step; Nones if it was not measured."""
     layers = len(run.layers)
     nothing: Values = [None] * layers
     profile = {p.step: p for p in run.profiles[measure]}.get(step)
@@ -152,7 +152,7 @@ def _rgba(color: str, alpha: float) -> str:
 
 
 def heatmaps(group: Group) -> go.Figure:
-    """Layer x validation, a row per run and a column per measure; the runs of a measure share their colours."""
+    """Returns heatmaps of layer x validation, one row per run, one column per measure and colour scale per column."""
     measures, runs = group.measures, group.runs
     titles = [_cell_title(title_of(group, m), run, group, bool(last(run, m))) for run in runs for m in measures]
     fig = _grid(len(runs), len(measures), titles)
@@ -171,7 +171,7 @@ def heatmaps(group: Group) -> go.Figure:
 
 
 def ratio_heatmaps(group: Group) -> go.Figure:
-    """Step ratio, layer x step, one panel per run, on one logarithmic colour scale."""
+    """Returns heatmaps of the step ratio, layer x step, one panel per run, on one logarithmic colour scale."""
     runs = group.runs
     titles = [_cell_title("step ratio", run, group, bool(run.step_ratio.steps)) for run in runs]
     columns = min(2, len(runs))
@@ -198,7 +198,7 @@ def _cell_title(what: str, run: Run, group: Group, there: bool) -> str:
 
 
 def _grid(rows: int, columns: int, titles: Sequence[str]) -> go.Figure:
-    """Panels of layer x step, layers upwards."""
+    """Returns a grid of panels for heatmaps of layer x step, with layers from bottom to top."""
     fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.38 / rows)
     fig.update_xaxes(type="category", nticks=10, showgrid=False)
     fig.update_yaxes(title={"text": "layer"}, showgrid=False)
@@ -208,7 +208,7 @@ def _grid(rows: int, columns: int, titles: Sequence[str]) -> go.Figure:
 def _heatmap(
     steps: Sequence[int], columns: Sequence[Values], layers: Sequence[str], axis: str, shown: Any = None
 ) -> go.Heatmap:
-    """One panel: one column per step. ``shown`` are the figures for the reader, where the colours show others."""
+    """Returns one heatmap with one column per step; ``shown`` has the hover values if they differ from the colours."""
     count = len(columns[0])
     names = [html.escape(layers[i]) if i < len(layers) else layer_key(i) for i in range(count)]
     figures = [list(row) for row in zip(*(shown or columns), strict=True)]
@@ -223,14 +223,14 @@ def _heatmap(
 
 
 def _colors(column: int, columns: int, rows: int, **more: Any) -> dict[str, Any]:
-    """A colour scale that colour-blind people can read, its bar at the right of its column."""
+    """Returns a colour-blind-safe colour axis with its colour bar to the right of the given column."""
     width = (1 - 0.12 * (columns - 1)) / columns
     bar = {"x": column * (width + 0.12) + width, "len": 1 / rows, "y": 1, "yanchor": "top", "thickness": 12}
     return {"colorscale": "Cividis", "colorbar": bar | {"exponentformat": "e", "outlinewidth": 0, "xpad": 4}, **more}
 
 
 def progress_chart(group: Group) -> go.Figure:
-    """Slope over the steps with its interval, mean step ratio of each layer, and validation loss where there is one."""
+    """Returns the slope over steps with its interval, the mean step ratio per layer, and any logged validation loss."""
     losses = [loss_of(run) for run in group.runs]
     panels = ["slope", "mean step ratio per layer", *(["validation loss"] if any(losses) else [])]
     fig = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.1)
@@ -247,7 +247,7 @@ def progress_chart(group: Group) -> go.Figure:
             fig.add_trace(_over_steps(losses[i], group, i), 1, 3)
             fig.update_yaxes(title={"text": "loss"}, row=1, col=3)
     steps = slider_steps(group)
-    ticks = {"tickvals": steps} if len(steps) == 1 else {}  # around a single point an axis would show made-up steps
+    ticks = {"tickvals": steps} if len(steps) == 1 else {}  # otherwise plotly invents ticks around a single point
     for col in (1, 3)[: len(panels) - 1]:
         fig.update_xaxes(title={"text": "step"}, row=1, col=col, **ticks)
     fig.update_xaxes(_layer_axis(group), row=1, col=2)
@@ -259,7 +259,7 @@ def progress_chart(group: Group) -> go.Figure:
 
 
 def loss_of(run: Run) -> list[tuple[int, float]]:
-    """The validation loss at each measurement: the first metric with both words in its name."""
+    """Returns the validation loss at each measurement: the first metric with "val" and "loss" in its name."""
     found = [points for key, points in run.metrics.items() if "val" in key and "loss" in key]
     return found[0] if found else []
 

@@ -1,4 +1,4 @@
-"""The figure of several runs: one row of panels per group."""
+"""The summary figure of several runs: one row of panels per group."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
     """Writes `figure` as a PNG.
 
     Args:
-        runs: What to draw.
-        path: The file; its folder must exist.
-        title: A small line above everything.
+        runs: The runs to plot.
+        path: The output file; its folder must exist.
+        title: A small title above the figure.
     """
     figure(runs, title).savefig(path, format="png", dpi=150)
 
 
 def figure(runs: Sequence[Run], title: str = "") -> Figure:
-    """One row of panels per group of runs: each layer's change by each measure, and its mean step ratio."""
+    """Plots one row of panels per group of runs: each layer's change by each measure, and its mean step ratio."""
     found = [group for group in groups(runs) if group.measures]
     fig = Figure(figsize=(15, 0.6 + 5.1 * len(found) if found else 3), layout="constrained", facecolor="white")
     fig.suptitle(_plain(title), fontsize=10, color="#555555")
@@ -82,7 +82,7 @@ def _draw_change(ax: Axes, group: Group, measure: str) -> None:
         if profile.band is not None:
             ax.fill_between(x, *profile.band, color=color, alpha=0.2, linewidth=0)
         _draw_run(ax, profile.change, i, label(run, group))
-        if null:  # the offset makes the dashes of nulls that coincide (often at 0) alternate, so that all stay visible
+        if null:  # offset the dashes, so that nulls that coincide (often at 0) all remain visible
             dashes = (5 * i, (5, 5))
             ax.plot(x, null, color=color, lw=1, ls=dashes, label=f"null of {label(run, group)} (random directions)")
     _name(ax, f"{title_of(group, measure)} per layer, with 95 % band", unit_of(group, measure), absent)
@@ -118,11 +118,11 @@ def _name(ax: Axes, title: str, unit: str, absent: Sequence[str]) -> None:
 
 
 def _from_zero(ax: Axes) -> None:
-    """A linear axis that shows 0, and a little below it so that a line at 0 is not hidden by the frame."""
+    """Extends a linear axis to slightly below 0, so that a line at 0 is not hidden by the frame."""
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.03 * high), 1.04 * high)
 
 
 def _plain(text: str) -> str:
-    """Text in which matplotlib finds no formula."""
+    """Escapes text so that matplotlib does not parse it as math."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Runs that are looked at together, and the words for what they say."""
+"""Groups of runs that are reported together, and the text of their reports."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from depthcb.run import Run
 from depthcb.style import MISSING, show, show_interval
 from depthcb.verdict import Verdict, judge
 
-#: Step ratios whose largest is more than this many times their smallest get a log axis.
+#: Step ratios use a log axis if max / min exceeds this value.
 LOG_ABOVE = 3.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs on one chart.
+    """Runs shown in one chart.
 
     Args:
-        runs: A standard run and its equal-step twin, in this order; or whatever else is to be compared.
+        runs: A standard run and its equal-step counterpart, in this order; or any other runs.
         paired: Whether they are such a pair.
     """
 
@@ -35,14 +35,14 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The optimizer of a pair; the name of a single run, or how many there are."""
+        """The optimizer of a pair; otherwise the name of a single run, or the number of runs."""
         if self.paired:
             return _optimizer(self.runs[0])
         return self.runs[0].name if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
     @property
     def measures(self) -> list[str]:
-        """All that some run measured by."""
+        """All measures with a profile in any of the runs."""
         return list(dict.fromkeys(m for run in self.runs for m, profiles in run.profiles.items() if profiles))
 
     @property
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What a pair says; None for other runs, or where a run is unfinished, without profiles or an interval."""
+        """The verdict on a pair; None for other runs, or if a run is unfinished or has no profiles or intervals."""
         if not self.paired or not all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs):
             return None
         standard, equal = ({m: ps[-1] for m, ps in run.profiles.items()} for run in self.runs)
@@ -62,18 +62,18 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Pairs that differ in the control alone, in the order of their standard runs, then all others together."""
-    alike: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    """Returns pairs that differ only in the control, in the order of the standard runs, then one group of the rest."""
+    by_settings: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        alike[_all_but_control(run)][run.control].append(run)
-    pairs = [pair for kinds in alike.values() for pair in zip(kinds["standard"], kinds["equal-step"], strict=False)]
+        by_settings[_pair_key(run)][run.control].append(run)
+    pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
     return [*(Group(pair, paired=True) for pair in pairs), *([Group(rest)] if rest else [])]
 
 
-def _all_but_control(run: Run) -> str:
-    """All that a pair shares: what was trained how, from which seed, and what it was measured on."""
+def _pair_key(run: Run) -> str:
+    """Returns a key of everything that a pair must share: training settings, seed, layers, measures and probe."""
     depth = run.record("DepthProfile")
     if depth is None:
         return f"unmeasured {run.name}"
@@ -87,46 +87,46 @@ def _optimizer(run: Run) -> str:
 
 
 def label(run: Run, group: Group) -> str:
-    """A run's name in a chart: the control in a pair; and how far it came if it did not finish."""
+    """Returns a run's label in a chart: its control in a pair, else its name; notes if the run did not finish."""
     name = run.control if group.paired else run.name
     steps = [p.step for profiles in run.profiles.values() for p in profiles]
     return name if run.finished or not steps else f"{name} (not finished, last at step {max(steps)})"
 
 
 def last(run: Run, measure: str) -> Profile | None:
-    """The latest profile; None before the first."""
+    """Returns the latest profile; None if there is none."""
     profiles = run.profiles.get(measure)
     return profiles[-1] if profiles else None
 
 
 def title_of(group: Group, measure: str) -> str:
-    """What a measure is called."""
+    """Returns the display name of a measure."""
     return next((p[-1].title for run in group.runs if (p := run.profiles.get(measure))), measure)
 
 
 def unit_of(group: Group, measure: str) -> str:
-    """The label of an axis that shows a measure."""
+    """Returns the axis label of a measure."""
     return next((p[-1].unit for run in group.runs if (p := run.profiles.get(measure))), measure)
 
 
 def definition_of(group: Group, measure: str) -> str:
-    """What a measure is, as the runs' records say it."""
+    """Returns the definition of a measure from the runs' records."""
     return next((text for run in group.runs if (text := run.definitions.get(measure))), "")
 
 
 def null_change(run: Run, measure: str) -> list[float]:
-    """Mean change of each layer over the null's seeds; empty without a null."""
+    """Returns the mean change of each layer over the null's seeds; empty without a null."""
     draws = run.null.get(measure)
     return np.mean([p.change for p in draws], axis=0).tolist() if draws else []
 
 
 def null_slope(run: Run, measure: str) -> float | None:
-    """Mean relative slope over the null's seeds."""
+    """Returns the mean relative slope over the null's seeds; None without a null."""
     return run.null[measure].mean_relative_slope if measure in run.null else None
 
 
 def headline(group: Group) -> str:
-    """The verdict, never without the spread that the control removed."""
+    """Returns the verdict together with the spread that the control removed, or why there is no verdict."""
     verdict = group.verdict
     if verdict is not None:
         removed = f"the control removed a step-ratio spread of {verdict.spread:.3g}x"
@@ -142,7 +142,7 @@ def headline(group: Group) -> str:
 
 
 def context(group: Group) -> list[str]:
-    """What must stand beside the verdict: its reason, whether the measures agree, and the null."""
+    """Returns the context of the verdict: its reason, whether the measures agree, and the null; empty without one."""
     verdict = group.verdict
     if verdict is None:
         return []
@@ -156,7 +156,7 @@ def context(group: Group) -> list[str]:
 
 
 def _null(run: Run, measure: str) -> str:
-    """The null's relative slope, and how much of the measured one random directions would give too."""
+    """Formats the null's relative slope, and its share of the run's relative slope."""
     null, profile = null_slope(run, measure), last(run, measure)
     measured = profile.relative_slope if profile else None
     share = f" ({null / measured:.0%} of the run's)" if null is not None and measured else ""
@@ -164,7 +164,7 @@ def _null(run: Run, measure: str) -> str:
 
 
 def run_line(run: Run, group: Group) -> str:
-    """Slope, interval, width and null of one run."""
+    """Returns one line with the slope, interval, width and null of a run."""
     measure = group.measures[0] if group.measures else ""
     p = last(run, measure)
     if p is None:
@@ -177,18 +177,18 @@ def run_line(run: Run, group: Group) -> str:
 
 
 def log_axis(*columns: Iterable[float | None]) -> bool:
-    """Whether step ratios span enough for a log axis; a ratio of 0 has no place on one."""
+    """Returns whether step ratios span enough to need a log axis and are all positive."""
     ratios = [r for column in columns for r in column if r is not None and math.isfinite(r)]
     return bool(ratios) and min(ratios) > 0 and max(ratios) > LOG_ABOVE * min(ratios)
 
 
 def show_rank(value: float | None) -> str:
-    """An effective rank, marked where it is low."""
+    """Formats an effective rank, marked if it is low."""
     return show(value, ".1f") + (" !" if value is not None and value < LOW_RANK else "")
 
 
 def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
-    """Number, name, changes by each measure, step ratios (of each run) and rank of each layer."""
+    """Returns one row per layer: index, name, change by measure and run, step ratio by run, and effective rank."""
     profiles = [last(run, measure) for measure in measures for run in group.runs]
     columns: list[Sequence[Any]] = [p.change if p else () for p in profiles]
     columns += [run.step_ratio.mean for run in group.runs]
@@ -200,5 +200,5 @@ def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
 
 
 def _at(column: Sequence[float | None], index: int) -> float | None:
-    """One figure of a column that may be missing or short."""
+    """Returns one value of a column, or None if the column is too short."""
     return column[index] if index < len(column) else None

@@ -1,4 +1,4 @@
-"""One self-contained page on one run or several."""
+"""A self-contained HTML report on one or more runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CONFIG = {
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
 _SLOPES = list(RUN_COLUMNS)[list(RUN_COLUMNS).index("run") :]
-# No request can leave the page, whatever a script in it may try; plotly needs inline scripts, styles and data images.
+# Blocks all network requests from the page; plotly needs inline scripts, inline styles and data images.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --ink: #1b1b1b; --soft: #595959; --line: #d9d9d9; --card: #f5f5f5; }
@@ -69,12 +69,12 @@ caption { text-align: left; padding: .3rem 0; }
 
 
 def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
-    """Writes one page that holds everything, the runs' figures included, and asks the network for nothing.
+    """Writes a self-contained page that includes the runs' data and makes no network requests.
 
     Args:
-        runs: What to show; `read_html` gives them back.
-        path: The file; its folder must exist.
-        title: The page's title, by default the run's name, or how many there are.
+        runs: The runs to show; `read_html` reads them back.
+        path: The output file; its folder must exist.
+        title: The page's title; defaults to the run's name or the number of runs.
 
     Example:
         >>> from depthcb.run import read_runs
@@ -85,14 +85,14 @@ def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
 
 
 def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: str | Path) -> None:
-    """Writes a page that may load nothing, with its data in it.
+    """Writes a page that contains its data and cannot load anything else.
 
     Args:
-        title: Its title.
-        sections: Its parts, as HTML.
-        data: What JSON can hold.
-        name: The ``id`` of the element that holds the data.
-        path: The file.
+        title: The page's title.
+        sections: The page's sections, as HTML.
+        data: JSON-serialisable data.
+        name: The ``id`` of the element that contains the data.
+        path: The output file.
     """
     title = html.escape(title)
     head = (
@@ -100,7 +100,7 @@ def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: s
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
-    # No "<" at all: a script element ends at "</script", but "<!--" would change where the browser looks for it.
+    # Escape every "<": "</script" would end the script element, and "<!--" would change where the browser looks for it.
     text = json.dumps(data).replace("<", "\\u003c")
     body = "\n".join([f"<h1>{title}</h1>", *sections])
     page = (
@@ -112,10 +112,10 @@ def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: s
 
 
 def read_html(path: str | Path) -> list[Run]:
-    """The runs that `write_html` put into a page, every figure as it was.
+    """Reads the runs from a page written by `write_html`, in full precision.
 
     Raises:
-        ValueError: The page carries none.
+        ValueError: The page contains no runs.
     """
     page = Path(path).read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="depthcb-runs">([^<]*)</script>', page)
@@ -136,7 +136,7 @@ def _sections(runs: Sequence[Run]) -> list[str]:
 
 
 class Charts:
-    """Turns plotly figures into page fragments; the first one brings the library."""
+    """Converts plotly figures to HTML fragments; the first one includes plotly.js."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -159,9 +159,9 @@ def _verdict_card(group: Group) -> str:
 def _group_section(group: Group, charts: Charts) -> str:
     parts = [f"<h2>{html.escape(group.title)}</h2>"]
     if group.measures:
-        note = "The axes rescale with the slider, so that each shape can be seen; the colours below do not."
+        note = "The axes rescale with the slider to show each profile's shape; the heatmap colours below do not."
         if len(slider_steps(group)) == 1:
-            note = "One validation so far: nothing to slide through yet."
+            note = "The slider has a single step, because there is only one validation so far."
         parts += [charts(profile_chart(group), "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
         parts += [charts(heatmaps(group), "Change of each layer over training")]
     else:
@@ -179,7 +179,7 @@ def _group_section(group: Group, charts: Charts) -> str:
 def html_table(
     head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], text: int = 1, differs: Sequence[bool] = ()
 ) -> str:
-    """A table whose first ``text`` columns hold words; ``head`` pairs each title with its definition."""
+    """Returns an HTML table whose first ``text`` columns are text; ``head`` has (title, explanation) pairs."""
 
     def cell(tag: str, i: int, content: str, hover: str = "") -> str:
         marks = (' class="text"' if i < text else "") + (f' title="{html.escape(hover)}"' if hover else "")
@@ -221,11 +221,11 @@ def _slope_row(group: Group, run: Run, measure: str) -> list[str]:
 
 
 def _settings_table(runs: Sequence[Run]) -> str:
-    """One row per setting, one column per run; what differs between them is marked."""
+    """Returns a table with one row per setting and one column per run; settings that differ are marked."""
     columns = [dict(_facts(run)) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
-    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs comes first
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # differing settings first
     head = [("setting", "Rows marked * differ between the runs."), *((run.name, "") for run in runs)]
     return html_table(head, rows, text=1 + len(runs), differs=[len(set(row[1:])) > 1 for row in rows])
 
@@ -234,7 +234,7 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     if run.record("DepthProfile"):
         yield "finished", "yes" if run.finished else "no"
     for record in run.records.values():
-        if record.fit:  # each callback's record has the same
+        if record.fit:  # the same in all records of a run
             yield from _flat("", record.fit)
             yield from _flat("", record.provenance)
             break
@@ -244,7 +244,7 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
-    """Nested settings as ``a.b`` and their text."""
+    """Yields nested settings as pairs of a dotted name and text."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)

@@ -1,4 +1,4 @@
-"""Tables, verdicts and bars in the terminal."""
+"""Tables, verdicts and bar charts in the terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
 
 def print_runs(runs: Sequence[Run], console: Console) -> None:
-    """Prints, for each group of runs, a table of the layers, a line for each run and the verdict with its context.
+    """Prints, for each group of runs, a table of the layers, one line per run and the verdict with its context.
 
     Args:
-        runs: What to print.
-        console: Where to; 80 columns are enough for a pair.
+        runs: The runs.
+        console: The console to print to; 80 columns are enough for a pair.
     """
     if not runs:
         console.print(Text("No run was started."))
@@ -43,7 +43,7 @@ def print_bars(run: Run, console: Console) -> None:
 
     Args:
         run: The run.
-        console: Where to.
+        console: The console to print to.
     """
     profile = last(run, next(iter(run.profiles), ""))
     if profile is None:
@@ -63,7 +63,7 @@ def print_bars(run: Run, console: Console) -> None:
 
 
 def _hanging(line: str, console: Console) -> Text:
-    """A line whose continuations are set in, so that each run keeps one visible start."""
+    """Wraps a line with indented continuation lines, so that the start of each run stands out."""
     return Text(textwrap.fill(line, console.width, subsequent_indent="    "))
 
 

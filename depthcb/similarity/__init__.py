@@ -1,4 +1,4 @@
-"""Measures of how far a layer's activations moved: pure functions, and a table of them for `DepthProfile`."""
+"""Measures of how far a layer's activations have moved: pure functions, and a registry of them for `DepthProfile`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Measure:
-    """One way to say how far a layer moved, with its words.
+    """A measure of how far a layer has moved, with its labels.
 
     Args:
-        name: The key it is asked for and logged by.
-        needs: What is kept of the reference for it: ``"gram"``, the doubly centred (n, n) with its diagonal, or
-            ``"rows"`` (n, d); n rows of d features.
-        change: Maps reference and current, both (..., n, n) or (..., n, d), to their change (...) in float64: 0 where
-            nothing moved, never below it, NaN where it is not defined.
-        title: What it is called; by default its name.
-        unit: The label of an axis that shows it; by default its name.
-        definition: What it is, estimator included.
+        name: The name used in ``measures=`` and in logged keys.
+        needs: What it needs of the reference: ``"gram"``, the doubly centred Gram matrix (n, n) including its diagonal,
+            or ``"rows"`` (n, d), for n rows of d features.
+        change: Maps reference and current, both (..., n, n) or (..., n, d), to the change (...) in float64: 0 where
+            nothing moved, never negative, NaN where undefined.
+        title: Display name; defaults to ``name``.
+        unit: Axis label; defaults to ``name``.
+        definition: One-sentence definition, including the estimator.
 
     Example:
         >>> import torch
@@ -72,20 +72,22 @@ class Measure:
         if self.needs not in ("gram", "rows"):
             raise ValueError(f"Measure {self.name!r}: needs={self.needs!r} is unknown: use 'gram' or 'rows'.")
         if not re.fullmatch(r"\w+", self.name):
-            raise ValueError(f"Measure {self.name!r}: a name is part of logged keys: use letters, digits and '_'.")
+            raise ValueError(
+                f"Measure {self.name!r}: the name is part of logged keys: use only letters, digits and '_'."
+            )
 
     def __call__(self, before: Tensor, after: Tensor) -> Tensor:
-        """The change.
+        """Computes the change.
 
         Args:
-            before: (..., n, n) or (..., n, d), the reference.
-            after: The same of the current model.
+            before: (..., n, n) or (..., n, d) of the reference.
+            after: The same for the current model.
 
         Returns:
-            (...) in float64.
+            The change (...) in float64.
 
         Raises:
-            ValueError: ``change`` gives another shape.
+            ValueError: ``change`` returned the wrong shape.
         """
         found, expected = self.change(before, after), tuple(before.shape[:-2])
         if tuple(found.shape) != expected:
@@ -96,7 +98,7 @@ class Measure:
         return found.double()
 
 
-#: The measures that have a name of their own in ``measures=``.
+#: The built-in measures by name.
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -106,8 +108,8 @@ MEASURES = {
             cka_change_of_grams,
             "change",
             "1 - CKA  (0 = unchanged)",
-            "1 - linear CKA of the layer's activations on the probe, pretrained model against now, debiased (U-centred "
-            "Grams of all rows at once). 0 is unchanged, about 1 unrelated. No unit.",
+            "1 - linear CKA between the layer's activations on the probe in the pretrained and the current model, "
+            "debiased (U-centred Gram matrices of all rows). 0 is unchanged, about 1 unrelated. Dimensionless.",
         ),
         Measure(
             "cka_normalized",
@@ -115,8 +117,8 @@ MEASURES = {
             cka_normalized_change_of_grams,
             "normalised change",
             "1 - CKA, rows normalised",
-            "The same after every row is centred and scaled to length 1, so that one large direction cannot rule it. "
-            "No unit.",
+            "The same with every row centred and scaled to unit norm first, so that no single large direction can "
+            "dominate it. Dimensionless.",
         ),
         Measure(
             "cosine",
@@ -124,7 +126,8 @@ MEASURES = {
             cosine_change,
             "cosine change",
             "1 - cosine  (0 = unchanged)",
-            "1 - cosine of a row before and now, mean over the rows. 0 is unchanged, 1 orthogonal. No unit.",
+            "1 - cosine similarity of a row before and now, averaged over the rows. 0 is unchanged, 1 orthogonal. "
+            "Dimensionless.",
         ),
         Measure(
             "relative_l2",
@@ -132,7 +135,7 @@ MEASURES = {
             relative_l2_change,
             "relative L2 change",
             "‖ΔH‖ / ‖H‖",
-            "Distance of the activations before and now over their length before. No unit.",
+            "Norm of the change of the activations divided by their norm before. Dimensionless.",
         ),
         Measure(
             "procrustes",
@@ -140,26 +143,26 @@ MEASURES = {
             procrustes_change,
             "Procrustes change",
             "Procrustes change  (0 = unchanged)",
-            "What no rotation explains of the move: halved squared distance of the activations, centred and scaled to "
-            "length 1, after the best rotation. 0 is unchanged, 1 the most. No unit.",
+            "The part of the change that no rotation explains: half the squared distance between the activations, "
+            "centred and scaled to unit norm, after the best rotation. 0 is unchanged, 1 the maximum. Dimensionless.",
         ),
     )
 }
 
 
 def find_measures(measures: Sequence[str | Measure]) -> list[Measure]:
-    """The measures that are asked for.
+    """Resolves names to measures.
 
     Args:
-        measures: Names out of `MEASURES`, or measures themselves.
+        measures: Names from `MEASURES`, or `Measure` objects.
 
     Raises:
-        ValueError: None, a name that does not exist, or one that is given twice.
+        ValueError: No measure, an unknown name or a duplicate name.
     """
     if isinstance(measures, str):
-        raise ValueError(f"measures={measures!r} is a string: give a tuple of names, such as ({measures!r},).")
+        raise ValueError(f"measures={measures!r} is a string: pass a tuple of names, such as ({measures!r},).")
     names = [m.name if isinstance(m, Measure) else m for m in measures]
     unknown = [m for m in measures if not isinstance(m, Measure) and m not in MEASURES]
     if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(f"measures={tuple(names)!r}: give one or more distinct names out of {tuple(MEASURES)}.")
+        raise ValueError(f"measures={tuple(names)!r}: pass one or more distinct names from {tuple(MEASURES)}.")
     return [m if isinstance(m, Measure) else MEASURES[m] for m in measures]

@@ -15,22 +15,24 @@ MIN_ROWS = 4  # the U-centred estimator divides by n - 3
 
 
 def cka_change(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """1 - linear CKA of two sets of activations of the same rows.
+    """Computes 1 - linear CKA between two sets of activations of the same rows.
 
     Source: Kornblith et al., "Similarity of neural network representations revisited" (2019); debiased by U-centring
-    as in Szekely & Rizzo (2014). Computed in float64 as half the squared distance of the two normalised centred Gram
-    matrices, which is exact for tiny changes. Invariant to rotating, scaling and shifting either side.
+    as in Szekely & Rizzo (2014). Computed in float64 as half the squared distance between the two normalised centred
+    Gram matrices, which is accurate for tiny changes. Invariant to rotating, scaling and shifting either side.
 
     Args:
         reference: Activations (n, d), one row per probe row.
         current: Activations (n, d') of the same rows.
-        debiased: Whether unrelated rows give 1 on average for any n; the biased form tends to 0 when n <= d.
+        debiased: Whether to use the debiased estimator, for which unrelated rows give 1 on average for any n; the
+            biased one tends to 0 when n <= d.
 
     Returns:
         A float64 scalar: exactly 0 for equal inputs, in [0, 2] debiased and [0, 1] biased.
 
     Raises:
-        ValueError: Shapes that don't pair, fewer than 4 rows, values that are not finite, or rows without variance.
+        ValueError: The shapes don't match, there are fewer than 4 rows, values are not finite, or the rows have no
+            variance.
 
     Example:
         >>> import torch
@@ -43,32 +45,33 @@ def cka_change(reference: Tensor, current: Tensor, *, debiased: bool = True) -> 
 
 
 def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """The same after each row was centred by its side's mean and scaled to unit norm [ours].
+    """Computes `cka_change` after centring each row by its side's mean and scaling it to unit norm [ours].
 
-    Plain linear CKA weighs rows by their norms, so that in real decoders one outlier direction decides; here every
-    row counts alike. Invariant to rotating, shifting and scaling either side. Arguments as `cka_change`.
+    Plain linear CKA weights rows by their norms, so that in real decoders a single outlier direction dominates; here
+    every row counts equally. Invariant to rotating, shifting and scaling either side. Takes the same arguments as
+    `cka_change`.
     """
     check_rows(reference, current)
     return check_defined(cka_normalized_change_of_grams(gram(reference), gram(current), debiased=debiased))
 
 
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """`cka_change` from Gram matrices (..., n, n), centred or not: (...), NaN where all rows of a side are the same."""
+    """Computes `cka_change` (...) from Gram matrices (..., n, n), centred or not; NaN where a side's rows are equal."""
     centre = u_centred if debiased else doubly_centred
     return half_squared_distance(*(unit_norm(centre(k), k) for k in (reference, current)))
 
 
 def cka_normalized_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
-    """`cka_normalized_change` from Gram matrices (..., n, n), centred or not: (...), NaN as above."""
+    """Computes `cka_normalized_change` from Gram matrices; see `cka_change_of_grams`."""
     normalised = [unit_rows(doubly_centred(k)) for k in (reference, current)]
     return cka_change_of_grams(*normalised, debiased=debiased)
 
 
 def check_defined(change: Tensor) -> Tensor:
-    """Refuses a change that is not defined.
+    """Raises an error if a change is undefined, else returns it.
 
     Raises:
-        ValueError: NaN, which the measures give for rows without variance or direction.
+        ValueError: The change is NaN, because the rows have no variance or a row has no direction.
     """
     if bool(change.isnan().any()):
         raise ValueError("the rows are all identical, or one has no direction: use rows that differ")
@@ -76,10 +79,10 @@ def check_defined(change: Tensor) -> Tensor:
 
 
 def check_rows(reference: Tensor, current: Tensor) -> None:
-    """Refuses two sets of rows that cannot be compared.
+    """Raises an error if two sets of rows cannot be compared.
 
     Raises:
-        ValueError: Not two matrices of equally many rows, fewer than 4 rows, or values that are not finite.
+        ValueError: They are not two matrices with the same number of rows, have fewer than 4 rows, or are not finite.
     """
     if reference.dim() != 2 or current.dim() != 2 or len(reference) != len(current):
         raise ValueError(
@@ -87,19 +90,19 @@ def check_rows(reference: Tensor, current: Tensor) -> None:
             "activations of the same n rows."
         )
     if len(reference) < MIN_ROWS:
-        raise ValueError(f"{len(reference)} rows are too few to compare: give at least {MIN_ROWS}.")
+        raise ValueError(f"{len(reference)} rows are too few to compare: pass at least {MIN_ROWS}.")
     for name, rows in (("reference", reference), ("current", current)):
         if not bool(rows.isfinite().all()):
-            raise NotFiniteError(f"{name} holds NaN or infinite values: no change can be computed from it.")
+            raise NotFiniteError(f"{name} contains NaN or infinite values: the change is undefined.")
 
 
 class CKAChange(Metric):
-    """`cka_change` over all rows of all updates and ranks, computed once.
+    """A metric that computes `cka_change` once over the rows of all updates and ranks.
 
-    Averaging over mini-batches would be another, biased quantity. Memory: every row, until `compute`.
+    Averaging over mini-batches would give a different, biased quantity. Memory: all rows until `compute`.
 
     Args:
-        debiased: As in `cka_change`.
+        debiased: See `cka_change`.
 
     Example:
         >>> import torch
@@ -129,5 +132,5 @@ class CKAChange(Metric):
         self.current.append(current.detach())
 
     def compute(self) -> Tensor:
-        """1 - CKA over everything added."""
+        """Returns 1 - CKA over all rows added."""
         return cka_change(dim_zero_cat(self.reference), dim_zero_cat(self.current), debiased=self.debiased)

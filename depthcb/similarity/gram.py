@@ -1,6 +1,6 @@
-"""Centred Gram matrices: what a layer's CKA sees of n rows, whatever their width.
+"""Centred Gram matrices, which CKA compares; their size depends on the number of rows n, not on the layer width.
 
-All functions take (..., n, n) tensors and work on the last two dimensions.
+Unless noted otherwise, functions take (..., n, n) tensors and operate on the last two dimensions.
 """
 
 from __future__ import annotations
@@ -8,34 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: What is smaller than this share of what it was made from is rounding, not signal.
+#: Relative size below which a result is rounding error rather than signal.
 DEGENERATE = 1e-12
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in float64, on the CPU where its device has none (MPS)."""
+def to_float64(x: Tensor) -> Tensor:
+    """Returns ``x`` in float64, moved to the CPU if its device does not support it (MPS)."""
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Doubly centred, unnormalised Gram matrix of (..., n, d) rows: (..., n, n) in float64.
+    """Returns the doubly centred, unnormalised Gram matrix of (..., n, d) rows: (..., n, n) in float64.
 
     >>> gram(torch.tensor([[0.0], [2.0]])).tolist()
     [[1.0, -1.0], [-1.0, 1.0]]
     """
-    rows = wide(rows)
+    rows = to_float64(rows)
     rows = rows - rows.mean(dim=-2, keepdim=True)
     return rows @ rows.mT
 
 
 def doubly_centred(k: Tensor) -> Tensor:
-    """H K H with H = I - 11'/n: the Gram matrix of the rows minus their mean."""
+    """Returns H K H with H = I - 11'/n: the Gram matrix of the rows minus their mean."""
     rows = k.mean(dim=-1, keepdim=True)
     return k - rows - rows.mT + rows.mean(dim=-2, keepdim=True)
 
 
 def u_centred(k: Tensor) -> Tensor:
-    """U-centred K: zero diagonal and zero row sums, which makes its inner products unbiased.
+    """Returns U-centred K, with zero diagonal and zero row sums, which makes its inner products unbiased.
 
     Source: Szekely & Rizzo, "Partial distance correlation with methods for dissimilarities" (2014), for n >= 4.
     """
@@ -48,7 +48,7 @@ def u_centred(k: Tensor) -> Tensor:
 
 
 def unit_rows(k: Tensor) -> Tensor:
-    """K_ij / sqrt(K_ii K_jj): the Gram matrix after each row has been scaled to unit norm; NaN for a row of norm 0."""
+    """Returns K_ij / sqrt(K_ii K_jj), the Gram matrix of the rows scaled to unit norm; NaN for a row of norm 0."""
     squares = k.diagonal(dim1=-2, dim2=-1)
     directed = squares > DEGENERATE * squares.amax(dim=-1, keepdim=True)
     norms = torch.where(directed, squares, torch.nan).sqrt()
@@ -56,14 +56,14 @@ def unit_rows(k: Tensor) -> Tensor:
 
 
 def unit_norm(centred: Tensor, k: Tensor) -> Tensor:
-    """``centred`` scaled to Frobenius norm 1; NaN where centring left only rounding of ``k``: equal rows."""
+    """Returns ``centred`` scaled to Frobenius norm 1; NaN if only rounding errors of ``k`` remain (equal rows)."""
     norm = torch.linalg.matrix_norm(centred, keepdim=True)
     spread = norm > DEGENERATE * torch.linalg.matrix_norm(k, keepdim=True)
     return centred / torch.where(spread, norm, torch.nan)
 
 
 def half_squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos(A, B) of two matrices of norm 1 over the last two dimensions, as half their squared distance.
+    """Computes 1 - cos(A, B) of two matrices of norm 1 (last two dimensions) as half their squared distance.
 
     The identity is exact, and unlike ``1 - cos`` it keeps its relative precision for changes far below 1e-8.
     """
@@ -71,7 +71,7 @@ def half_squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def effective_rank(k: Tensor) -> Tensor:
-    """(tr K)^2 / ||K||_F^2 of a doubly centred Gram matrix: how many directions a layer's CKA really sees [ours].
+    """Returns (tr K)^2 / ||K||_F^2 of a doubly centred Gram matrix: the number of directions that CKA sees [ours].
 
     >>> effective_rank(torch.eye(3).double()).item()
     3.0

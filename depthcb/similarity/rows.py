@@ -1,4 +1,4 @@
-"""Measures that compare the rows themselves; the reference rows (n, d) must be kept for them.
+"""Measures that compare the rows themselves, which requires storing the reference rows (n, d).
 
 All functions take (..., n, d) tensors and return (...) in float64.
 """
@@ -8,56 +8,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthcb.similarity.gram import half_squared_distance, unit_norm, wide
+from depthcb.similarity.gram import half_squared_distance, to_float64, unit_norm
 
 
 def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
-    """Mean over rows of 1 - cos(reference row, current row), in [0, 2].
+    """Returns the mean over rows of 1 - cos(reference row, current row), in [0, 2].
 
-    Invariant to scaling any row; not to rotating or shifting, so both sides must share their coordinates. NaN for a row
-    of zeros.
+    Invariant to scaling any row, but not to rotating or shifting, so both sides must share their coordinates. NaN if a
+    row is all zeros.
 
     Example:
         >>> cosine_change(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
         1.0
     """
-    a, b = wide(reference), wide(current)
+    a, b = to_float64(reference), to_float64(current)
     norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
     units = [x / torch.where(norm > 0, norm, torch.nan) for x, norm in zip((a, b), norms, strict=True)]
     return half_squared_distance(units[0][..., None, :], units[1][..., None, :]).mean(dim=-1)
 
 
 def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
-    """||current - reference||_F / ||reference||_F: the size of the move in units of the reference's size.
+    """Returns ||current - reference||_F / ||reference||_F, the norm of the change relative to the reference.
 
-    Invariant to rotating or scaling both sides equally; not to changing one side alone. NaN for a reference of zeros.
+    Invariant to rotating or scaling both sides equally, but not to changing one side only. NaN if the reference is all
+    zeros.
 
     Example:
         >>> relative_l2_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])).item()
         0.2
     """
-    a, b = wide(reference), wide(current)
+    a, b = to_float64(reference), to_float64(current)
     norm = torch.linalg.matrix_norm(a)
     ratio: Tensor = torch.linalg.matrix_norm(b - a) / torch.where(norm > 0, norm, torch.nan)
     return ratio
 
 
 def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
-    """What no rotation can explain: min over orthogonal R of ||A - B R||^2 / 2 = 1 - ||A'B||_*, in [0, 1].
+    """Returns the change no rotation explains: min over orthogonal R of ||A - B R||^2 / 2 = 1 - ||A'B||_*, in [0, 1].
 
-    A and B are the two sides, columns centred and scaled to Frobenius norm 1. Source: the Procrustes distance in Ding
-    et al., "Grounding representation similarity through statistical testing" (2021), halved to the scale of 1 - CKA
-    [ours]. Invariant to rotating, shifting and scaling either side. NaN where all rows of a side are the same.
+    A and B are the two sides with columns centred, scaled to Frobenius norm 1. Source: the Procrustes distance in Ding
+    et al., "Grounding representation similarity through statistical testing" (2021), halved to match the scale of
+    1 - CKA [ours]. Invariant to rotating, shifting and scaling either side. NaN if all rows of a side are equal.
 
     Example:
         >>> x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
         >>> round(procrustes_change(x, 2 * x.flip(-1) + 1).item(), 12)
         0.0
     """
-    # Rows live in at most n dimensions, so the rotation is sought between n-dimensional coordinates (thin QR).
+    # The rows span at most n dimensions, so the rotation is found in n-dimensional coordinates (thin QR).
     a, b = _standard(reference), _standard(current)
     defined = ~(a.isnan().any(dim=(-2, -1)) | b.isnan().any(dim=(-2, -1)))
-    a, b = (torch.linalg.qr(x.nan_to_num().mT, mode="r").R for x in (a, b))  # LAPACK refuses NaN
+    a, b = (torch.linalg.qr(x.nan_to_num().mT, mode="r").R for x in (a, b))  # LAPACK rejects NaN
     width = max(a.shape[-2], b.shape[-2])
     a, b = (torch.nn.functional.pad(r, (0, 0, 0, width - r.shape[-2])) for r in (a, b))
     u, _, v = torch.linalg.svd(b @ a.mT)
@@ -66,5 +67,5 @@ def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
 
 
 def _standard(rows: Tensor) -> Tensor:
-    rows = wide(rows)
+    rows = to_float64(rows)
     return unit_norm(rows - rows.mean(dim=-2, keepdim=True), rows)

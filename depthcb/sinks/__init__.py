@@ -1,4 +1,4 @@
-"""What the loggers of a Trainer can do beyond scalars: one class for each kind, found through a registry."""
+"""Logger-specific output beyond scalars: one sink class per logger type, looked up in a registry."""
 
 from depthcb.sinks.base import LoggerSink as LoggerSink
 from depthcb.sinks.base import register as register

@@ -1,4 +1,4 @@
-"""What a sink can do, and the registry of sinks."""
+"""The base class and the registry of logger sinks."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from lightning.pytorch.loggers import Logger
 
 from depthcb.profile import Profile
 
-#: The sinks by the class of the logger.
+#: Registered sinks by logger class.
 SINKS: dict[type[Any], type[LoggerSink]] = {}
 
 
 class LoggerSink:
-    """What one kind of logger does beyond scalars: nothing, unless a subclass says so.
+    """Logger-specific output beyond scalars; the base class does nothing.
 
     Args:
-        logger: The logger; scalars reach it through Lightning.
+        logger: The logger; scalars are logged through Lightning.
     """
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
-        """Puts what a callback measures by, or does, into the run's configuration.
+        """Adds a callback's settings to the run's configuration.
 
         Args:
             name: The callback's name.
-            settings: As the callback's record has them.
-            control: ``"standard"`` or ``"equal-step"``, by which runs can be grouped.
+            settings: The settings, as in the callback's record.
+            control: ``"standard"`` or ``"equal-step"``, for grouping runs.
         """
 
     def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-        """Shows the profiles so far as pictures.
+        """Logs plots of the profiles so far.
 
         Args:
-            name: First part of the pictures' keys.
+            name: Prefix of the plots' keys.
             by_measure: The profiles so far of each measure, oldest first.
-            step: The step of the latest ones.
+            step: The step of the latest profiles.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -49,10 +49,10 @@ Sink = TypeVar("Sink", bound=type[LoggerSink])
 
 
 def register(kind: type[Logger]) -> Callable[[Sink], Sink]:
-    """Has a sink serve a kind of logger, its subclasses included.
+    """Returns a class decorator that registers a sink for a logger class and its subclasses.
 
     Args:
-        kind: The logger's class.
+        kind: The logger class.
 
     Example:
         >>> from lightning.pytorch.loggers import CSVLogger

@@ -1,4 +1,4 @@
-"""Finds the sink of a logger; one of depthcb's own is imported when such a logger is met."""
+"""Looks up the sink of a logger; depthcb's own sinks are imported on first use."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lightning.pytorch.loggers import Logger
 
 from depthcb.sinks.base import SINKS, LoggerSink
 
-#: Home of Lightning's own loggers: the sink of ``<home>.wandb`` is in a file of the same name beside this one.
+#: Package of Lightning's loggers: the sink for loggers of ``<package>.wandb`` is in ``depthcb/sinks/wandb.py``.
 _LIGHTNING = "lightning.pytorch.loggers"
 
 
 def sink_of(logger: Logger) -> LoggerSink:
-    """The sink of a logger: that of its class or the nearest of its base classes; a silent one where there is none."""
+    """Returns the sink registered for the logger's class or its nearest base class, else a sink that does nothing."""
     for kind in type(logger).__mro__:
-        home, _, name = kind.__module__.rpartition(".")
-        ours = f"{__package__}.{name}"
-        if kind not in SINKS and home == _LIGHTNING and importlib.util.find_spec(ours):
-            importlib.import_module(ours)
+        package, _, name = kind.__module__.rpartition(".")
+        sink_module = f"{__package__}.{name}"
+        if kind not in SINKS and package == _LIGHTNING and importlib.util.find_spec(sink_module):
+            importlib.import_module(sink_module)
         if kind in SINKS:
             return SINKS[kind](logger)
     return LoggerSink(logger)

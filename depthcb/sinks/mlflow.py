@@ -1,4 +1,4 @@
-"""MLflow: pictures as time-stepped images, and the control as a tag."""
+"""MLflow: plots as images with a step, and the control as a tag."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MLflowSink(LoggerSink):
         self.logger.experiment.set_tag(self.logger.run_id, "depthcb_control", control)
 
     def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-        from depthcb.curves import curves_image, heatmap_image  # not above: the rest works without matplotlib
+        from depthcb.curves import curves_image, heatmap_image  # lazy: everything else works without matplotlib
 
         for key, picture in (("heatmap", heatmap_image(by_measure)), ("curves", curves_image(by_measure))):
             self.logger.experiment.log_image(self.logger.run_id, picture, key=f"{name}/{key}", step=step)

@@ -1,4 +1,4 @@
-"""TensorBoard: pictures beside the scalars."""
+"""TensorBoard: plots in addition to scalars."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from depthcb.sinks.base import LoggerSink, register
 
 @register(TensorBoardLogger)
 class TensorBoardSink(LoggerSink):
-    """Adds the images ``<name>/heatmap`` and ``<name>/curves``."""
+    """Logs the images ``<name>/heatmap`` and ``<name>/curves``."""
 
     def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-        from depthcb.curves import curves_image, heatmap_image  # not above: the rest works without matplotlib
+        from depthcb.curves import curves_image, heatmap_image  # lazy: everything else works without matplotlib
 
         for key, picture in (("heatmap", heatmap_image(by_measure)), ("curves", curves_image(by_measure))):
             self.logger.experiment.add_image(f"{name}/{key}", picture, step, dataformats="HWC")

@@ -1,8 +1,8 @@
-"""Weights & Biases: the run's configuration, an image of layer x validation, and a panel with all curves.
+"""Weights & Biases: the run's configuration, a heatmap of layer x validation, and a panel with all curves.
 
-Scalars travel in Lightning's own row of the validation. The pictures follow as one row with the same
-``trainer/global_step``, committed at once. No tables: each makes an artifact, which blocks training and is lost when an
-offline run is synced without its staging folder.
+Scalars are part of Lightning's own row for the validation. The plots follow in a second row with the same
+``trainer/global_step``, committed immediately. Tables are not used: each creates an artifact, which blocks training and
+is lost when an offline run is synced without its staging folder.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from depthcb.sinks.base import LoggerSink, register
 class WandbSink(LoggerSink):
     """Configures the run and logs ``<name>/heatmap``, a `wandb.Image`, and ``<name>/curves``, a `wandb.Html`.
 
-    A callback's settings become ``depthcb.<name>`` in the configuration, its layers by the index in the logged keys;
-    ``depthcb_control`` is what runs can be grouped by.
+    A callback's settings are stored as ``depthcb.<name>`` in the configuration, with layers keyed by the index used in
+    the logged keys; ``depthcb_control`` is meant for grouping runs.
     """
 
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         layers = {layer_key(i): layer for i, layer in enumerate(settings["layers"])}
         config: Any = self.logger.experiment.config
-        ours = dict(config.get("depthcb") or {}) | {name: plain(settings) | {"layers": layers}}
-        config.update({"depthcb": ours, "depthcb_control": control}, allow_val_change=True)
+        callbacks = dict(config.get("depthcb") or {}) | {name: plain(settings) | {"layers": layers}}
+        config.update({"depthcb": callbacks, "depthcb_control": control}, allow_val_change=True)
 
     def pictures(self, name: str, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-        from depthcb.curves import curves_page, heatmap_image  # not above: the rest works without matplotlib
+        from depthcb.curves import curves_page, heatmap_image  # lazy: everything else works without matplotlib
 
         row = {
             f"{name}/heatmap": wandb.Image(heatmap_image(by_measure), file_type="png"),

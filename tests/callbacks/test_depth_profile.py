@@ -187,7 +187,7 @@ def test_a_resume_never_gets_another_reference_in_silence(tmp_path: Any) -> None
         resume(DepthProfile(layers=["model.transformer.h.0", "model.transformer.h.3"]))
     with pytest.raises(ValueError, match="recorded without rows"):
         resume(DepthProfile(measures=("cosine",)))
-    with pytest.raises(ValueError, match="holds no reference of the pretrained model"):
+    with pytest.raises(ValueError, match="contains no reference for this callback"):
         resume(DepthProfile(name="other"))
 
 
@@ -351,7 +351,7 @@ class BreaksLater(Regression):
 @pytest.mark.parametrize(
     ("weight", "bias", "message"),
     [
-        (1.0, float("nan"), r"Layer 'model\.blocks\.1' gives NaN"),
+        (1.0, float("nan"), r"Layer 'model\.blocks\.1' has NaN"),
         (0.0, 1.0, r"Layer 'model\.blocks\.1', measure 'cka': the rows are all identical"),
     ],
 )
@@ -396,14 +396,14 @@ def one_layer() -> nn.Module:
         (lambda: DepthProfile(probe=torch.randn(3, 4)), OneChild, None, "gives 3 rows: a comparison needs at least 4"),
         (lambda: DepthProfile(layers="model.layers"), OneChild, None, r"'model\.layers' matches no module of Regression"),
         (lambda: DepthProfile(layers=["model.blocks.0"]), OneChild, None, "at least 2 layers"),
-        (lambda: DepthProfile(), one_layer, None, "No list of same-kind layers found"),
+        (lambda: DepthProfile(), one_layer, None, "No list of layers of one class found"),
         (lambda: DepthProfile(measures=("cca",)), OneChild, None, r"'cca'.*'cka'"),
         (lambda: DepthProfile(rows="max"), OneChild, None, "rows='max' is unknown"),  # type: ignore[arg-type]
         (lambda: DepthProfile(every_n_validations=0), OneChild, None, "every_n_validations=0"),
         (lambda: DepthProfile(forward=lambda m, b: m.model.blocks[0](b)), OneChild, None, r"never reached layer model\.blocks\.1"),
-        (lambda: DepthProfile(probe={"pixels": torch.randn(8, 4)}), OneChild, None, "cannot be fed a probe batch of type dict"),
-        (lambda: DepthProfile(), lambda: OneChild(constant=True), None, r"'model\.blocks\.0' gives the same activations"),
-        (lambda: DepthProfile(), broken, None, r"Layer 'model\.blocks\.1' gives NaN"),
+        (lambda: DepthProfile(probe={"pixels": torch.randn(8, 4)}), OneChild, None, "cannot be called on a probe batch of type dict"),
+        (lambda: DepthProfile(), lambda: OneChild(constant=True), None, r"'model\.blocks\.0' has the same activations"),
+        (lambda: DepthProfile(), broken, None, r"Layer 'model\.blocks\.1' has NaN"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_training(watch: Any, module: Any, data: Any, message: str) -> None:

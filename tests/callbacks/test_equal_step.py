@@ -300,7 +300,7 @@ def test_a_skipped_step_changes_nothing() -> None:
     [
         (lambda: EqualStep(target=[1.0, 2.0]), "2 numbers for 4 controlled layers"),
         (lambda: EqualStep(layers="model.transformer.blocks"), "matches no module of TinyLM; did you mean"),
-        (lambda: EqualStep(target=-1.0), "finite and above 0"),
+        (lambda: EqualStep(target=-1.0), "finite and positive"),
         (lambda: EqualStep(outside="ignore"), "outside='ignore' is unknown"),  # type: ignore[arg-type]
     ],
 )

@@ -200,7 +200,7 @@ def test_metric_computes_once_over_all_rows() -> None:
         (torch.ones(5, 2), torch.ones(6, 2), r"reference is \(5, 2\) and current \(6, 2\)"),
         (torch.ones(5), torch.ones(5), r"\(5,\)"),
         (rows(3, 2, 0), rows(3, 2, 1), "3 rows are too few"),
-        (rows(5, 2, 0), rows(5, 2, 1) / 0, "current holds NaN or infinite"),
+        (rows(5, 2, 0), rows(5, 2, 1) / 0, "current contains NaN or infinite"),
         (torch.ones(5, 2), rows(5, 2, 1), "rows are all identical"),
     ],
 )

@@ -60,5 +60,5 @@ def test_a_small_update_of_half_precision_weights_is_not_rounded_away() -> None:
 def test_what_cannot_be_measured_is_refused_before_training() -> None:
     module, base = adapted(LoraConfig(r=2, target_modules=["0"]))
     module.get_base_layer().weight = nn.Parameter(base.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"weight under Linear is quantised.*unquantised"):
+    with pytest.raises(ValueError, match=r"weight of Linear is quantised.*unquantised"):
         effective_weights(module)

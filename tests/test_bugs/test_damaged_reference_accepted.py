@@ -18,5 +18,5 @@ def test_it_is_refused(examples: torch.Tensor) -> None:
     probe, measures = Probe((torch.randn(16, 4),)), find_measures(["cka", "cosine"])
     state = Reference.record(probe, model, LayerStack.find(model), measures).state_dict()
     assert Reference.from_state_dict(state).probe_hash == probe.hash
-    with pytest.raises(ValueError, match="don't fit the layers and rows"):
+    with pytest.raises(ValueError, match="do not match the layers and rows"):
         Reference.from_state_dict(state | {"examples": examples})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthcb import LayerStack
-from depthcb.isolation import undisturbed
+from depthcb.isolation import isolated
 
 BlockType = Literal["sequential", "parallel", "single"]
 
@@ -53,7 +53,7 @@ def block_type(model: nn.Module) -> BlockType:
     weight = next(model.parameters())
     ids = torch.arange(1, 5, device=weight.device)[None]
     try:
-        with undisturbed(model):
+        with isolated(model):
             model(input_ids=ids)
             first = list(ran)
             if not first:
