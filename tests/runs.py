@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,14 @@ def make_profile(rng: np.random.Generator, names: Sequence[str], measure: str, s
 def record(callback: str, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
     given = {"settings": {}, "fit": {}, "provenance": {"seed": "0", "versions": {"torch": "2.13.0"}}, "end": None}
     return {"callback": callback, "rows": rows, **given, **more}
+
+
+def changed(run: Run, callback: str, change: Any) -> Run:
+    """The run with something else in a callback's record."""
+    fields = copy.deepcopy(run.to_dict())
+    (found,) = (r for r in fields["records"].values() if r["callback"] == callback)
+    change(found)
+    return Run.from_dict(fields)
 
 
 def make_run(

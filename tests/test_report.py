@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import json
@@ -17,7 +16,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
-from runs import MEASURES, make_run, make_runs
+from runs import MEASURES, changed, make_run, make_runs
 
 from depthcb import report
 from depthcb.report.charts import heatmaps, profile_chart, progress_chart, ratio_heatmaps
@@ -86,14 +85,6 @@ def printed(runs: list[Run], bars: bool = False) -> str:
 def panels(runs: list[Run]) -> list[list[Axes]]:
     """The figure's axes, a row per group."""
     return [list(sub.axes) for sub in report.figure(runs).subfigs]
-
-
-def changed(run: Run, callback: str, change: Any) -> Run:
-    """The run with something else in a callback's record."""
-    fields = copy.deepcopy(run.to_dict())
-    (found,) = (r for r in fields["records"].values() if r["callback"] == callback)
-    change(found)
-    return Run.from_dict(fields)
 
 
 def test_files_are_written_and_the_runs_come_back(runs: list[Run], tmp_path: Path) -> None:
@@ -408,7 +399,7 @@ def test_disagreeing_measures_stand_out() -> None:
 
     runs = make_runs(arms=2)
     runs[0] = changed(runs[0], "DepthProfile", turn)
-    assert "plain and normalised change DISAGREE on the sign" in " ".join(printed(runs).split())
+    assert "the measures DISAGREE on the sign of the slope (cka, cka_normalized)" in " ".join(printed(runs).split())
 
 
 @pytest.mark.parametrize("layers", [6, 48])

@@ -77,7 +77,8 @@ def _pair_key(run: Run) -> str:
     depth = run.record("DepthProfile")
     if depth is None:
         return f"unmeasured {run.name}"
-    measured = {key: depth.settings[key] for key in ("layers", "measures", "rows", "probe_hash")}
+    measured = {key: depth.settings[key] for key in ("layers", "rows", "probe_hash")}
+    measured["measures"] = list(depth.settings["measures"])  # names alone: a reworded definition is the same measure
     return json.dumps([measured, depth.fit, depth.provenance["seed"]], sort_keys=True)
 
 
@@ -147,10 +148,11 @@ def context(group: Group) -> list[str]:
     if verdict is None:
         return []
     agree = "agree" if verdict.measures_agree else "DISAGREE"
+    measures = ", ".join(group.measures)
     nulls = ", ".join(f"{run.control} {_null(run, group.measures[0])}" for run in group.runs)
     return [
         verdict.reason,
-        f"plain and normalised change {agree} on the sign of the slope",
+        *([f"the measures {agree} on the sign of the slope ({measures})"] if len(group.measures) > 1 else []),
         f"relative slope of the null: {nulls}",
     ]
 

@@ -32,7 +32,7 @@ PAIR_COLUMNS = {
     "verdict": "By relative slope: persists, weakens (below 0.8), collapses (interval contains 0), reverses, or none.",
     "spread": "Largest / smallest step ratio before the control; near 1 it had nothing to remove.",
     "null": "Relative slope of noise of the same size as a share of the run's, standard / equal-step.",
-    "agree": "Whether plain and normalised change agree on the slope's sign.",
+    "agree": "Whether all measures of the standard run agree on the sign of the slope.",
     "width": "Share of the layers over which the standard run's change is spread.",
     "distance": "Objective distance at initialisation: 1 - cos of the gradients of pretraining and of the fit.",
     "loss": "Validation loss at the end, standard / equal-step, nats.",
