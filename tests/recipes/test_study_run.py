@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from studies import alive, command, drive, figures, gone, smoke
 from depthcb.cli import main
 from depthcb.run import read_runs
 from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.fit import fit_cli
 from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.runner import configuration, fit
 from depthcb_recipes.studies.store import Store
 
 OPTIONS = {
@@ -62,6 +65,28 @@ def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Pa
         assert result is not None
         assert result.status == "missing model"
         assert "./nowhere" in result.message
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # jsonargparse's own
+def test_options_reach_the_fit_as_they_are(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """A null was once parsed as the word "None"; names of a class's options go without ``init_args``."""
+    path, _ = made
+    standard, equal, *_ = read_study(path)
+    options = dict(standard.options) | {"trainer.check_val_every_n_epoch": None, "model.betas": [0.8, 0.9]}
+    cli = fit_cli(configuration(replace(standard, options=options), tmp_path), run=False, exit_on_error=False)
+    assert cli.trainer.check_val_every_n_epoch is None
+    assert (cli.model.hparams["lr"], tuple(cli.model.hparams["betas"])) == (0.1, (0.8, 0.9))
+    assert cli.datamodule.batch_size == 8
+    assert cli.trainer.loggers[0].log_dir.rstrip("/") == str(tmp_path)
+    names = [callback["class_path"] for callback in configuration(equal, tmp_path)["trainer"]["callbacks"]]
+    assert names == [
+        "depthcb.EqualStep",
+        *(c["class_path"] for c in configuration(standard, tmp_path)["trainer"]["callbacks"]),
+    ]
+    with pytest.raises(ValueError, match=r"trainer\.callbacks has no DepthProfile"):
+        fit(replace(standard, options=options | {"trainer.callbacks": None}), tmp_path)
+    with pytest.raises(ValueError, match="max_stepz"):
+        fit(replace(standard, options=options | {"trainer.max_stepz": 3}), tmp_path)
 
 
 @pytest.mark.slow

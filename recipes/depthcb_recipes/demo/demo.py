@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
@@ -113,6 +114,7 @@ def arms(settings: Settings) -> dict[str, RunConfig]:
             optimizer,
             control,
             settings.seed,
+            threads=torch.get_num_threads(),
             null_seeds=settings.null_seeds,
             options=_options(settings, optimizer),
         )

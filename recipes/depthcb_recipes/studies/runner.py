@@ -198,7 +198,11 @@ def fit(
     before(trainer, module)
     prints = Fingerprints()
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
-    watch = next(c for c in callbacks if isinstance(c, DepthProfile))
+    watch = next((c for c in callbacks if isinstance(c, DepthProfile)), None)
+    if watch is None:
+        raise ValueError(
+            "trainer.callbacks has no DepthProfile, which a study's figures come from: add depthcb.DepthProfile."
+        )
     callbacks += [prints, Null(folder, watch, config.null_seeds, pretrained)]
     checkpoint = folder / "last.ckpt"
     if config.resumes:
@@ -240,7 +244,8 @@ def configuration(config: RunConfig, folder: Path) -> dict[str, Any]:
     for name, value in own.items():
         _set(options, name.split("."), copy.deepcopy(value))
     if config.control == "equal-step":
-        options["trainer"]["callbacks"].insert(0, {"class_path": "depthcb.EqualStep"})  # the monitor sees its steps
+        others = options["trainer"]["callbacks"] or []  # after it, so that a monitor sees the controlled steps
+        options["trainer"]["callbacks"] = [{"class_path": "depthcb.EqualStep"}, *others]
     return options
 
 
