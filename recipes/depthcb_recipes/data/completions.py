@@ -14,7 +14,7 @@ from depthcb_recipes.objectives.objective import IGNORED
 
 
 class Completions(TextData):
-    """Prompt–completion pairs for `CompletionLM`; prompt tokens have the label -100.
+    """Pairs of prompt and completion for `CompletionLM`; prompt tokens have the label -100.
 
     In the Python corpus, the prompt is a function or class signature and the completion its body. An end-of-text token
     is appended to each completion, and rows are truncated to ``max_length``. Rows whose prompt leaves no room for a
