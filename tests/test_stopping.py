@@ -90,7 +90,7 @@ def test_a_pretraining_ends(tmp_path: Path) -> None:
     while "training starts" not in process.stdout.readline():
         assert process.poll() is None
     text = end(process, signal.SIGTERM)
-    assert "Stopped; nothing is kept. `depthcb pretrain --model gpt2-mini` starts again." in text
+    assert "Stopped; nothing was saved. `depthcb pretrain --model gpt2-mini` starts over." in text
     assert not list(tmp_path.glob("depthcb/mini-zoo/*/pretraining.json"))
 
 

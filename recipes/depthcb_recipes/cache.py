@@ -1,4 +1,4 @@
-"""Tables that are made once and kept in the user's cache."""
+"""Tables cached on disk."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from depthcb_recipes.publish import published
 
 
 def cache_folder() -> Path:
-    """Where depthcb keeps what it can make again: ``$XDG_CACHE_HOME/depthcb``, else ``~/.cache/depthcb``."""
+    """Returns depthcb's cache folder: ``$XDG_CACHE_HOME/depthcb``, or ``~/.cache/depthcb``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthcb"
 
 
 def cached(path: Path, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table in a file; where there is none, or it is spoilt, it is made and kept.
+    """Reads a cached table; if the file is missing or damaged, computes the table and writes it.
 
     Args:
-        path: A parquet file, whose name says all that decides what is in it.
-        make: Makes the table.
+        path: A parquet file whose name depends on everything that determines its contents.
+        make: Computes the table.
     """
     try:
         return pq.read_table(path, page_checksum_verification=True)
@@ -35,8 +35,8 @@ def cached(path: Path, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """The SHA-256 of texts in their order."""
-    found = hashlib.sha256()
+    """Returns the SHA-256 of texts, in order."""
+    sha = hashlib.sha256()
     for text in texts:
-        found.update(text.encode() + b"\0")  # the zero byte keeps ["ab", "c"] and ["a", "bc"] apart
-    return found.hexdigest()
+        sha.update(text.encode() + b"\0")  # the null byte distinguishes ["ab", "c"] from ["a", "bc"]
+    return sha.hexdigest()

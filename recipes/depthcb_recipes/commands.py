@@ -1,4 +1,4 @@
-"""The commands that need the recipes: demo, fit, compare, pretrain, study, recipes and backbones."""
+"""The subcommands provided by the recipes: demo, fit, compare, pretrain, study, recipes and backbones."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from depthcb_recipes.studies import commands as study
 
 
 def add_commands(commands: Any) -> None:
-    """Adds them to the ``depthcb`` command.
+    """Adds the subcommands to the ``depthcb`` command.
 
     Args:
-        commands: What `argparse.ArgumentParser.add_subparsers` returned.
+        commands: The return value of `argparse.ArgumentParser.add_subparsers`.
     """
     demo = commands.add_parser(
         "demo",
         help="fine-tune a real model four times and compare its depth profiles",
-        description="Fine-tunes a pretrained model on code with AdamW and SGD, each standard and under equal-step.",
+        description="Fine-tunes a pretrained model on code with AdamW and SGD, each standard and with equal-step.",
     )
-    demo.add_argument("--quick", action="store_true", help="a 6-layer encoder, about 1 minute instead of 7")
-    demo.add_argument("--minutes", type=_minutes, help="what the whole may take (default: 7, with --quick 1)")
-    demo.add_argument("--sizes", metavar="NAME", help="exactly this size, such as smollm2-3: no timing decides")
-    demo.add_argument("--backbone", help="another backbone: smollm2-135m, minilm, a hub id or a local folder")
-    demo.add_argument("--steps", type=int, help="optimizer steps of each fit")
+    demo.add_argument("--quick", action="store_true", help="use a 6-layer encoder; takes about 1 minute instead of 7")
+    demo.add_argument("--minutes", type=_minutes, help="time budget (default: 7, or 1 with --quick)")
+    demo.add_argument("--sizes", metavar="NAME", help="use exactly this size, such as smollm2-3")
+    demo.add_argument("--backbone", help="backbone: smollm2-135m, minilm, a hub id or a local folder")
+    demo.add_argument("--steps", type=int, help="optimizer steps per fit")
     demo.add_argument("--precision", default="auto", help="as Lightning's Trainer takes it (default: %(default)s)")
-    demo.add_argument("--out", type=Path, default=Path("depthcb-demo"), help="where files go (default: %(default)s)")
+    demo.add_argument("--out", type=Path, default=Path("depthcb-demo"), help="output folder (default: %(default)s)")
     demo.set_defaults(run=_demo)
     compare = commands.add_parser(
         "compare",
-        help="the depth profile between two models or checkpoints",
-        description="Measures how far each layer of model B is from model A on a text, without training.",
+        help="compute the depth profile between two models or checkpoints",
+        description="Measures how much each layer's output differs between models A and B on a text, without training.",
     )
-    compare.add_argument("reference", metavar="A", help="the pretrained side: a backbone name, hub id or folder")
-    compare.add_argument("model", metavar="B", help="the fine-tuned side: the same")
-    compare.add_argument("--text", type=Path, help="a text file to probe with (default: the Python library's code)")
+    compare.add_argument("reference", metavar="A", help="the pretrained model: a name, hub id or folder")
+    compare.add_argument("model", metavar="B", help="the fine-tuned model: a name, hub id or folder")
+    compare.add_argument("--text", type=Path, help="text file to probe with (default: Python library source)")
     compare.add_argument("--rows", default="mean", choices=("mean", "tokens", "last", "first"), help="what a row is")
-    compare.add_argument("--json", type=Path, help="also write the profiles to this file")
+    compare.add_argument("--json", type=Path, help="also write the profiles to this JSON file")
     compare.set_defaults(run=_compare)
     fit = commands.add_parser(
         "fit",
-        help="train any objective on any backbone, as a YAML file says",
-        description="Options are those of LightningCLI: --config FILE, --model.backbone NAME, --trainer.max_steps N …",
+        help="train any objective on any backbone, configured by a YAML file",
+        description="Takes the options of LightningCLI: --config FILE, --model.backbone NAME, --trainer.max_steps N …",
         add_help=False,
     )
     fit.set_defaults(run=_fit, takes_options=True)
@@ -53,28 +53,30 @@ def add_commands(commands: Any) -> None:
     pretrain = commands.add_parser(
         "pretrain",
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",
-        description="Trains a small model on the text of the installed Python libraries and keeps it in the cache.",
+        description="Trains a small model on the source of the Python standard library and caches it on disk.",
     )
-    pretrain.add_argument("--minutes", type=_minutes, default=6.0, help="for its steps (default: %(default)g)")
-    pretrain.add_argument("--model", required=True, help="a name out of `depthcb backbones`, such as gpt2-mini")
+    pretrain.add_argument(
+        "--minutes", type=_minutes, default=6.0, help="time budget of the training steps (default: %(default)g)"
+    )
+    pretrain.add_argument("--model", required=True, help="a name listed by `depthcb backbones`, such as gpt2-mini")
     pretrain.set_defaults(run=_pretrain)
     recipes = commands.add_parser("recipes", help="list the objectives and their YAML files")
     recipes.set_defaults(run=_recipes)
-    backbones = commands.add_parser("backbones", help="list the networks to start from, or describe some")
+    backbones = commands.add_parser("backbones", help="list the available backbones, or describe the given ones")
     backbones.add_argument("names", nargs="*", metavar="NAME", help="a name, hub id or local folder")
     backbones.set_defaults(run=_backbones)
 
 
 def _minutes(text: str) -> float:
-    """A number of minutes, as the parser takes it."""
+    """Parses a positive number of minutes."""
     minutes = float(text)
     if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return minutes
 
 
 def _demo(args: argparse.Namespace) -> None:
-    started = time.monotonic()  # what importing takes is the user's time too
+    started = time.monotonic()  # before the imports, whose duration counts too
     use_threads_politely()
     from rich.console import Console
 
@@ -107,13 +109,13 @@ def _pretrain(args: argparse.Namespace) -> None:
     use_threads_politely()
     from depthcb_recipes.stopping import stoppable
 
-    told = f"Stopped; nothing is kept. `depthcb pretrain --model {args.model}` starts again."
-    with stoppable(lambda: print(told, flush=True)):
+    message = f"Stopped; nothing was saved. `depthcb pretrain --model {args.model}` starts over."
+    with stoppable(lambda: print(message, flush=True)):
         from depthcb_recipes.backbones.pretraining import pretrain
         from depthcb_recipes.backbones.zoo import ZOO
 
         if args.model not in ZOO:
-            raise ValueError(f"{args.model!r} is not in the mini zoo: take one of {', '.join(ZOO)}.")
+            raise ValueError(f"{args.model!r} is not in the mini zoo: use one of {', '.join(ZOO)}.")
         print(pretrain(args.model, ZOO[args.model], args.minutes))
 
 

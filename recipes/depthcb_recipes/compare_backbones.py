@@ -1,4 +1,4 @@
-"""``depthcb compare A B``: the depth profile between two models on a text, without training."""
+"""``depthcb compare A B``: computes the depth profile between two models on a text, without training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ ROWS, LENGTH, BATCH = 64, 64, 16
 def compare_backbones(
     reference: str, model: str, text: Path | None, rows: Rows, json_path: Path | None, console: Console
 ) -> dict[str, Profile]:
-    """Measures and prints how far each layer of ``model`` is from ``reference``.
+    """Measures and prints how much each layer of ``model`` differs from ``reference``.
 
     Args:
-        reference: The pretrained side: a name that `load_backbone` takes.
-        model: The fine-tuned side: the same.
-        text: A text file to probe with, one example per line; None takes code of the installed Python library.
-        rows: What a row is, as `depthcb.probe.Probe` takes it.
-        json_path: Where the profiles are also written, as a JSON object by measure.
-        console: Where the table goes.
+        reference: The pretrained model: a name accepted by `load_backbone`.
+        model: The fine-tuned model: likewise.
+        text: Text file to use as the probe, one example per line; None uses code of the Python standard library.
+        rows: What a row is, see `depthcb.probe.Probe`.
+        json_path: File to write the profiles to, as a JSON object with one entry per measure.
+        console: Console to print the table to.
+
+    Returns:
+        The profiles by measure.
 
     Raises:
-        ValueError: A model that cannot be found, models of different depth, or a text of fewer than 4 lines.
+        ValueError: If a model is not found, the models differ in depth, or the text has fewer than 4 lines.
     """
     for name in (reference, model):
         pretrain_if_missing(name)
@@ -66,10 +69,10 @@ def _line(name: str, p: Profile) -> str:
 
 def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
     if not path.is_file():
-        raise ValueError(f"--text {path} is not a file: give a text file with one example per line.")
+        raise ValueError(f"--text {path} is not a file: use a text file with one example per line.")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:ROWS]
     if len(lines) < 4:
-        raise ValueError(f"--text {path} has {len(lines)} lines that are not empty: a comparison needs at least 4.")
+        raise ValueError(f"--text {path} has {len(lines)} non-empty lines: at least 4 are needed.")
     groups = [lines[i : i + BATCH] for i in range(0, len(lines), BATCH)]
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
     return [dict(tokenizer(group, **options)) for group in groups]

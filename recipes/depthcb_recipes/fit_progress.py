@@ -1,4 +1,4 @@
-"""Where a fit is, in a Trainer's callbacks, and how long its steps take."""
+"""Trainer callbacks for progress and step times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from depthcb_recipes.progress import Progress
 
 
 class FitProgress(ProgressBar):
-    """Shows a fit's progress in optimizer steps, in place of Lightning's bar of an epoch's batches.
+    """Shows a fit's progress in optimizer steps; replaces Lightning's bar, which counts batches of an epoch.
 
     Args:
-        name: What is said to be trained.
-        progress: Shared with other work; None for one of the fit's own.
-        step_seconds: How long a step is planned to take, where ``progress`` counts in seconds.
-        validation_seconds: The same of a validation with its probe.
+        name: Name of the fit in messages.
+        progress: A progress display shared with other work; None creates a separate one.
+        step_seconds: Planned duration of a step, if ``progress`` counts seconds.
+        validation_seconds: Planned duration of a validation including its probe.
     """
 
     def __init__(
@@ -36,21 +36,21 @@ class FitProgress(ProgressBar):
         self._enabled, self._seen = True, 0
 
     def disable(self) -> None:
-        """Lightning's own way of silencing a bar, on all processes but the first."""
+        """Disables the display; Lightning calls this on all processes but the first."""
         self._enabled = False
 
     def enable(self) -> None:
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints what a module says through ``self.print``."""
+        """Prints the output of a module's ``self.print``."""
         if self.progress is not None:
             self.progress.console.print(*args, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._enabled:
             return
-        self._seen = trainer.global_step  # a resumed fit has done some
+        self._seen = trainer.global_step  # not 0 if the fit is resumed
         if self._shared is None:
             planned = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
             total = int(planned) - self._seen if 0 < planned < float("inf") else None
@@ -71,8 +71,8 @@ class FitProgress(ProgressBar):
         if self._enabled and self.progress is not None and not trainer.sanity_checking:
             self.progress.advance(seconds=self.validation_seconds)
             shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "train/loss"}
-            figures = [f"{key} {value:.4g}" for key, value in shown.items()]
-            self._say(", ".join([f"validated after {self._seen} steps", *figures]))
+            metrics = [f"{key} {value:.4g}" for key, value in shown.items()]
+            self._say(", ".join([f"validated after {self._seen} steps", *metrics]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

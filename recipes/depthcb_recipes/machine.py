@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory, within the limits of its container or batch job."""
+"""Cores and memory available to this process, within the limits of its container or batch job."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Where Linux shows control groups, and those that this process is in.
+#: Linux control groups: mount point, and list of the groups of this process.
 _CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: its affinity, and the quota of its control group, not all there are."""
+    """Returns the number of cores this process may use, given its CPU affinity and control group quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = []
     for group in _control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = (group / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))  # "max" is no number
+            quotas.append(int(quota) / int(period))  # raises ValueError for "max" (no quota)
         with contextlib.suppress(OSError, ValueError):
             quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
             if int(quota) > 0:
@@ -30,46 +30,46 @@ def available_cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take without swapping, by the machine and by its control group.
+    """Returns the bytes this process can still allocate without swapping, given the machine and control group limits.
 
     Raises:
-        ModuleNotFoundError: psutil is not installed.
+        ModuleNotFoundError: If psutil is not installed.
     """
     import psutil
 
-    found = [int(psutil.virtual_memory().available)]
+    limits = [int(psutil.virtual_memory().available)]
     for group in _control_groups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             with contextlib.suppress(OSError, ValueError):
-                found.append(int((group / limit).read_text()) - int((group / used).read_text()) + _cached(group))
-    return max(0, min(found))
+                limits.append(int((group / limit).read_text()) - int((group / used).read_text()) + _cached(group))
+    return max(0, min(limits))
 
 
 def release_memory() -> None:
-    """Hands back to the system what a fit that is over has left: 3.5 GB of 4.7 on the demo's larger network.
+    """Returns memory of a finished fit to the system: 3.5 of 4.7 GB for the demo's larger network.
 
-    An optimizer's state is only reachable in circles, and glibc keeps what is freed in small pieces.
+    Optimizer state is only referenced by cycles, and glibc keeps small freed blocks.
     """
     import ctypes
 
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc, or Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def use_threads_politely() -> None:
-    """Sets the threads of a process that is ours, before torch is imported; what the user has set stays.
+    """Limits OpenMP threads to the available cores and makes them wait passively, unless set by the user.
 
-    A thread that waits for another one spins by default. Beside other work, it thereby holds the core that the other
-    one needs: a training step on two threads took 1.5 times as long beside one busy process on two cores. Waiting
-    passively costs a tenth on an idle machine.
+    Must be called before torch is imported. Waiting threads spin by default and so occupy cores that other threads
+    need: with another busy process on two cores, a training step on two threads took 1.5 times as long. Passive waiting
+    costs 10 % on an idle machine.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _control_groups(controller: str) -> Iterator[Path]:
-    """The folders of this process's control group and those around it, of either version; Linux has them."""
+    """Yields the folders of this process's control groups and their parents (cgroup v1 and v2, Linux only)."""
     with contextlib.suppress(OSError):
         for line in _OWN.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -81,7 +81,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 
 def _cached(group: Path) -> int:
-    """Bytes of files that count as used and are given up when needed."""
+    """Returns the bytes of reclaimable page cache, which count as used."""
     with contextlib.suppress(OSError):
         for line in (group / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")

@@ -1,7 +1,7 @@
-"""Which precision to train in: bfloat16 autocast where the device computes it natively, else float32.
+"""Selects the training precision: bfloat16 autocast if the device supports it natively, otherwise float32.
 
-A bfloat16 matrix product takes half the time of a float32 one on a CPU that has instructions for it, and 5 to 50 times
-as long on one that emulates them. What a CPU lists as its capabilities does not say which, so it is timed.
+A bfloat16 matrix product takes half the time of a float32 one on CPUs with native instructions, but 5 to 50 times as
+long on CPUs that emulate them. The CPU flags do not reliably show which is the case, so it is timed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 Product = Callable[[], object]
 
-#: bfloat16 must be this many times as fast as float32 on a CPU to be chosen [ours].
+#: Minimum speedup of bfloat16 over float32 for it to be chosen on a CPU [ours].
 WORTH_IT = 1.3
-#: A precision that somebody named is warned about when it takes this many times as long as float32 [ours].
+#: A warning is issued if a requested precision takes this many times as long as float32 [ours].
 TOO_SLOW = 2.0
-#: After its warm-up, a product that takes this many times as long as float32 needs no further timing.
+#: Timing stops early if a product takes this many times as long as float32.
 HOPELESS = 10.0
 ROUNDS = 7
-#: The variable by which a fit's further processes learn the choice.
+#: Environment variable that passes the choice to the other processes of a fit.
 _SETTLED = "DEPTHCB_PRECISION"
 _DTYPES = {
     "bf16-mixed": torch.bfloat16,
@@ -41,11 +41,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision and why it is used.
+    """A precision and the reason for it.
 
     Args:
-        precision: What `lightning.pytorch.Trainer` takes.
-        reason: One clause, with the figures that decided.
+        precision: The ``precision`` argument of `lightning.pytorch.Trainer`.
+        reason: One clause, including the measured values.
     """
 
     precision: str
@@ -55,19 +55,19 @@ class Precision:
         return f"Precision {self.precision}: {self.reason}."
 
     def to_dict(self) -> dict[str, str]:
-        """The choice as JSON has it."""
+        """Returns a JSON-serialisable dict."""
         return asdict(self)
 
 
 def settle(asked: Any, device: torch.device) -> Precision:
-    """The precision of a fit: the one that is asked for, or for ``"auto"`` the one that suits the device.
+    """Returns the precision of a fit: the requested one, or for ``"auto"``, the best one for the device.
 
-    A precision that was named and is slow here is used, with one warning. Further processes of a fit on several
-    devices use what the first one settled.
+    A requested precision is always used, with a warning if it is slow on this device. In a fit on several devices, all
+    processes use the choice of the first one.
 
     Args:
-        asked: As Lightning's Trainer takes it, or ``"auto"``.
-        device: What the fit runs on.
+        asked: The ``precision`` argument of Lightning's Trainer, or ``"auto"``.
+        device: Device that the fit runs on.
     """
     if asked == "auto":
         settled = os.environ.get(_SETTLED) if int(os.environ.get("LOCAL_RANK", 0)) else None
@@ -79,18 +79,18 @@ def settle(asked: Any, device: torch.device) -> Precision:
         speed = speedup(product(device, dtype), product(device, torch.float32))
         if speed <= 1 / TOO_SLOW:
             rank_zero_warn(
-                f"precision={asked} was asked for, but its matrix products take {1 / speed:.1f} times as long as "
-                f"float32's on this {device.type}: leave it out, or give precision=auto."
+                f"precision={asked} was requested, but its matrix products take {1 / speed:.1f} times as long as in "
+                f"float32 on this {device.type}: remove it or use precision=auto."
             )
-    return Precision("32-true" if asked is None else str(asked), "asked for")
+    return Precision("32-true" if asked is None else str(asked), "requested")
 
 
 def choose(device: torch.device, products: Callable[[torch.device, torch.dtype], Product] | None = None) -> Precision:
-    """The precision that suits a device [ours]; float16 is never chosen.
+    """Returns the best precision for a device [ours]; float16 is never chosen.
 
     Args:
-        device: What is to be trained on.
-        products: Makes the product that is timed on a CPU, from the device and a dtype; by default `product`.
+        device: Device to train on.
+        products: Returns the matrix product to time on a CPU, given the device and a dtype; defaults to `product`.
 
     Example:
         >>> choose(torch.device("meta")).precision
@@ -98,7 +98,7 @@ def choose(device: torch.device, products: Callable[[torch.device, torch.dtype],
     """
     if device.type == "cuda":
         major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        # is_bf16_supported() would also count emulation.
+        # torch.cuda.is_bf16_supported() also returns True for emulation.
         native, name = major >= 8, torch.cuda.get_device_name(device)
         verb = "computes" if native else "does not compute"
         reason = f"{name}, compute capability {major}.{minor}, {verb} bfloat16 natively"
@@ -107,17 +107,17 @@ def choose(device: torch.device, products: Callable[[torch.device, torch.dtype],
         return Precision("32-true", f"bfloat16 is not chosen on {device.type}")
     make = products or product
     speed = speedup(make(device, torch.bfloat16), make(device, torch.float32))
-    told = f"{speed:.1f} times as fast as" if speed >= 1 else f"{1 / speed:.1f} times slower than"
-    reason = f"a bfloat16 matrix product is {told} a float32 one on this CPU ({WORTH_IT} times as fast is worth it)"
+    result = f"{speed:.1f} times as fast as" if speed >= 1 else f"{1 / speed:.1f} times slower than"
+    reason = f"a bfloat16 matrix product is {result} a float32 one on this CPU (threshold: {WORTH_IT} times as fast)"
     return Precision("bf16-mixed" if speed >= WORTH_IT else "32-true", reason)
 
 
 def product(device: torch.device, dtype: torch.dtype) -> Product:
-    """A matrix product of 256 x 384 and 384 x 768 under autocast, as a layer of a network makes it.
+    """Returns a function that computes a matrix product of 256 x 384 and 384 x 768 under autocast, like a linear layer.
 
     Args:
-        device: Where it is computed.
-        dtype: float32 for no autocast.
+        device: Device of the tensors.
+        dtype: Autocast dtype; float32 disables autocast.
     """
     x, weight = torch.ones(256, 384, device=device), torch.ones(768, 384, device=device)
 
@@ -131,9 +131,9 @@ def product(device: torch.device, dtype: torch.dtype) -> Product:
 
 
 def speedup(candidate: Product, baseline: Product) -> float:
-    """How many times as fast as a baseline a candidate is: the ratio of the medians of alternating, warmed-up calls.
+    """Returns the speedup of a candidate over a baseline: the ratio of median times of alternating calls after warm-up.
 
-    Takes some 20 milliseconds; a candidate that is hopelessly slow is called twice only.
+    Takes about 20 milliseconds; a very slow candidate is only called twice.
     """
     rounds = []
     with _one_thread():
@@ -148,7 +148,7 @@ def speedup(candidate: Product, baseline: Product) -> float:
 
 
 def device_of(accelerator: Any) -> torch.device:
-    """The kind of device that a Trainer's ``accelerator`` means on this machine.
+    """Returns the device that a Trainer's ``accelerator`` argument selects on this machine.
 
     Example:
         >>> device_of("cpu")
@@ -158,12 +158,12 @@ def device_of(accelerator: Any) -> torch.device:
         return torch.device("cuda", 0)
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
-    return torch.device("cpu" if accelerator in ("auto", "cpu") else "meta")  # none that is known
+    return torch.device("cpu" if accelerator in ("auto", "cpu") else "meta")  # unknown
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Two threads that wait for each other on a busy machine would decide, not the arithmetic."""
+    """Limits torch to one thread; on a busy machine, thread synchronisation would dominate the timing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -173,12 +173,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seconds(call: Product) -> float:
-    # The time of this thread, which other processes do not change, plus that in which it waits for a GPU.
+    # On a CPU, thread time, which other processes do not affect; with a GPU, wall-clock time, which includes waiting.
     clock: Callable[[], float] = time.perf_counter if torch.cuda.is_available() else time.thread_time
     start = clock()
     call()
     return clock() - start
 
 
-if __name__ == "__main__":  # a study asks, whose own process is to stay free of torch
+if __name__ == "__main__":  # run by a study, whose own process does not import torch
     print(json.dumps(choose(device_of(sys.argv[1])).to_dict()))

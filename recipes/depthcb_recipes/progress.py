@@ -1,4 +1,4 @@
-"""Where long work is: one bar in a terminal; in a log, a line for each event and at least one every 30 seconds."""
+"""Progress display: a bar in a terminal; in a log, one line per event and at least one every 30 seconds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-#: Seconds after which a log gets a line even when nothing has happened.
+#: Seconds after which a line is logged even if nothing has happened.
 EVERY = 30.0
 
 
 class Progress:
-    """Steps done and to do, and the time that is left.
+    """Shows the completed and total steps and the remaining time.
 
     Args:
-        steps: Steps of the whole work; None if that is not known.
-        console: Where it is shown; a terminal gets a bar, anything else lines.
-        planned: Seconds that the whole work was estimated to take: `advance` counts in them, since steps,
-            validations and nulls don't take equally long. None counts in steps.
-        every: Seconds after which a log gets a line.
+        steps: Total number of steps; None if unknown.
+        console: Output console; a terminal gets a bar, anything else lines.
+        planned: Estimated total duration in seconds. If given, progress is measured in planned seconds, since steps,
+            validations and nulls differ in duration; None measures it in steps.
+        every: Maximum number of seconds between log lines.
 
     Example:
         >>> with Progress(2, Console(no_color=True)) as progress:
@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """What is left of the plan at the pace so far; None before the first step of work without one."""
+        """Estimated remaining seconds at the current pace; None if unknown."""
         total, worked = (self.steps, self.done) if self.planned is None else (self.planned, self._worked)
         if total is None:
             return None
@@ -69,22 +69,22 @@ class Progress:
         return (time.monotonic() - self._started) / worked * max(0.0, total - worked)
 
     def now(self, text: str) -> None:
-        """Says what is being done, in the bar or with the next line."""
+        """Sets the current activity, shown in the bar or in the next log line."""
         self._text = text
         self._refresh()
 
     def say(self, text: str) -> None:
-        """Says what is being done, in a log at once."""
+        """Sets the current activity and logs it immediately."""
         self.now(text)
         if not self.console.is_terminal:
             self._print()
 
     def advance(self, *, steps: int = 0, seconds: float = 0.0) -> None:
-        """Counts work as done.
+        """Adds completed work.
 
         Args:
-            steps: How many steps it was.
-            seconds: How long it was planned to take.
+            steps: Number of completed steps.
+            seconds: Planned duration of the completed work, in seconds.
         """
         self.done += steps
         self._worked += seconds
@@ -104,14 +104,14 @@ class Progress:
         self.console.print(Text(f"{minutes}:{seconds:02d} {self._text}; {self._counts()}"), soft_wrap=True)
 
     def _repeat(self) -> None:
-        """Keeps a log from falling silent, also while the main thread is in one long step."""
+        """Logs a line at regular intervals, even during a long step of the main thread."""
         while not self._ended.wait(max(0.0, self._last + self.every - time.monotonic())):
             if time.monotonic() - self._last >= self.every:
                 self._print()
 
 
 def time_left(seconds: float) -> str:
-    """An estimate in words.
+    """Formats a remaining time.
 
     Example:
         >>> time_left(12.3), time_left(400)

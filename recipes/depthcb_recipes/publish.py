@@ -1,4 +1,4 @@
-"""Publishes files and folders whole or not at all, so that no reader and no power cut ever finds half of one."""
+"""Atomic writes of files and folders; neither concurrent readers nor power failures leave partial ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 @contextmanager
 def published(path: Path, whole: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
-    """A place beside ``path`` to write to, which becomes ``path`` when the block ends without an error.
+    """Yields a temporary path next to ``path``, which is renamed to ``path`` if the block succeeds.
 
     Args:
-        path: The file or folder; its own folder is made if missing.
-        whole: Whether a folder that is there already is whole: then another process was faster, and its folder stays.
+        path: The file or folder to write; its parent folder is created if missing.
+        whole: Returns whether an existing folder is complete. If so, another process was faster and its folder is kept.
 
     Example:
         >>> import tempfile
@@ -46,16 +46,16 @@ def published(path: Path, whole: Callable[[Path], bool] = lambda path: False) ->
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that a reader finds the old or the new one."""
+    """Writes a text file atomically."""
     with published(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 def remove_left_over(path: Path) -> None:
-    """Removes what killed processes left beside ``path``, but no lock; nobody may be publishing it at this moment."""
-    for left in (path.with_name(f".{path.name}"), *path.parent.glob(f".{path.name}.*")):
-        if left.suffix != ".lock":
-            _remove(left)
+    """Removes temporary files of killed processes for ``path``, except locks. No process may be publishing ``path``."""
+    for leftover in (path.with_name(f".{path.name}"), *path.parent.glob(f".{path.name}.*")):
+        if leftover.suffix != ".lock":
+            _remove(leftover)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keeps the libraries' banners and advice out of what our own commands print."""
+"""Suppresses banners and hints of other libraries in the output of depthcb's commands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps banners, advice and what a report says anyway out of the output."""
+    """Suppresses Lightning's banners and hints, and warnings about what a report shows anyway."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         about_loops = (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*", ".*Skipping val loop.*")
-        about_files = (".*logs directory .* exists.*",)  # W&B's files are there before the CSV's
+        about_files = (".*logs directory .* exists.*",)  # W&B writes there before the CSV logger
         for about in (*about_loops, *about_files, ".*fewer than 5 directions.*"):
             warnings.filterwarnings("ignore", about)
         try:
@@ -30,8 +30,8 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Keeps transformers' bars and advice away."""
-    # transformers has only process-wide switches; both are put back as they were.
+    """Suppresses progress bars and hints of transformers."""
+    # transformers only has global switches; both are restored.
     switches: Any = transformers_logging
     bars, level = switches.is_progress_bar_enabled(), switches.get_verbosity()
     switches.disable_progress_bar()

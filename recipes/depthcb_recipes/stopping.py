@@ -1,8 +1,8 @@
-"""Ends a command within seconds of Ctrl-C or SIGTERM, even in the middle of one long call into C.
+"""Ends a command within seconds of Ctrl-C or SIGTERM, even during a long call into C.
 
-Python runs its signal handlers between two instructions of the main thread, so a backward of a minute delays them by a
-minute. What a signal does at once is to write its number to the wake-up descriptor, on which a thread of ours waits: it
-gives the main thread a moment to come to its end by itself, then says the last words in its place and ends the process.
+Python runs signal handlers between bytecode instructions of the main thread, so a backward pass of one minute delays
+them by up to a minute. The signal number, however, is written to the wake-up descriptor immediately. A thread waits on
+it, gives the main thread a moment to finish, then prints the final message itself and ends the process.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-#: Seconds that the main thread has to come to its end, and that everything has.
+#: Seconds after the signal until the main thread, and until the whole process, must have finished.
 GRACE, LIMIT = 2.0, 4.0
 
 
 class Stop:
-    """What is done when a command is asked to stop.
+    """Handles a request to stop a command.
 
     Args:
-        last_words: Called once, from whichever thread ends the command: says what there is and how to see it.
+        last_words: Called once, by the thread that ends the command, to print which results exist and how to view them.
     """
 
     def __init__(self, last_words: Callable[[], object] = lambda: None) -> None:
-        import psutil  # comes with the recipes, where all long work is; in the end there is no time for it
+        import psutil  # a dependency of the recipes; importing it only after a signal would take too long
 
         self._process = psutil.Process()
         self.last_words = last_words
-        #: The signal that came; None so far.
+        #: The received signal, or None.
         self.signal: int | None = None
         self._unwound = threading.Event()
         self._ending = threading.Lock()
 
     def watch(self, descriptor: socket.socket) -> None:
-        """Waits for a signal, or for the descriptor's other end to be closed; the body of the watching thread."""
+        """Waits for a signal or for the descriptor to be closed; the target of the watching thread."""
         with descriptor:
             while (number := descriptor.recv(1)) and number[0] not in SIGNALS:
                 pass
@@ -56,23 +56,23 @@ class Stop:
             self._exit()
 
     def finish(self) -> NoReturn:
-        """Ends the command from the main thread, once it has come out of its work."""
+        """Ends the command from the main thread, after the stack has been unwound."""
         self._unwound.set()
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # asking twice is no reason to be cut off in the middle of a word
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the message
         self._say_last_words()
         raise SystemExit(128 + (self.signal or 0)) from None
 
     def _say_last_words(self) -> None:
         if not self._ending.acquire(blocking=False):
-            time.sleep(LIMIT)  # the other thread is at it, and ends the process
+            time.sleep(LIMIT)  # the other thread prints the message and ends the process
         self.last_words()
 
     def _exit(self) -> None:
         import psutil
 
         sys.stdout.flush()
-        # Not W&B's writer, which finishes its file when this process is gone.
+        # W&B's writer is not killed: it completes its file after this process has ended.
         for child in self._process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if "wandb" not in child.name():
@@ -82,13 +82,13 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable(last_words: Callable[[], object] = lambda: None) -> Iterator[Stop]:
-    """Has Ctrl-C and SIGTERM end the work inside within 5 seconds, and the process with exit code 130 or 143.
+    """Makes Ctrl-C and SIGTERM end the process within 5 seconds, with exit code 130 or 143.
 
-    A signal that the process was started to ignore, as a shell's background jobs ignore Ctrl-C, stays ignored. Outside
-    of the main thread, where Python has no signals, nothing is changed.
+    Signals that the process was started to ignore (Ctrl-C in background jobs of a shell) remain ignored. Outside the
+    main thread, where Python does not receive signals, this has no effect.
 
     Args:
-        last_words: As `Stop` takes it; may be set later.
+        last_words: See `Stop`; can also be set later.
 
     Raises:
         SystemExit: After a signal.
@@ -100,7 +100,7 @@ def stoppable(last_words: Callable[[], object] = lambda: None) -> Iterator[Stop]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         stop.signal = number
-        raise KeyboardInterrupt  # Lightning ends a fit gracefully by it, for either signal
+        raise KeyboardInterrupt  # makes Lightning end a fit gracefully, for either signal
 
     handlers: dict[int, Any] = {n: signal.getsignal(n) for n in SIGNALS}
     for number, handler in handlers.items():
@@ -112,7 +112,7 @@ def stoppable(last_words: Callable[[], object] = lambda: None) -> Iterator[Stop]
     threading.Thread(target=stop.watch, args=(watched,), daemon=True).start()
     try:
         yield stop
-    except BaseException:  # Lightning turns a KeyboardInterrupt into SystemExit(1), others may into anything
+    except BaseException:  # Lightning turns KeyboardInterrupt into SystemExit(1); others may raise anything
         if stop.signal is None:
             raise
         stop.finish()

@@ -138,7 +138,7 @@ def test_training_masks_are_drawn_anew_and_validation_masks_are_fixed(bert: Any)
 
 
 def test_a_tokenizer_without_a_mask_is_refused(smollm2: Any) -> None:
-    with pytest.raises(ValueError, match="no mask token: take CausalLM"):
+    with pytest.raises(ValueError, match="no mask token: use CausalLM"):
         PackedText(smollm2, masked=True, val_rows=4).val_dataloader()
 
 
@@ -374,13 +374,18 @@ def odd(**changed: Any) -> Callable[[Path], str]:
     [
         (PackedText, odd(), {"column": "body"}, "no column 'body': it has text, label"),
         (LabelledText, odd(), {"label": "class"}, "no column 'class'.*arguments of LabelledText"),
-        (LabelledText, odd(), {"label": "score"}, "is neither a name nor a whole number"),
-        (LabelledText, odd(label="one"), {}, "one label alone"),
+        (LabelledText, odd(), {"label": "score"}, "is neither a string nor an integer"),
+        (LabelledText, odd(label="one"), {}, "has only one label"),
         (LabelledTokens, odd(tags=["X", "O", "X"]), {"labels": "tags"}, "has 2 tokens and 3 labels"),
         (PackedText, odd(), {"train_split": "training"}, "no split 'training': it has train"),
-        (PackedText, odd(), {"block_size": 100_000}, "validation side .* gives no row at a length of 100000 tokens"),
-        (Completions, odd(), {"prompt": "text", "completion": "second", "max_length": 4}, "gives no row at a length"),
-        (TextPairs, odd(), {"first": "text", "score": "score", "min_score": 99}, "gives no row"),
+        (PackedText, odd(), {"block_size": 100_000}, "validation split .* yields no rows at a length of 100000 tokens"),
+        (
+            Completions,
+            odd(),
+            {"prompt": "text", "completion": "second", "max_length": 4},
+            "yields no rows at a length of 4",
+        ),
+        (TextPairs, odd(), {"first": "text", "score": "score", "min_score": 99}, "yields no rows"),
         (PackedText, lambda folder: str(folder / "none.txt"), {}, "There is no file or folder .*none.txt"),
         (PackedText, lambda folder: "none.csv", {}, "There is no file or folder 'none.csv'"),
         pytest.param(
@@ -402,7 +407,7 @@ def test_bad_data_is_one_clear_sentence(
 
 def test_a_text_file_of_another_kind_and_an_empty_split(bert: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("words")
-    with pytest.raises(ValueError, match=r"none of .csv, .json, .jsonl, .parquet: convert it"):
+    with pytest.raises(ValueError, match=r"not one of .csv, .json, .jsonl, .parquet: convert it"):
         PackedText(bert, str(tmp_path / "notes.txt")).sides  # noqa: B018
     (tmp_path / "empty.csv").write_text("text\n")
     with pytest.raises(ValueError, match=r"empty"):
@@ -413,7 +418,7 @@ def test_unlabelled_rows_are_named(bert: Any, tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
     rows = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [-1] * 20}, features)
     rows.to_parquet(str(tmp_path / "test.parquet"))
-    with pytest.raises(ValueError, match="has the label -1 in 'label': leave it out"):
+    with pytest.raises(ValueError, match="has the label -1 in 'label': remove it"):
         LabelledText(bert, str(tmp_path / "test.parquet")).val_data  # noqa: B018
 
 
@@ -424,7 +429,7 @@ def test_unlabelled_rows_are_named(bert: Any, tmp_path: Path) -> None:
         ({"train_rows": 0}, "train_rows must be at least 1"),
         ({"max_length": 3}, "max_length must be at least 4"),
         ({"block_size": 1}, "block_size must be at least 2"),
-        ({"mask_probability": 1.0}, "mask_probability must lie between 0 and 1"),
+        ({"mask_probability": 1.0}, "mask_probability must be between 0 and 1"),
         ({"kind": "poetry"}, "'code', 'prose', not 'poetry'"),
     ],
 )

@@ -178,7 +178,7 @@ def test_bad_options_are_one_clear_line(capsys: pytest.CaptureFixture[str]) -> N
     for command in (["demo"], ["pretrain", "--model", "gpt2-mini"]):
         with pytest.raises(SystemExit, match="2"):
             main([*command, "--minutes", "0"])
-        assert "argument --minutes: 0: give a number above 0" in capsys.readouterr().err
+        assert "argument --minutes: 0: must be above 0" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

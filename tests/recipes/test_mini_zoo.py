@@ -48,7 +48,7 @@ def test_pretraining_learns_is_recorded_and_happens_once(cache: Path, capfd: pyt
     folder = pretrain("tiny", TINY)
     assert torch.equal(torch.get_rng_state(), state)
     said = capfd.readouterr()
-    assert "Pretraining tiny: 40 steps, once; kept in" in said.out
+    assert "Pretraining tiny once (40 steps) and saving it to" in said.out
     assert "GPU available" not in said.out + said.err
     report = json.loads((folder / "pretraining.json").read_text())
     assert report["held_out_loss"] < report["held_out_loss_before"] - 0.5
@@ -109,13 +109,13 @@ def test_what_made_a_model_is_in_the_name_of_its_folder(cache: Path) -> None:
 
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "--model", "gpt5-mini"]) == 2
-    assert "'gpt5-mini' is not in the mini zoo: take one of bert-mini, gpt2-mini" in capsys.readouterr().err
+    assert "'gpt5-mini' is not in the mini zoo: use one of bert-mini, gpt2-mini" in capsys.readouterr().err
 
 
 def test_reading_never_trains(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A tokenizer, a configuration, the weights: each says how the model is made, and makes none."""
     for read in (load_tokenizer, load_config, load_backbone):
-        with pytest.raises(BackboneNotFoundError, match="not pretrained on this machine yet: `depthcb pretrain --mod"):
+        with pytest.raises(BackboneNotFoundError, match="not pretrained on this machine yet: run `depthcb pretrain --"):
             read("gpt2-tiny")
     assert describe("gpt2-tiny").layers == 4
     assert capfd.readouterr().out == ""

@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_is_refused_before_training(folders: dict[str, s
     packed = PackedText(folders["gpt2"], block_size=32, **SMALL)
     with pytest.raises(ValueError, match="give its backbone by name"):
         measure(CausalLM(tiny("gpt2", "ForCausalLM")), packed)
-    with pytest.raises(ValueError, match=r"batches=3\) takes 12 validation batches, of which there are 8"):
+    with pytest.raises(ValueError, match=r"batches=3\) needs 12 validation batches, but there are only 8"):
         measure(CausalLM(folders["gpt2"]), packed, batches=3)
     with pytest.raises(ValueError, match="no language-model head"):
         measure(SequenceClassification(folders["roberta"], num_labels=8), LabelledText(folders["roberta"], **SMALL))

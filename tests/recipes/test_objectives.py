@@ -217,7 +217,7 @@ def test_without_pairs_dropout_makes_them() -> None:
     assert not any(m.training for m in module.modules())
     module.train()
     assert module.loss(texts()).value != module.loss(texts()).value
-    with pytest.raises(ValueError, match=r"GPTNeoXModel has no dropout.*give pairs"):
+    with pytest.raises(ValueError, match=r"GPTNeoXModel has no dropout.*provide pairs"):
         Contrastive(tiny("neox")).loss(texts())
 
 
@@ -244,15 +244,15 @@ def test_a_batch_without_labels_is_no_nan() -> None:
 @pytest.mark.parametrize(
     ("make_bad", "message"),
     [
-        (lambda: MaskedLM(tiny("gpt2", "ForCausalLM")), "MaskedLM needs a model that sees both sides"),
-        (lambda: MaskedLM(tiny("rwkv", "ForCausalLM")), "MaskedLM needs a model that sees both sides"),
-        (lambda: CausalLM(tiny("bert", "ForMaskedLM")), "BertForMaskedLM already sees.*take MaskedLM"),
+        (lambda: MaskedLM(tiny("gpt2", "ForCausalLM")), "MaskedLM needs a bidirectional model"),
+        (lambda: MaskedLM(tiny("rwkv", "ForCausalLM")), "MaskedLM needs a bidirectional model"),
+        (lambda: CausalLM(tiny("bert", "ForMaskedLM")), "BertForMaskedLM already sees.*use MaskedLM"),
         (lambda: CausalLM(tiny("gpt2")), "GPT2Model has no language-model head"),
         (lambda: SequenceClassification("minilm", num_labels=1), "num_labels must be at least 2, not 1"),
-        (lambda: SequenceClassification(tiny("gpt2")).configure_model(), "give num_labels="),
+        (lambda: SequenceClassification(tiny("gpt2")).configure_model(), "pass num_labels="),
         (lambda: Contrastive("minilm", temperature=0.0), "temperature must be positive, not 0"),
         (lambda: objective("contrastive", "gpt2")[0].loss(texts(lengths=(4,))), "batch of one"),
-        (lambda: objective("completion", "gpt2")[0].loss(texts()), "labels that are -100 over the prompt"),
+        (lambda: objective("completion", "gpt2")[0].loss(texts()), "labels that are -100 for prompt tokens"),
         (lambda: objective("masked", "bert")[0].loss(texts()), "needs labels"),
     ],
 )  # fmt: skip

@@ -49,7 +49,7 @@ def busy(milliseconds: float) -> Product:
     ("float32", "bfloat16", "chosen", "told"),
     [
         (3, 1, "bf16-mixed", "3.0 times as fast as"),
-        (3, 2.6, "32-true", "1.2 times as fast as"),  # not worth it
+        (3, 2.6, "32-true", "1.2 times as fast as"),  # below the threshold
         (2, 6, "32-true", "3.0 times slower than"),
         (1, 50, "32-true", "times slower than"),
     ],
@@ -125,11 +125,11 @@ def test_a_named_precision_is_used_and_warned_about_once_where_it_is_slow(
 ) -> None:
     times = {torch.float32: 2.0, torch.bfloat16: 5.0}
     monkeypatch.setattr(precision, "product", lambda device, dtype: busy(times[dtype]))
-    with pytest.warns(UserWarning, match=r"precision=bf16-mixed was asked for, .* take 2\.\d times as long") as told:
+    with pytest.warns(UserWarning, match=r"precision=bf16-mixed was requested, .* take 2\.\d times as long") as told:
         assert settle("bf16-mixed", CPU).precision == "bf16-mixed"
     assert len(told) == 1
     times[torch.bfloat16] = 3.0  # slower, but not by twice
-    assert settle("bf16-mixed", CPU).to_dict() == {"precision": "bf16-mixed", "reason": "asked for"}
+    assert settle("bf16-mixed", CPU).to_dict() == {"precision": "bf16-mixed", "reason": "requested"}
     assert settle("32-true", CPU).precision == settle(None, CPU).precision == "32-true"
     assert not recwarn.list
 

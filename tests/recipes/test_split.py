@@ -39,4 +39,4 @@ def test_pieces_give_what_the_whole_gives(name: str, tmp_path: Path) -> None:
 def test_single_matrices_are_not_split(tmp_path: Path) -> None:
     done = run_script("recipes/split_fit.py", tmp_path, "causal_lm", 2, 2)
     assert done.returncode != 0
-    assert "tensor_parallel_size=2 would split single matrices, which recipes don't do: give" in done.stderr
+    assert "tensor_parallel_size=2 is not supported by the recipes: use" in done.stderr

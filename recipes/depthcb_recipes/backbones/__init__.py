@@ -1,1 +1,1 @@
-"""Pretrained networks: what there is, how each is loaded, and the mini zoo that is pretrained on this machine."""
+"""Pretrained networks: catalogue, loading, and the mini zoo that is pretrained on this machine."""

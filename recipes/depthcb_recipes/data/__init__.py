@@ -1,1 +1,1 @@
-"""Data for every objective: the text of installed Python libraries, or any dataset from the hub or the disk."""
+"""Data modules for every objective: source code of installed Python libraries, or any dataset (hub or local)."""

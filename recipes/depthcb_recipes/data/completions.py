@@ -1,4 +1,4 @@
-"""Prompts and what follows them."""
+"""Prompts and completions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from depthcb_recipes.objectives.objective import IGNORED
 
 
 class Completions(TextData):
-    """A prompt and its completion, for `CompletionLM`: the labels of the prompt are -100.
+    """Pairs of prompt and completion for `CompletionLM`; prompt tokens have the label -100.
 
-    Of Python text the prompt is a signature, the completion its body. A completion ends with the end-of-text token;
-    what goes beyond ``max_length`` is cut off its end. Rows whose prompt leaves no room are left out.
+    In the Python corpus, the prompt is a function or class signature and the completion its body. An end-of-text token
+    is appended to each completion, and rows are truncated to ``max_length``. Rows whose prompt leaves no room for a
+    completion are dropped.
 
     Args:
-        backbone: As for `TextData`.
-        dataset: As for `TextData`.
-        prompt: Column of the prompts.
-        completion: Column of the completions.
-        **options: As for `TextData`.
+        backbone: See `TextData`.
+        dataset: See `TextData`.
+        prompt: Name of the prompt column.
+        completion: Name of the completion column.
+        **options: See `TextData`.
 
     Raises:
-        ValueError: As for `TextData`.
+        ValueError: See `TextData`.
     """
 
     python_columns = ("prompt", "completion")

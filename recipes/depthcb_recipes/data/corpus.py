@@ -1,6 +1,6 @@
-"""Text that every machine with Python has, with labels that it carries by itself: installed libraries.
+"""The Python corpus: source code and docstrings of installed libraries, with labels derived from the source.
 
-The text depends on the installed versions, so a study records ``corpus_fingerprint`` beside its numbers.
+The text depends on the installed versions, so studies record ``corpus_fingerprint`` with their results.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from depthcb_recipes.cache import cache_folder, cached, digest
 Kind = Literal["code", "prose"]
 
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
-_SHORTEST_PROSE = 80  # characters: below it a docstring is a title
+_SHORTEST_PROSE = 80  # characters; shorter docstrings are mere titles
 
 
-#: The packages whose docstrings are told apart; every machine with the recipes has them.
+#: Packages whose docstrings are classified; all of them are dependencies of the recipes.
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "lightning", "torchmetrics", "datasets", "huggingface_hub")
-#: Files read of each: the smallest one decides how many docstrings count, so that more of the others would be lost.
+#: Maximum number of files per package. Classes are balanced to the smallest package, so reading more gains nothing.
 MOST_FILES = 500
-#: The kinds of Python tokens that are told apart.
+#: The token types that are classified.
 TOKEN_KINDS = ("name", "keyword", "operator", "number", "string", "comment")
 
 
 def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",), most_files: int | None = None) -> Dataset:
-    """Read the Python source of installed libraries into documents, each text once.
+    """Reads the Python source of installed libraries into unique documents.
 
-    A document is one top-level function or class with its decorators (``"code"``) or one docstring of at least 80
-    characters (``"prose"``). The order is that of the file names. Files that do not parse are skipped; their number is
-    in ``dataset.info.description``. The first call reads for some seconds and keeps the result in the user's cache.
+    A document is a top-level function or class with its decorators (``"code"``) or a docstring of at least 80
+    characters (``"prose"``). Documents are ordered by file name. Files that do not parse are skipped; their number is
+    in ``dataset.info.description``. The first call takes a few seconds; the result is cached on disk.
 
     Args:
         kind: ``"code"`` or ``"prose"``.
-        packages: ``"stdlib"`` or names of installed packages, without their test folders.
-        most_files: Most files to read of each package, chosen by the hashes of their names; None for all.
+        packages: ``"stdlib"`` or names of installed packages; test folders are excluded.
+        most_files: Maximum number of files per package, selected by hash of the name; None for all.
 
     Returns:
-        Columns ``text`` and ``file``, the path below the library's root with forward slashes.
+        A dataset with the columns ``text`` and ``file`` (path relative to the library's root, with forward slashes).
 
     Raises:
-        ValueError: Another kind, or a package that is not installed as Python source.
+        ValueError: If ``kind`` is unknown or a package is not installed as Python source.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, not {kind!r}")
@@ -71,20 +71,20 @@ def python_corpus(kind: Kind, *, packages: Sequence[str] = ("stdlib",), most_fil
 
 
 def split_by_file(dataset: Dataset, val_fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split documents into training and validation so that no file is in both.
+    """Splits documents into training and validation so that no file is in both.
 
-    A file's side follows from its name and the seed alone, neither from the other files nor from their order.
+    The assignment of a file depends only on its name and the seed, not on the other files or their order.
 
     Args:
-        dataset: Rows with a column ``file``.
-        val_fraction: Probability that a file is for validation, above 0 and below 1.
-        seed: Another seed gives another split.
+        dataset: Dataset with a column ``file``.
+        val_fraction: Probability that a file is used for validation, between 0 and 1 (exclusive).
+        seed: Seed of the split.
 
     Raises:
-        ValueError: ``val_fraction`` is out of range.
+        ValueError: If ``val_fraction`` is out of range.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, not at {val_fraction}")
+        raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
     below = int(val_fraction * 2**64)
     held_out = {file: _hash(seed, file) < below for file in dataset.unique("file")}
     sides = [held_out[file] for file in dataset["file"]]
@@ -94,50 +94,53 @@ def split_by_file(dataset: Dataset, val_fraction: float = 0.1, seed: int = 0) ->
 
 
 def in_hashed_order(texts: Iterable[str], seed: int) -> list[str]:
-    """Texts in an order that follows from each text and the seed alone: the first few already mix many files."""
+    """Sorts texts by a seeded hash of their content, so that even the first few mix many files."""
     return sorted(texts, key=lambda text: _hash(seed, text))
 
 
 def corpus_fingerprint(dataset: Dataset) -> str:
-    """The SHA-256 of a corpus: of its texts in their order."""
+    """Returns the SHA-256 of a corpus's texts, in order."""
     return digest(dataset["text"])
 
 
 def completions(code: Dataset) -> Dataset:
-    """Signatures and bodies of the functions and classes of ``python_corpus("code")``.
+    """Extracts signatures and bodies of the functions and classes in ``python_corpus("code")``.
 
     Returns:
-        Columns ``prompt`` (decorators and signature, up to and with its line break), ``completion`` and ``file``. What
-        fits on one line is left out.
+        A dataset with the columns ``prompt`` (decorators and signature, including the line break), ``completion`` and
+        ``file``. One-line definitions are dropped.
     """
     return _derived(code, _signature_and_body)
 
 
 def docstring_pairs(code: Dataset) -> Dataset:
-    """Docstrings and the functions they describe, methods included.
+    """Extracts docstrings and the functions or methods they document.
 
     Returns:
-        Columns ``first`` (the docstring, of at least 80 characters), ``second`` (the function without it) and ``file``.
+        A dataset with the columns ``first`` (docstring of at least 80 characters), ``second`` (the function without its
+        docstring) and ``file``.
     """
     return _derived(code, _docstrings_and_functions)
 
 
 def python_tokens(code: Dataset) -> Dataset:
-    """The tokens of functions and classes and the kind of each.
+    """Extracts the tokens of functions and classes with their types.
 
     Returns:
-        Columns ``tokens``, ``labels`` (names out of ``TOKEN_KINDS``) and ``file``; white space is no token.
+        A dataset with the columns ``tokens``, ``labels`` (names from ``TOKEN_KINDS``) and ``file``. Whitespace tokens
+        are dropped.
     """
     return _derived(code, _tokens_and_kinds)
 
 
 def docstring_packages(packages: Sequence[str] = PACKAGES) -> Dataset:
-    """Docstrings and the library that each is from; a docstring of two libraries is left out.
+    """Extracts docstrings, labelled by the library they come from.
 
-    The libraries' names are taken out of the text. Classes are as balanced as `balanced` makes them.
+    Library names are masked in the text; docstrings that occur in several libraries are dropped. The classes are not
+    balanced; see `balanced`.
 
     Returns:
-        Columns ``text``, ``label`` and ``file``.
+        A dataset with the columns ``text``, ``label`` and ``file``.
     """
     stamps = [_state("prose", _sources(package, MOST_FILES)) for package in packages]
     path = cache_folder() / "corpus" / f"packages-{digest([*packages, *stamps])[:16]}.parquet"
@@ -147,18 +150,18 @@ def docstring_packages(packages: Sequence[str] = PACKAGES) -> Dataset:
 def _docstrings_and_packages(packages: Sequence[str]) -> pa.Table:
     names = "|".join(map(re.escape, packages))
     named = re.compile(rf"(?i)(?:py)?(?:{names})\w*|(?<![a-z])(?:np|pd|hf)(?![a-z])")
-    found: dict[str, tuple[str, str] | None] = {}
+    origins: dict[str, tuple[str, str] | None] = {}
     for package in packages:
         prose = python_corpus("prose", packages=(package,), most_files=MOST_FILES)
         for text, file in zip(prose["text"], prose["file"], strict=True):
             masked = named.sub("_", text)
-            found[masked] = None if masked in found else (package, file)
-    rows = [{"text": text, "label": home[0], "file": home[1]} for text, home in found.items() if home]
+            origins[masked] = None if masked in origins else (package, file)
+    rows = [{"text": text, "label": origin[0], "file": origin[1]} for text, origin in origins.items() if origin]
     return pa.Table.from_pylist(rows)
 
 
 def balanced(rows: Dataset, label: str) -> Dataset:
-    """As many rows of each label as the rarest has: the first ones, in the order they come in."""
+    """Keeps the first rows of each label, as many as the rarest label has, in their original order."""
     places: dict[Any, list[int]] = {}
     for row, name in enumerate(rows[label]):
         places.setdefault(name, []).append(row)
@@ -173,9 +176,9 @@ def _derived(code: Dataset, read: Any) -> Dataset:
 
 
 def _read_each(code: Dataset, read: Any) -> pa.Table:
-    rows: dict[str, dict[str, Any]] = {}  # each once: methods are often copied
+    rows: dict[str, dict[str, Any]] = {}  # unique: methods are often copied
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escape sequences in third-party code
         for text, file in zip(code["text"], code["file"], strict=True):
             for row in read(text):
                 rows.setdefault(repr(row), {**row, "file": file})
@@ -202,7 +205,7 @@ def _docstrings_and_functions(text: str) -> Iterator[dict[str, str]]:
         if len(docstring) >= _SHORTEST_PROSE and alone:
             function = lines[_first_line(node) - 1 : holder.lineno - 1] + lines[holder.end_lineno : node.end_lineno]
             dedented = textwrap.dedent("\n".join(function))
-            if not dedented[0].isspace():  # strings that reach further left keep the function from being moved there
+            if not dedented[0].isspace():  # multi-line strings with less indentation prevent dedenting
                 yield {"first": docstring, "second": dedented}
 
 
@@ -214,7 +217,7 @@ def _tokens_and_kinds(text: str) -> Iterator[dict[str, list[str]]]:
             if kind is not None:
                 tokens.append(item.string)
                 kinds.append(kind)
-    except (tokenize.TokenError, SyntaxError):  # a text is cut where ast sees its end
+    except (tokenize.TokenError, SyntaxError):  # documents end where ast ends the node, which tokenize may reject
         return
     if tokens:
         yield {"tokens": tokens, "labels": kinds}
@@ -232,7 +235,7 @@ def _statement(text: str) -> Any:
 
 
 def _sources(package: str, most: int | None = None) -> list[tuple[str, Path]]:
-    """The Python files of a library, as (name below its root, path), in the order of the names."""
+    """Returns the Python files of a library as (name relative to its root, path), sorted by name."""
     found = _all_sources(package)
     if most is not None and len(found) > most:
         chosen = set(in_hashed_order((file for file, _ in found), seed=0)[:most])
@@ -247,14 +250,14 @@ def _all_sources(package: str) -> list[tuple[str, Path]]:
         return sorted(found)
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
-        raise ValueError(f"The package {package!r} is not installed, so it has no text to read")
+        raise ValueError(f"The package {package!r} is not installed")
     if spec.submodule_search_locations is None:
         found = [(Path(spec.origin).name, Path(spec.origin))] if spec.origin and spec.origin.endswith(".py") else []
     else:
         roots = [Path(root) for root in spec.submodule_search_locations]
         found = [(path.relative_to(root.parent).as_posix(), path) for root in roots for path in _python_files(root)]
     if not found:
-        raise ValueError(f"The package {package!r} is installed without Python source, so it has no text to read")
+        raise ValueError(f"The package {package!r} is installed without Python source")
     return sorted(found)
 
 
@@ -265,7 +268,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _scan(kind: Kind, sources: Sequence[tuple[str, Path]]) -> pa.Table:
-    documents: dict[str, str] = {}  # text → the first file that has it
+    documents: dict[str, str] = {}  # text → first file that contains it
     skipped = 0
     for file, path in sources:
         try:
@@ -281,17 +284,17 @@ def _scan(kind: Kind, sources: Sequence[tuple[str, Path]]) -> pa.Table:
 
 
 def _documents(path: Path, kind: Kind) -> list[str]:
-    with tokenize.open(path) as stream:  # it knows the encoding line
+    with tokenize.open(path) as stream:  # honours the encoding declaration
         source = stream.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escape sequences in third-party code
         tree = ast.parse(source)
     if kind == "prose":
         holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         strings = [ast.get_docstring(node, clean=False) or "" for node in ast.walk(tree) if isinstance(node, holders)]
         cleaned = [inspect.cleandoc(string).strip() for string in strings]
         return [text for text in cleaned if len(text) >= _SHORTEST_PROSE]
-    lines = source.split("\n")  # not splitlines: it also breaks at form feeds, which ast does not count
+    lines = source.split("\n")  # not splitlines, which also splits at form feeds, unlike ast
     blocks = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
     return ["\n".join(lines[_first_line(block) - 1 : block.end_lineno]) for block in blocks]
 
@@ -301,14 +304,14 @@ def _first_line(block: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) ->
 
 
 def _state(kind: Kind, sources: Sequence[tuple[str, Path]]) -> str:
-    """A key that changes with Python, with the files to read and with this module."""
+    """Returns a cache key that depends on the Python version, the files to read and this module."""
     stamps = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in sources]
     known = (platform.python_version(), kind, _own_source(), stamps)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def _own_source() -> str:
-    """Changes with this module, and so with what it reads out of a file."""
+    """Returns a hash of this module's source, since it determines what is extracted."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 

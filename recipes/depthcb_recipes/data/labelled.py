@@ -1,4 +1,4 @@
-"""What data with labels share: which labels there are, and their numbers."""
+"""Base class for labelled data: label names and class indices."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from depthcb_recipes.data.text_data import TextData
 
 
 class LabelledData(TextData):
-    """Data whose second column holds labels, as numbers or as names; arguments and errors are those of `TextData`."""
+    """Data whose second column holds labels, as class indices or names; see `TextData` for arguments and errors."""
 
     @cached_property
     def label_names(self) -> list[str]:
-        """What the labels 0, 1, … stand for: the data set's own order, or the alphabet's.
+        """Names of the classes 0, 1, …, in the dataset's own order if it defines one, otherwise sorted.
 
         Raises:
-            ValueError: Labels that are neither names nor whole numbers; fewer than two.
+            ValueError: If a label is neither a string nor an integer, or there are fewer than two labels.
         """
         return list(self._classes.names) if self._classes else list(map(str, self._numbers))
 
     @property
     def num_labels(self) -> int:
-        """How many labels there are."""
+        """Number of labels."""
         return len(self.label_names)
 
     def number(self, label: Any) -> int:
-        """The number of a label.
+        """Returns the class index of a label.
 
         Raises:
-            ValueError: There is no such label: unlabelled rows often have -1.
+            ValueError: If the label is unknown; unlabelled rows often have -1.
         """
         try:
             return self._numbers[label]
         except KeyError:
             raise ValueError(
-                f"A row of {self.dataset!r} has the label {label!r} in {self.columns[1]!r}: leave it out."
+                f"A row of {self.dataset!r} has the label {label!r} in {self.columns[1]!r}: remove it."
             ) from None
 
     def all_labels(self) -> Iterable[Any]:
-        """Every label in the data."""
+        """Yields every label in the data."""
         raise NotImplementedError
 
     @property
     def _classes(self) -> ClassLabel | None:
-        """The data set's own list of labels, if it has one."""
+        """The dataset's own `ClassLabel` feature, if it has one."""
         feature = self.sides[0].features[self.columns[1]]
         feature = getattr(feature, "feature", feature)
         return feature if isinstance(feature, ClassLabel) else None
@@ -56,13 +56,13 @@ class LabelledData(TextData):
     def _numbers(self) -> dict[Any, int]:
         if self._classes:
             return {i: i for i in range(self._classes.num_classes)}
-        found = set(self.all_labels())
-        for label in found:
+        labels = set(self.all_labels())
+        for label in labels:
             if not isinstance(label, (str, int)):
                 raise ValueError(
-                    f"The label {label!r} in column {self.columns[1]!r} of {self.dataset!r} is neither a name nor a "
-                    "whole number: name another column, or leave such rows out."
+                    f"The label {label!r} in column {self.columns[1]!r} of {self.dataset!r} is neither a string nor "
+                    "an integer: choose another column or remove such rows."
                 )
-        if len(found) < 2:
-            raise ValueError(f"Column {self.columns[1]!r} of {self.dataset!r} has one label alone: {found}.")
-        return {label: i for i, label in enumerate(sorted(found))}
+        if len(labels) < 2:
+            raise ValueError(f"Column {self.columns[1]!r} of {self.dataset!r} has only one label: {labels}.")
+        return {label: i for i, label in enumerate(sorted(labels))}

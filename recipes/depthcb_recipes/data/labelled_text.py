@@ -1,4 +1,4 @@
-"""Texts with one label each."""
+"""Texts with one label each, for sequence classification."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from depthcb_recipes.data.labelled import LabelledData
 class LabelledText(LabelledData):
     """Texts and their labels, for `SequenceClassification`.
 
-    Of Python text these are docstrings and the library that each is from, equally many of each of eight libraries,
-    whose names are taken out of the text.
+    In the Python corpus, the texts are docstrings and the label is the library they come from: eight libraries with
+    equally many docstrings each. Library names are masked in the text.
 
     Args:
-        backbone: As for `TextData`.
-        dataset: As for `TextData`.
-        text: Column of the texts.
-        label: Column of the labels, numbers or names.
-        **options: As for `TextData`.
+        backbone: See `TextData`.
+        dataset: See `TextData`.
+        text: Name of the text column.
+        label: Name of the label column (class indices or names).
+        **options: See `TextData`.
 
     Raises:
-        ValueError: As for `TextData`; fewer than two labels.
+        ValueError: See `TextData`; also if there are fewer than two labels.
     """
 
     python_columns = ("text", "label")

@@ -1,4 +1,4 @@
-"""Texts with a label for each word."""
+"""Texts with one label per word, for token classification."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from depthcb_recipes.objectives.objective import IGNORED
 
 
 class LabelledTokens(LabelledData):
-    """Words and their labels, for `TokenClassification`: the first subword of a word has its label, the others -100.
+    """Words and their labels, for `TokenClassification`; subwords after the first have the label -100.
 
-    Of Python text the words are Python's own tokens, and the labels their kinds. Words are joined by single spaces.
+    In the Python corpus, the words are Python tokens and the labels their types. Words are joined by single spaces.
 
     Args:
-        backbone: As for `TextData`; a tokenizer that knows where in the text its subwords are (a fast one).
-        dataset: As for `TextData`.
-        tokens: Column of the lists of words.
-        labels: Column of the lists of labels, numbers or names.
-        **options: As for `TextData`.
+        backbone: See `TextData`. The tokenizer must be a fast one, since character offsets are needed.
+        dataset: See `TextData`.
+        tokens: Name of the column with lists of words.
+        labels: Name of the column with lists of labels (class indices or names).
+        **options: See `TextData`.
 
     Raises:
-        ValueError: As for `TextData`; a row with more or fewer labels than words; a slow tokenizer.
+        ValueError: See `TextData`; also if a row has a different number of labels and words, or the tokenizer is slow.
     """
 
     python_columns = ("tokens", "labels")
@@ -44,7 +44,7 @@ class LabelledTokens(LabelledData):
         self.columns = (tokens, labels)
 
     def all_labels(self) -> Iterator[Any]:
-        if self.dataset == "python":  # all kinds, whether this Python has them all or not
+        if self.dataset == "python":  # all types, even those that do not occur in this Python version
             yield from TOKEN_KINDS
         for side in self.sides:
             for row in side[self.columns[1]]:
@@ -56,7 +56,7 @@ class LabelledTokens(LabelledData):
     def encode(self, rows: Dataset) -> Iterator[dict[str, list[int]]]:
         if not self.tokenizer.is_fast:
             raise ValueError(
-                f"The tokenizer {self.tokenizer.name_or_path!r} does not say where its subwords are: take a fast one."
+                f"The tokenizer {self.tokenizer.name_or_path!r} has no character offsets: use a fast tokenizer."
             )
         for words, labels in zip(*(rows[column] for column in self.columns), strict=True):
             if len(words) != len(labels):
@@ -75,7 +75,7 @@ class LabelledTokens(LabelledData):
         coded = self.tokenizer(text, return_offsets_mapping=True, **limits)
         aligned = []
         for begin, end in coded["offset_mapping"]:
-            # Byte-level subwords hold the space before the word.
+            # Byte-level subwords include the space before the word.
             first = begin + (len(text[begin:end]) - len(text[begin:end].lstrip(" ")))
             aligned.append(starts.pop(first, IGNORED) if end > begin else IGNORED)
         return {"input_ids": coded["input_ids"], "labels": aligned}

@@ -1,4 +1,4 @@
-"""Documents joined and cut into blocks of equal length, for language models."""
+"""Documents concatenated and split into blocks of equal length, for language modelling."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from depthcb_recipes.data.text_data import TextData, end_of_text, plain_ids
 
 
 class PackedText(TextData):
-    """Documents joined and cut into blocks of equal length, for `CausalLM` and, masked, for `MaskedLM`.
+    """Documents concatenated and split into blocks of equal length, for `CausalLM` and (with masks) `MaskedLM`.
 
-    Python text is taken in hashed order, so a few blocks are already a mix of many files; other data keep their order,
-    because their rows are often the lines of longer documents. Masks are drawn anew every
-    epoch (of the chosen tokens 80 % become the mask token, 10 % another token, 10 % stay); those of the validation are
-    always the same.
+    The Python corpus is read in hash order, so that even a few blocks mix many files. Other datasets keep their order,
+    because their rows are often lines of longer documents. Training masks are redrawn every epoch (of the selected
+    tokens, 80 % become the mask token, 10 % a random token, 10 % stay unchanged); validation masks are fixed.
 
     Args:
-        backbone: As for `TextData`.
-        dataset: As for `TextData`.
-        kind: Of Python text: ``"code"`` or ``"prose"``.
-        column: Of other data: the column with the text.
-        masked: Mask tokens and label them, and them alone.
-        mask_probability: Share of the tokens to label.
-        block_size: Tokens in a row.
-        **options: As for `TextData`.
+        backbone: See `TextData`.
+        dataset: See `TextData`.
+        kind: Part of the Python corpus: ``"code"`` or ``"prose"``.
+        column: Name of the text column of other datasets.
+        masked: Whether to mask tokens; only masked tokens are then labelled.
+        mask_probability: Fraction of tokens to select for masking.
+        block_size: Tokens per row.
+        **options: See `TextData`.
 
     Raises:
-        ValueError: As for `TextData`; another kind; no mask token.
+        ValueError: See `TextData`; also if ``kind`` is unknown or the tokenizer has no mask token.
     """
 
     python_columns = ("text",)
@@ -58,7 +57,7 @@ class PackedText(TextData):
         if block_size < 2:
             raise ValueError(f"block_size must be at least 2, not {block_size}")
         if not 0 < mask_probability < 1:
-            raise ValueError(f"mask_probability must lie between 0 and 1, not at {mask_probability}")
+            raise ValueError(f"mask_probability must be between 0 and 1, not {mask_probability}")
         super().__init__(backbone, dataset, **options)
         self.kind, self.block_size = kind, block_size
         self.columns = (column,)
@@ -68,11 +67,11 @@ class PackedText(TextData):
         return python_corpus(self.kind)
 
     def settle(self, side: Dataset) -> Dataset:
-        """Rows with text in them."""
+        """Drops empty rows."""
         return side.select([i for i, text in enumerate(side[self.columns[0]]) if text.strip()])
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Blocks are all of one length: nothing is padding, and every token is its own label unless masked."""
+        """Stacks blocks into a batch; there is no padding, and unless masked, the labels are the input ids."""
         batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch.setdefault("labels", batch["input_ids"].clone())
@@ -83,14 +82,14 @@ class PackedText(TextData):
         if self.masked:
             if self.stateful:
                 raise ValueError(
-                    "stateful=True is not supported with masks: their random numbers have no state to keep."
+                    "stateful=True is not supported with masked=True: the random state of the masks cannot be saved."
                 )
             loader.collate_fn = masking(self.tokenizer, self.mask_probability, self.seed)
         return loader
 
     @cached_property
     def val_data(self) -> Dataset:
-        """The validation rows; masked ones are masked once and for all."""
+        """The tokenised validation rows, with fixed masks if ``masked``."""
         rows = self._encoded(1)
         if not self.masked:
             return rows
@@ -100,19 +99,19 @@ class PackedText(TextData):
     def probe_batches(
         self, rows: int = 64, batch_size: int = 16, *, block_size: int | None = None, kind: Kind | None = None
     ) -> list[dict[str, Tensor]]:
-        """Fixed inputs for a depth probe, from validation only.
+        """Returns fixed inputs for a depth probe, taken from the validation split.
 
-        Each row is the start of a different document: cut from one packed stream, neighbouring rows would share their
-        document and count as fewer than they are.
+        Each row is the start of a different document. Rows cut from the packed stream would often share a document and
+        not be independent.
 
         Args:
             rows: Number of rows.
-            batch_size: Rows in a batch.
-            block_size: Tokens in a row, by default the blocks' own; shorter documents are passed over.
-            kind: Of Python text: another kind than the blocks'.
+            batch_size: Rows per batch.
+            block_size: Tokens per row, by default that of the training blocks; shorter documents are skipped.
+            kind: Part of the Python corpus to use instead of the data module's own.
 
         Raises:
-            ValueError: Too few documents are that long.
+            ValueError: If too few documents are long enough.
         """
         size = block_size or self.block_size
         data = PackedText(self.tokenizer, kind=kind, seed=self.seed) if kind else self
@@ -125,7 +124,7 @@ class PackedText(TextData):
         return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
 
     def _ordered(self, side: Dataset) -> Dataset:
-        # Elsewhere than in Python text a row may be one line of a longer document.
+        # In other datasets, a row may be one line of a longer document.
         return super()._ordered(side) if self.dataset == "python" else side
 
     @property
@@ -137,18 +136,18 @@ class PackedText(TextData):
 
 
 def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[list[int]]:
-    """Tokenise documents, end each with the end-of-text token, and cut the stream into equal blocks.
+    """Tokenises documents, appends the end-of-text token to each and splits the stream into blocks of equal length.
 
-    The tokenizer adds no token of its own, and a text that spells out a special token does not become one. The
-    remainder of the stream is dropped.
+    No other special tokens are added, and special tokens spelled out in a text are encoded as plain text. The remainder
+    of the stream is dropped.
 
     Args:
-        texts: Documents, read only as far as needed.
-        tokenizer: Its end-of-text token (for BERT and the like the separator) goes between documents.
-        size: Tokens in a block.
+        texts: Documents, read lazily.
+        tokenizer: Tokenizer whose end-of-text token (the separator for BERT-like models) ends each document.
+        size: Tokens per block.
 
     Raises:
-        ValueError: The tokenizer has no token to end a text with.
+        ValueError: If the tokenizer has neither an end-of-text nor a separator token.
     """
     end = end_of_text(tokenizer)
     stream: list[int] = []
@@ -160,13 +159,13 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
 
 
 def masking(tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> DataCollatorForLanguageModeling:
-    """What masks tokens 80/10/10, with random numbers of its own.
+    """Returns a collator that masks tokens (80/10/10) with its own random generator.
 
     Raises:
-        ValueError: The tokenizer has no mask token.
+        ValueError: If the tokenizer has no mask token.
     """
     if tokenizer.mask_token is None:
-        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no mask token: take CausalLM.")
+        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no mask token: use CausalLM.")
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
-    collator.generator = torch.Generator().manual_seed(seed)  # its own `seed` is refused in a spawned process
+    collator.generator = torch.Generator().manual_seed(seed)  # its `seed` argument fails in spawned processes
     return collator

@@ -1,4 +1,4 @@
-"""What all data share: where rows come from, how they are split, tokenised once and batched."""
+"""Base data module: loads rows, splits, tokenises (with a cache on disk) and batches them."""
 
 from __future__ import annotations
 
@@ -26,40 +26,42 @@ from depthcb_recipes.cache import cache_folder, cached, digest
 from depthcb_recipes.data.corpus import in_hashed_order, split_by_file
 from depthcb_recipes.objectives.objective import IGNORED
 
-_CODING = 1  # raised by hand when the same rows come to be tokenised in another way
+_CODING = 1  # increment when the tokenisation of the same rows changes
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Side = Literal[0, 1]  # training, validation
 
 
 class TextData(LightningDataModule):
-    """Rows of text for one objective, split, tokenised and batched; subclasses say what a row is.
+    """Base class for text data modules; subclasses define what a row is.
 
-    Python text is split by file; other data by their own splits, or, where there is no validation split, by a seeded
-    tenth of the training rows. Training rows that also occur in validation are left out. Every loader draws from its
-    own generator: two fits see the same batches, and the process-wide random numbers are neither read nor moved.
+    The Python corpus is split by file. Other datasets use their own splits; if there is no validation split, a random
+    tenth of the training rows is held out. Training rows that also occur in the validation split are dropped. Each
+    dataloader has its own generator, so two fits see the same batches and the global random state is not touched.
 
     Args:
-        backbone: The name of the backbone whose tokenizer to use, or a tokenizer.
-        dataset: ``"python"``; a CSV, JSON, JSONL or parquet file; a folder or hub id that ``datasets`` loads.
-        config: Name of the configuration of a hub data set, ``"sst2"`` of ``"glue"``; ``"glue/sst2"`` says both.
+        backbone: Name of the backbone whose tokenizer to use, or a tokenizer.
+        dataset: ``"python"`` for the Python corpus; a CSV, JSON, JSONL or parquet file; or a folder or hub id that
+            ``datasets`` can load.
+        config: Configuration name of a hub dataset, such as ``"sst2"`` for ``"glue"``; ``dataset="glue/sst2"`` is
+            equivalent.
         train_split: Name of the training split.
         val_split: Name of the validation split.
-        train_rows: Most rows for training, None for all there are.
-        val_rows: Most rows for validation.
-        max_length: Most tokens in a row.
-        batch_size: Rows in a batch.
-        seed: Decides the split, the choice of rows, their order and their masks.
-        stateful: Whether a checkpoint holds the place in the training data, so that a fit resumed in the middle of an
-            epoch goes on with the next batch, not with the first; needs torchdata.
+        train_rows: Maximum number of training rows; None for all.
+        val_rows: Maximum number of validation rows.
+        max_length: Maximum number of tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed for the split, the selection and order of rows, and the masks.
+        stateful: Whether checkpoints store the position in the training data, so that a fit resumed mid-epoch continues
+            with the next batch instead of the first. Requires torchdata.
 
     Raises:
-        ValueError: No such data, column or label, or an empty split (when the data are read); sizes below 1; stateful
-            without torchdata.
+        ValueError: If a size is below 1, or ``stateful`` is set without torchdata installed. When the data are read: if
+            the dataset, a column or a label does not exist, or a split is empty.
     """
 
     columns: tuple[str, ...] = ()
-    #: The columns of the Python text that stand for them.
+    #: The matching columns of the Python corpus.
     python_columns: tuple[str, ...] = ()
 
     def __init__(
@@ -97,23 +99,23 @@ class TextData(LightningDataModule):
         return load_tokenizer(self.backbone) if isinstance(self.backbone, str) else self.backbone
 
     def python_rows(self) -> Dataset:
-        """The Python text: ``python_columns`` and ``file``."""
+        """Returns the Python corpus, with the columns ``python_columns`` and ``file``."""
         raise NotImplementedError
 
     def encode(self, rows: Dataset) -> Iterable[dict[str, Any]]:
-        """Tokenised rows, without padding; only as many are taken as are asked for."""
+        """Yields tokenised, unpadded rows lazily."""
         raise NotImplementedError
 
     def settle(self, side: Dataset) -> Dataset:
-        """Which rows of a side, in hashed order, are used."""
+        """Selects the rows to use from one split, which is in hash order."""
         return side
 
     def truncated(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """The token ids of each text, with what the tokenizer adds, and at most ``max_length`` of them."""
+        """Yields the token ids of each text, including special tokens, truncated to ``max_length``."""
         return token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch: each column padded to its longest row, the mask with 0 and labels with -100."""
+        """Collates rows into a batch; columns are padded to the longest row (attention mask: 0, labels: -100)."""
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
@@ -137,7 +139,7 @@ class TextData(LightningDataModule):
         return int(self.tokenizer.pad_token_id)
 
     def prepare_data(self) -> None:
-        """Fill the caches, so that only one process of a machine reads and tokenises."""
+        """Fills the caches, so that only one process per machine reads and tokenises."""
         self.val_data, self.train_data  # noqa: B018
 
     @cached_property
@@ -151,18 +153,18 @@ class TextData(LightningDataModule):
         return self._encoded(1)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled batches; each new loader starts the same order again."""
+        """Returns a shuffled dataloader; every new dataloader repeats the same order."""
         return self._loader(self.train_data, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches in a fixed order."""
+        """Returns a dataloader with a fixed order."""
         return self._loader(self.val_data, shuffle=False)
 
     def probe_batches(self, rows: int = 64, batch_size: int = 16) -> list[dict[str, Tensor]]:
-        """Fixed inputs for a depth probe: the first validation rows.
+        """Returns fixed inputs for a depth probe: the first validation rows.
 
         Raises:
-            ValueError: There are too few.
+            ValueError: If there are too few validation rows.
         """
         if len(self.val_data) < rows:
             raise ValueError(f"Only {len(self.val_data)} validation rows, but {rows} are needed")
@@ -171,15 +173,15 @@ class TextData(LightningDataModule):
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
     def _loader(self, data: Dataset, shuffle: bool) -> DataLoader[dict[str, Tensor]]:
-        # Without a generator of its own even an unshuffled loader draws one number from the process-wide one, and a
-        # validation would change the dropout of the training steps after it.
+        # Without its own generator, even an unshuffled loader draws a number from the global one, so that a validation
+        # would change the dropout of later training steps.
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        if self.stateful and shuffle:  # validation is never resumed in its middle
+        if self.stateful and shuffle:  # validation is never resumed midway
             from torchdata.stateful_dataloader import StatefulDataLoader
             from torchdata.stateful_dataloader.sampler import RandomSampler
 
-            # The order has a generator of its own: a loader draws from its generator too, which a resume does not
-            # repeat, and the epochs after it would have another order.
+            # The sampler needs a separate generator: the loader also draws from its own, which is not repeated on
+            # resume, so that the order of later epochs would differ.
             order = RandomSampler(data, generator=torch.Generator(device="cpu").manual_seed(self.seed))
             loader: DataLoader[dict[str, Tensor]] = StatefulDataLoader(
                 data, self.batch_size, sampler=order, generator=generator, collate_fn=self.collate, num_workers=0
@@ -203,8 +205,8 @@ class TextData(LightningDataModule):
             encoded = list(itertools.islice(self.encode(rows), most))
             if not encoded:
                 raise ValueError(
-                    f"The {'validation' if side else 'training'} side of {self.dataset!r} gives no row at a length of "
-                    f"{self.row_length} tokens: give more text, or another length."
+                    f"The {'validation' if side else 'training'} split of {self.dataset!r} yields no rows at a length "
+                    f"of {self.row_length} tokens: provide more text or use another length."
                 )
             return pa.Table.from_pylist(encoded)
 
@@ -212,12 +214,12 @@ class TextData(LightningDataModule):
 
     @property
     def row_length(self) -> int:
-        """Most tokens in a row."""
+        """Maximum number of tokens per row."""
         return self.max_length
 
     @cached_property
     def sides(self) -> tuple[Dataset, Dataset]:
-        """All rows of training and of validation, in hashed order, none in both."""
+        """All training and validation rows, in hash order and disjoint."""
         found = self._python_sides() if self.dataset == "python" else self._loaded()
         train, val = (self.settle(self._ordered(side.select_columns(list(self.columns)))) for side in found)
         held_out = set(_keys(val))
@@ -225,7 +227,7 @@ class TextData(LightningDataModule):
         if len(fresh) < len(train) and self.dataset != "python":
             rank_zero_warn(
                 f"{len(train) - len(fresh)} of {len(train)} training rows of {self.dataset!r} are also in validation: "
-                "they are left out of training."
+                "they are dropped from training."
             )
         return train.select(fresh), val
 
@@ -241,8 +243,8 @@ class TextData(LightningDataModule):
         for column in self.columns:
             if column not in train.column_names:
                 raise ValueError(
-                    f"{self.dataset!r} has no column {column!r}: it has {', '.join(train.column_names)}; name "
-                    f"the right one in the arguments of {type(self).__name__}."
+                    f"{self.dataset!r} has no column {column!r}: it has {', '.join(train.column_names)}; set "
+                    f"the right name in the arguments of {type(self).__name__}."
                 )
         val = splits.get(self.val_split)
         if val is None:
@@ -259,16 +261,16 @@ class TextData(LightningDataModule):
         return train, val
 
     def _ordered(self, side: Dataset) -> Dataset:
-        """Rows in hashed order: it follows from each row and the seed alone."""
+        """Sorts rows by hash; the order depends only on the rows' content and the seed."""
         keys = _keys(side)
         rank = {key: i for i, key in enumerate(in_hashed_order(dict.fromkeys(keys), self.seed))}
         return side.select(sorted(range(len(keys)), key=lambda i: rank[keys[i]]))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], **options: Any) -> Iterator[list[int]]:
-    """The token ids of each text, tokenised in groups as they are asked for.
+    """Yields the token ids of each text, tokenised lazily in groups.
 
-    Special tokens that a text spells out are text.
+    Special tokens spelled out in a text are encoded as plain text.
     """
     remaining = iter(texts)
     while group := list(itertools.islice(remaining, 256)):
@@ -276,43 +278,43 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], **option
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The token ids of each text without any that the tokenizer adds."""
-    # verbose=False: whole documents may be longer than the model's context, the rows cut from them are not
+    """Yields the token ids of each text without special tokens."""
+    # verbose=False: documents may be longer than the model's context, but the rows cut from them are not
     return token_ids(tokenizer, texts, add_special_tokens=False, verbose=False)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text: BERT and the like have a separator for it.
+    """Returns the id of the end-of-text token, or of the separator token for BERT-like tokenizers.
 
     Raises:
-        ValueError: The tokenizer has neither.
+        ValueError: If the tokenizer has neither.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has neither an end-of-text nor a separator token to end a text "
-            "with: set tokenizer.eos_token."
+            f"The tokenizer {tokenizer.name_or_path!r} has neither an end-of-text nor a separator token: set "
+            "tokenizer.eos_token."
         )
     return int(end)
 
 
 def _keys(rows: Dataset) -> list[str]:
-    """What tells rows apart, and equal rows share."""
+    """Returns one key per row; equal rows have equal keys."""
     return list(map(repr, zip(*rows[:].values(), strict=True)))
 
 
 def _load(dataset: str, config: str | None) -> DatasetDict:
-    """All splits of a local file, a folder or a data set on the hub."""
+    """Loads all splits of a local file, a folder or a hub dataset."""
     path = Path(dataset)
     if path.is_file():
         if path.suffix not in _READERS:
-            raise ValueError(f"{dataset!r} is none of {', '.join(_READERS)}: convert it to one of these.")
+            raise ValueError(f"{dataset!r} is not one of {', '.join(_READERS)}: convert it to one of these.")
         try:
             return load_dataset(_READERS[path.suffix], data_files=str(path))
         except (ValueError, DatasetGenerationError) as cause:
             raise ValueError(f"The file {dataset!r} is empty or cannot be read ({cause}).") from cause
     if not path.exists() and (path.suffix in _READERS or dataset.startswith((".", "/", "~"))):
-        raise ValueError(f"There is no file or folder {dataset!r}: give another path, a hub id, or 'python'.")
+        raise ValueError(f"There is no file or folder {dataset!r}: use another path, a hub id, or 'python'.")
     try:
         return _load_named(dataset, config)
     except (OSError, ValueError, RuntimeError) as cause:
@@ -321,8 +323,8 @@ def _load(dataset: str, config: str | None) -> DatasetDict:
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 return _load_named(name, inner)  # "glue/sst2"
         raise ValueError(
-            f"The data set {dataset!r} is neither a local file or folder nor was it found on the hub ({cause}): take "
-            "'python', or give a path, or a hub id on a machine that reaches the hub."
+            f"The dataset {dataset!r} is neither a local file or folder nor was it found on the hub ({cause}): use "
+            "'python', a local path, or a hub id (with access to the hub)."
         ) from cause
 
 
@@ -332,9 +334,8 @@ def _load_named(dataset: str, config: str | None) -> DatasetDict:
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        return load_dataset(
-            dataset, config, revision="refs/convert/parquet"
-        )  # the hub's own copy of what a script made
+        # the hub's parquet copy of a dataset defined by a script
+        return load_dataset(dataset, config, revision="refs/convert/parquet")
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,4 +1,4 @@
-"""Pairs of texts that belong together."""
+"""Pairs of related texts, for contrastive learning."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from depthcb_recipes.data.text_data import TextData
 
 
 class TextPairs(TextData):
-    """Two texts that belong together, for `Contrastive`; or texts alone.
+    """Pairs of related texts, or single texts, for `Contrastive`.
 
-    Of Python text these are docstrings and the functions they describe.
+    In the Python corpus, a pair is a docstring and the function it documents.
 
     Args:
-        backbone: As for `TextData`.
-        dataset: As for `TextData`.
-        first: Column of the first texts.
-        second: Column of their partners; None for texts without partners, which then are their own (SimCSE).
-        score: Column that says how near the two are, where not all belong together (STS-B's ``label``).
-        min_score: The pairs below this score are left out.
-        **options: As for `TextData`.
+        backbone: See `TextData`.
+        dataset: See `TextData`.
+        first: Name of the column with the first texts.
+        second: Name of the column with the second texts; None pairs each text with itself (SimCSE).
+        score: Name of the column with similarity scores, if not all pairs are positives (STS-B's ``label``).
+        min_score: Pairs with a lower score are dropped.
+        **options: See `TextData`.
 
     Raises:
-        ValueError: As for `TextData`.
+        ValueError: See `TextData`.
     """
 
     python_columns = ("first", "second")

@@ -1,1 +1,1 @@
-"""Objectives: one LightningModule each, and the monitor of their distance from pretraining."""
+"""Fine-tuning objectives (one LightningModule each), and a monitor of their distance to the pretraining objective."""

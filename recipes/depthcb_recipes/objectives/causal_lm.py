@@ -1,4 +1,4 @@
-"""Fine-tuning by next-token prediction."""
+"""Causal language modelling."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from depthcb_recipes.objectives.objective import IGNORED, Batch, ExpMean, Loss, 
 class CausalLM(Objective):
     """Next-token prediction; encoders get a causal mask.
 
-    A batch holds ``input_ids`` and, optionally, ``attention_mask`` and ``labels`` (unshifted; -100 does not count).
-    Without labels every token that the mask keeps is a label. Beside the losses ``val/perplexity`` is logged.
+    A batch contains ``input_ids`` and, optionally, ``attention_mask`` and ``labels`` (unshifted; -100 is ignored). The
+    labels default to the unmasked input ids. Also logs ``val/perplexity``.
 
     Args:
-        backbone: As for `Objective`; a model needs a language-model head.
-        **options: As for `Objective`.
+        backbone: See `Objective`. A model must have a language-model head.
+        **options: See `Objective`.
 
     Raises:
-        ValueError: As for `Objective`; a model that sees both sides of a token.
+        ValueError: See `Objective`; also if the model is bidirectional or has no language-model head.
 
     Example:
         >>> import torch
@@ -42,17 +42,17 @@ class CausalLM(Objective):
         if is_encoder(model.config):
             raise ValueError(
                 f"{type(self).__name__} predicts the next token, which {type(model).__name__} already sees: load it "
-                "with config.is_decoder = True, or take MaskedLM."
+                "with config.is_decoder = True, or use MaskedLM."
             )
         if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             raise ValueError(f"{type(model).__name__} has no language-model head: load it with load_backbone(name).")
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the next tokens."""
+        """Returns the mean cross-entropy of the next tokens."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         labels = unpadded(batch.get("labels", ids), mask)
         logits = self.run(self.model, ids, mask).logits
-        # Padding on the left comes before the first token: nothing there could have told it.
+        # With left padding, nothing precedes the first token from which it could be predicted.
         targets = unpadded(labels[:, 1:], None if mask is None else mask[:, :-1])
         return Loss(*cross_entropy(logits[:, :-1], targets))
 
@@ -61,5 +61,5 @@ class CausalLM(Objective):
 
 
 def unpadded(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Labels of which those under padding do not count."""
+    """Returns the labels with padding positions ignored."""
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)

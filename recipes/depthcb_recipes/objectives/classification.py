@@ -1,4 +1,4 @@
-"""What classifying texts and classifying tokens share."""
+"""Base class of sequence and token classification."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from depthcb_recipes.objectives.objective import IGNORED, Objective
 
 
 class Classification(Objective):
-    """A new linear head that tells labels apart, with accuracy and macro F1.
+    """Base class for classification with a new linear head.
 
-    ``val/accuracy`` and ``val/f1`` (the unweighted mean over labels) are logged beside the losses.
+    Also logs ``val/accuracy`` and ``val/f1`` (macro average).
 
     Args:
-        backbone: As for `Objective`; of a model with a head the network below it is used.
+        backbone: See `Objective`. If the model has a head, it is not used.
         num_labels: Number of labels; None takes it from the Trainer's data module.
-        dropout: Probability of dropping a number that the head reads.
-        **options: As for `Objective`.
+        dropout: Dropout probability at the input of the head.
+        **options: See `Objective`.
 
     Raises:
-        ValueError: As for `Objective`; fewer than two labels, or no way to know their number.
+        ValueError: See `Objective`; also if there are fewer than two labels or their number is unknown.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class Classification(Objective):
             self._add_head(num_labels)
 
     def configure_model(self) -> None:
-        """Load the backbone and put a head on it, once."""
+        """Loads the backbone and adds the head, once."""
         super().configure_model()
         if not hasattr(self, "head"):
             self._add_head(self.hparams["num_labels"] or self._labels_of_data())
 
     def scores(self, features: Tensor) -> Tensor:
-        """(..., D) → (..., labels)."""
+        """Returns the logits, (..., D) → (..., labels)."""
         scores: Tensor = self.head(self.dropout(features))
         return scores
 
     def _add_head(self, num_labels: int) -> None:
-        self.hparams["num_labels"] = num_labels  # so that a checkpoint is loaded without its data
+        self.hparams["num_labels"] = num_labels  # so that a checkpoint can be loaded without the data module
         config = self.model.config
         weight = next(self.model.parameters())
         self.head = nn.Linear(config.hidden_size, num_labels, device=weight.device, dtype=weight.dtype)
@@ -63,7 +63,7 @@ class Classification(Objective):
         self.val_metrics["f1"] = MulticlassF1Score(num_labels, average="macro", ignore_index=IGNORED)
 
     def _labels_of_data(self) -> int:
-        found = getattr(getattr(self._trainer, "datamodule", None), "num_labels", None)
-        if found is None:
-            raise ValueError(f"{type(self).__name__} can't know how many labels there are: give num_labels=.")
-        return int(found)
+        num_labels = getattr(getattr(self._trainer, "datamodule", None), "num_labels", None)
+        if num_labels is None:
+            raise ValueError(f"{type(self).__name__} can't infer the number of labels: pass num_labels=.")
+        return int(num_labels)

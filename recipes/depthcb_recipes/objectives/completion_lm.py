@@ -1,4 +1,4 @@
-"""Fine-tuning on completions alone, which is mostly called supervised fine-tuning (SFT)."""
+"""Supervised fine-tuning (SFT) on completions only."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from depthcb_recipes.objectives.objective import Batch, Loss
 
 
 class CompletionLM(CausalLM):
-    """Next-token prediction of the completion that follows a prompt; the prompt itself does not count.
+    """Next-token prediction on completions; prompt tokens are ignored.
 
-    A batch is one of `CausalLM` whose ``labels`` are -100 over the prompt.
+    A batch is the same as for `CausalLM`, with ``labels`` of -100 for prompt tokens.
 
     Raises:
-        ValueError: As for `CausalLM`; a batch without labels.
+        ValueError: See `CausalLM`; also if a batch has no labels.
     """
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the completions' tokens."""
+        """Returns the mean cross-entropy of the completion tokens."""
         if "labels" not in batch:
             raise ValueError(
-                "A batch of CompletionLM needs labels that are -100 over the prompt: use "
+                "CompletionLM needs labels that are -100 for prompt tokens: use "
                 "depthcb_recipes.data.Completions, or CausalLM to train on the prompt too."
             )
         return super().loss(batch)

@@ -1,4 +1,4 @@
-"""Fine-tuning by finding the partner of a text among the others of its batch."""
+"""Contrastive learning with in-batch negatives."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from depthcb_recipes.objectives.pooling import last_token, mean_token
 
 
 class Contrastive(Objective):
-    """InfoNCE over a batch: each text's vector is to be nearest, by cosine, to that of its partner.
+    """InfoNCE with in-batch negatives on cosine similarities of text embeddings.
 
-    A batch holds ``input_ids``, ``pair_input_ids`` and, optionally, ``attention_mask`` and ``pair_attention_mask``.
-    Without pairs a text is its own partner under another draw of dropout (SimCSE), in validation too, where the draws
-    are always the same. Of several processes each compares within its own batch. A text's vector is the mean over real
-    tokens (encoders) or the last one's (others). Beside the losses ``val/recall_at_1`` is logged: how often the partner
-    is nearest among the batch.
+    A batch contains ``input_ids``, ``pair_input_ids`` and, optionally, ``attention_mask`` and ``pair_attention_mask``.
+    Without pairs, each text is paired with itself under a different dropout mask (SimCSE); in validation, these masks
+    are fixed. Each process only uses negatives from its own batch. Embeddings are mean-pooled over non-padding tokens
+    for encoders, and taken from the last token otherwise. Also logs ``val/recall_at_1``, the fraction of texts whose
+    partner is their nearest neighbour in the batch.
 
     Args:
-        backbone: As for `Objective`; of a model with a head the network below it is used.
-        temperature: What cosines are divided by.
-        **options: As for `Objective`.
+        backbone: See `Objective`. If the model has a head, it is not used.
+        temperature: Temperature that divides the cosine similarities.
+        **options: See `Objective`.
 
     Raises:
-        ValueError: As for `Objective`; a temperature that is not positive; no pairs for a network without dropout; a
-            batch of one.
+        ValueError: See `Objective`; also if the temperature is not positive, a batch contains only one text, or there
+            are neither pairs nor dropout.
 
     Example:
         >>> import torch
@@ -55,12 +55,10 @@ class Contrastive(Objective):
         self.val_metrics["recall_at_1"] = MeanMetric()
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the partner among all second texts of the batch."""
+        """Returns the mean cross-entropy of the partner among all second texts of the batch."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         if len(ids) < 2:
-            raise ValueError(
-                "Contrastive got a batch of one text, which has nothing to be told from: use batch_size >= 2."
-            )
+            raise ValueError("Contrastive got a batch of one text, which has no negatives: use batch_size >= 2.")
         if "pair_input_ids" in batch:
             first = self.embed(ids, mask)
             second = self.embed(batch["pair_input_ids"], batch.get("pair_attention_mask"))
@@ -72,7 +70,7 @@ class Contrastive(Objective):
         return Loss(*cross_entropy(scores, targets), scores, targets)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The texts' vectors, (B, D) and of length 1."""
+        """Returns L2-normalised text embeddings, (B, D)."""
         hidden = self(input_ids, attention_mask).last_hidden_state.float()
         pool = mean_token if is_encoder(self.model.config) else last_token
         return F.normalize(pool(hidden, attention_mask), dim=1)
@@ -84,11 +82,11 @@ class Contrastive(Objective):
 
     @contextmanager
     def _dropping(self) -> Iterator[None]:
-        """Dropout is on; outside training from a fixed draw, so that validations compare."""
+        """Enables dropout, with fixed masks outside training so that validations are comparable."""
         dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         if not dropouts:
             raise ValueError(
-                f"{type(self.model).__name__} has no dropout, so that a text can't be its own partner: give pairs."
+                f"{type(self.model).__name__} has no dropout, so texts can't be paired with themselves: provide pairs."
             )
         if self.training:
             yield

@@ -1,4 +1,4 @@
-"""Fine-tuning by predicting masked tokens."""
+"""Masked language modelling."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from depthcb_recipes.objectives.objective import Batch, ExpMean, Loss, Objective
 
 
 class MaskedLM(Objective):
-    """Prediction of the tokens that a batch has masked.
+    """Masked-token prediction.
 
-    A batch holds ``input_ids``, ``labels`` (-100 where nothing was masked) and, optionally, ``attention_mask``, as
-    ``depthcb_recipes.data.PackedText(masked=True)`` gives it. Beside the losses ``val/perplexity`` of the masked
-    tokens is logged.
+    A batch contains ``input_ids``, ``labels`` (-100 except for masked tokens) and, optionally, ``attention_mask``, as
+    returned by ``depthcb_recipes.data.PackedText(masked=True)``. Also logs ``val/perplexity`` of the masked tokens.
 
     Args:
-        backbone: As for `Objective`; a model needs a masked-language-model head.
-        **options: As for `Objective`.
+        backbone: See `Objective`. A model must have a masked-language-model head.
+        **options: See `Objective`.
 
     Raises:
-        ValueError: As for `Objective`; a model that sees only the tokens before a masked one.
+        ValueError: See `Objective`; also if the model is causal.
     """
 
     lm_head = "masked_lm"
@@ -35,14 +34,13 @@ class MaskedLM(Objective):
     def check_backbone(self, model: PreTrainedModel) -> None:
         if not is_encoder(model.config):
             raise ValueError(
-                f"MaskedLM needs a model that sees both sides of a masked token; {type(model).__name__} sees only what "
-                "stands before it: take CausalLM."
+                f"MaskedLM needs a bidirectional model, but {type(model).__name__} is causal: use CausalLM."
             )
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the masked tokens."""
+        """Returns the mean cross-entropy of the masked tokens."""
         if "labels" not in batch:
-            raise ValueError("A batch of MaskedLM needs labels: take depthcb_recipes.data.PackedText(masked=True).")
+            raise ValueError("MaskedLM needs labels: use depthcb_recipes.data.PackedText(masked=True).")
         mask = batch.get("attention_mask")
         logits = self.run(self.model, batch["input_ids"], mask).logits
         return Loss(*cross_entropy(logits, unpadded(batch["labels"], mask)))

@@ -1,4 +1,4 @@
-"""What all objectives share: a backbone that the Trainer loads, an optimizer with its schedule, and the logged loss."""
+"""Base class of all objectives: backbone loading, optimizer and schedule, logging of losses."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from depthcb_recipes.backbones.zoo import Head
 Batch = dict[str, Tensor]
 OptimizerName = Literal["adamw", "sgd"]
 
-IGNORED = -100  # the label that does not count
+IGNORED = -100  # label value that is excluded from losses and metrics
 
 
 class Loss(NamedTuple):
-    """A batch's loss and what metrics are made of.
+    """Loss of a batch, with the inputs of its metrics.
 
     Args:
         value: Mean loss in nats, a scalar.
-        weight: Over how many labels the mean is taken.
-        scores: (N, classes), where the objective has metrics of them.
-        targets: (N,), their right classes.
+        weight: Number of labels that the mean is taken over.
+        scores: Logits, (N, classes); None if the objective's metrics do not need them.
+        targets: Target classes, (N,).
     """
 
     value: Tensor
@@ -43,32 +43,32 @@ class Loss(NamedTuple):
 
 
 class Objective(LightningModule):
-    """A pretrained network and one way of training it further; subclasses say which in ``loss``.
+    """Base class for fine-tuning objectives; subclasses implement ``loss``.
 
-    The learning rate rises linearly over the warm-up and falls linearly to 0 at the end of the fit; biases, norms and
-    other vectors get no weight decay.
+    The learning rate is warmed up linearly and then decays linearly to 0 at the end of the fit. Weight decay is not
+    applied to biases, norms and other vectors.
 
     | logged | meaning |
     |---|---|
     | ``train/loss`` | loss of the batch, nats |
-    | ``val/loss`` | loss of the validation set, nats, each label counted once |
+    | ``val/loss`` | loss of the validation set, nats, averaged over labels |
 
     Args:
-        backbone: A name for ``load_backbone``, loaded when the Trainer sets the model up, or a model, used as it is.
+        backbone: A name accepted by ``load_backbone``, loaded when the Trainer sets up the model, or a model.
         optimizer: ``"adamw"``, or ``"sgd"`` with momentum.
         lr: Peak learning rate.
-        weight_decay: Decay per unit of learning rate (AdamW) or added to the gradient (SGD), for matrices only.
+        weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD), for matrices only.
         momentum: Momentum of SGD.
-        betas: Decay rates of AdamW's running means of the gradient and of its square.
-        warmup_steps: Optimizer steps until the peak learning rate.
+        betas: Betas of AdamW.
+        warmup_steps: Number of optimizer steps of the warm-up.
 
     Raises:
-        ValueError: An unknown optimizer, a learning rate that is not positive, a negative warm-up, or a backbone that
-            the objective makes no sense for.
+        ValueError: If the optimizer is unknown, the learning rate is not positive, ``warmup_steps`` is negative or the
+            backbone does not suit the objective.
     """
 
     model: PreTrainedModel
-    #: The head that the network is loaded with; None for objectives that bring their own.
+    #: The head that the backbone is loaded with; None for objectives that add their own.
     lm_head: Head | None = None
 
     def __init__(
@@ -100,14 +100,14 @@ class Objective(LightningModule):
         self.val_metrics = nn.ModuleDict()
 
     def loss(self, batch: Batch) -> Loss:
-        """The loss of a batch."""
+        """Returns the loss of a batch."""
         raise NotImplementedError
 
     def check_backbone(self, model: PreTrainedModel) -> None:
-        """Refuses a network that this objective makes no sense for."""
+        """Raises a ValueError if the backbone does not suit this objective."""
 
     def configure_model(self) -> None:
-        """Load a backbone that was given by its name, once; split it where the strategy splits parameters."""
+        """Loads the backbone if it was given by name, once, and shards it if the strategy requires it."""
         self._load(self.device_mesh)
 
     def reloaded(self) -> Self:
@@ -142,18 +142,18 @@ class Objective(LightningModule):
             split(self, mesh)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        """Run the network below its head, which a depth probe has no use for."""
+        """Runs the backbone without its head; a depth probe does not need the head."""
         return self.run(self.model.base_model, input_ids, attention_mask)
 
     def run(self, network: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        """Run a network on texts that are padded on either side.
+        """Runs a network on texts with left or right padding.
 
         Raises:
-            ValueError: Left padding, where the network has no way to pass over it.
+            ValueError: If there is left padding and the network does not support it.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if attention_mask is not None and not _counts_positions(network):
-            if _takes(network, "position_ids"):  # counted from the first real token
+            if _takes(network, "position_ids"):  # starting at the first non-padding token
                 inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             elif not attention_mask[:, 0].all():
                 raise ValueError(
@@ -162,21 +162,21 @@ class Objective(LightningModule):
         return network(**{key: value for key, value in inputs.items() if _takes(network, key)})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
+        """Returns the loss of a batch and logs it."""
         loss = self.loss(batch)
         self.log("train/loss", loss.value, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss.value
 
     def on_validation_epoch_start(self) -> None:
-        """Start the validation's figures afresh.
+        """Resets the validation metrics.
 
-        `Trainer.validate` leaves them as inference tensors, which a fit after it could not write to.
+        `Trainer.validate` leaves them as inference tensors, which cannot be updated in a later fit.
         """
         for metric in (self.val_loss, *self.metrics.values()):
             metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation's figures."""
+        """Updates and logs the validation metrics."""
         loss = self.loss(batch)
         self.val_loss.update(loss.value, loss.weight)
         self.log("val/loss", self.val_loss, prog_bar=True)
@@ -185,16 +185,16 @@ class Objective(LightningModule):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The validation's metrics by name."""
+        """The validation metrics by name."""
         return dict(self.val_metrics.items())  # type: ignore[arg-type]
 
     def update_metrics(self, loss: Loss) -> None:
-        """Add a validation batch to ``val_metrics``."""
+        """Updates ``val_metrics`` with a validation batch."""
         for metric in self.metrics.values():
             metric.update(loss.scores, loss.targets)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW or SGD over two parameter groups, with warm-up and linear decay per step."""
+        """Returns AdamW or SGD with two parameter groups, and a per-step schedule with warm-up and linear decay."""
         args = self.hparams
         groups = decay_groups(self, args["weight_decay"])
         optimizer: torch.optim.Optimizer
@@ -203,42 +203,42 @@ class Objective(LightningModule):
         else:
             optimizer = torch.optim.SGD(groups, lr=args["lr"], momentum=args["momentum"])
         warmup, total = args["warmup_steps"], float(self.trainer.estimated_stepping_batches)
-        if total < 0:  # Lightning's answer for a data stream whose length it does not know
+        if total < 0:  # Lightning returns -1 for data of unknown length
             total = math.inf
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def split(module: Objective, mesh: DeviceMesh) -> None:
-    """Splits the parameters of each layer, and what is left as one, over the processes (FSDP2).
+    """Shards the parameters over processes with FSDP2: each layer separately, and all others together.
 
     Args:
         module: The objective with its network.
-        mesh: What `ModelParallelStrategy` makes of its two sizes.
+        mesh: The device mesh of `ModelParallelStrategy`.
 
     Raises:
-        ValueError: A mesh that would split single matrices.
+        ValueError: If the mesh has tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise ValueError(
-            f"tensor_parallel_size={mesh['tensor_parallel'].size()} would split single matrices, which recipes don't "
-            "do: give ModelParallelStrategy tensor_parallel_size=1 and the number of processes as data_parallel_size."
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()} is not supported by the recipes: use "
+            "ModelParallelStrategy with tensor_parallel_size=1 and the number of processes as data_parallel_size."
         )
     for layer in LayerStack.find(module.model).modules:
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(module, mesh=mesh["data_parallel"])
-    for method in ("training_step", "validation_step"):  # they call the network's parts, not the module
+    for method in ("training_step", "validation_step"):  # they call parts of the network, not forward()
         register_fsdp_forward_method(module, method)
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats over the labels that count, and their number.
+    """Returns the mean cross-entropy in nats and the number of labels it is taken over.
 
-    Without any label the loss is 0, and so is its gradient.
+    If all labels are ignored, the loss and its gradient are 0.
 
     Args:
-        scores: (..., classes).
-        targets: (...), -100 where nothing counts.
+        scores: Logits, (..., classes).
+        targets: Target classes, (...); -100 is ignored.
 
     Example:
         >>> loss, count = cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[2, -100, 0]]))
@@ -251,13 +251,14 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that decay and those that do not.
+    """Returns two parameter groups of the trainable parameters: with and without weight decay.
 
-    Biases, norm weights and other vectors do not, nor what a model marks itself (the time constants of Mamba).
+    Biases, norm weights and other vectors are not decayed, nor are parameters that a model marks as such (the time
+    constants of Mamba).
 
     Args:
         model: Any module.
-        weight_decay: Of the first group; the second has 0.
+        weight_decay: Weight decay of the first group; the second has 0.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     spared = [parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False) for parameter in trained]
@@ -268,12 +269,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def lr_factor(step: int, warmup: int, total: float) -> float:
-    """The learning rate of an optimizer step as a fraction of its peak.
+    """Returns the learning rate of an optimizer step as a fraction of the peak.
 
     Args:
-        step: Steps already done.
-        warmup: Steps until the peak; 0 starts at it.
-        total: Steps of the whole fit, infinite for a fit without an end: then the peak is kept.
+        step: Number of completed steps.
+        warmup: Number of warm-up steps; 0 starts at the peak.
+        total: Total number of steps; if infinite, the learning rate stays at its peak after the warm-up.
 
     Example:
         >>> [lr_factor(step, 2, 6) for step in range(7)]
@@ -287,14 +288,14 @@ def lr_factor(step: int, warmup: int, total: float) -> float:
 
 
 class ExpMean(MeanMetric):
-    """The exponential of a weighted mean: perplexity, when the values are cross-entropies and the weights tokens."""
+    """Exponential of a weighted mean; with cross-entropies weighted by token counts, this is the perplexity."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
 
 
 def _counts_positions(network: nn.Module) -> bool:
-    """Whether a network counts positions from the padding by itself, as RoBERTa does, from a number of its own."""
+    """Returns whether a network computes position ids from the padding itself, with its own offset, like RoBERTa."""
     return any(hasattr(m, "position_embeddings") and hasattr(m, "padding_idx") for m in network.modules())
 
 

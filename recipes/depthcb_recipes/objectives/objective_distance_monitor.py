@@ -1,4 +1,4 @@
-"""Logs how far an objective is from the one that its backbone was pretrained by."""
+"""Logs the distance between an objective and the backbone's pretraining objective."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from depthcb_recipes.objectives.contrastive import Contrastive
 from depthcb_recipes.objectives.masked_lm import MaskedLM
 from depthcb_recipes.objectives.objective import IGNORED, Batch, Objective
 
-#: Share of the tokens that are masked where a masked language model's own loss is taken.
+#: Fraction of tokens masked for the loss of a masked language model.
 MASKED = 0.15
-#: A distance of the pretraining objective to itself that is further from 0 says that there were too few batches [ours].
+#: If the pretraining objective's distance to itself is further from 0 than this, there were too few batches [ours].
 UNCERTAIN = 0.3
 
 
 class ObjectiveDistanceMonitor(Callback):
-    """Measures once, before the first step, how far the objective is from the backbone's own pretraining objective.
+    """Measures the distance between the objective and the backbone's pretraining objective, once before the first step.
 
-    Both losses are taken on the same validation texts, at the pretrained weights. Watching changes nothing.
+    Both losses are computed on the same validation texts at the pretrained weights. Training is not affected.
 
     ===================================  ==========================================================================
     logged key, at step 0                meaning
     ===================================  ==========================================================================
-    ``depth/objective_distance``         1 - cos of the stack's gradients: 0 the same direction, 1 none in common
-    ``depth/objective_distance/L00``     the same of layer 0
-    ``depth/objective_distance_self``    the pretraining objective's distance to itself on other texts: what is near
+    ``depth/objective_distance``         1 - cos of the stack's gradients: 0 if parallel, 1 if orthogonal
+    ``depth/objective_distance/L00``     the same for layer 0
+    ``depth/objective_distance_self``    the pretraining objective's distance to itself on other texts (noise)
     ===================================  ==========================================================================
 
-    A distance that batch noise hides is not logged; a warning says so, and so it does where the pretraining objective's
-    distance to itself, which should be about 0, is not: near its optimum a gradient is mostly noise. A run that is
-    resumed does not measure again.
+    A distance that is hidden by batch noise is not logged, and a warning is issued. The same warning is issued if the
+    pretraining objective's distance to itself is not close to 0, since gradients near an optimum are mostly noise.
+    Resumed runs do not measure again.
 
     Args:
-        batches: Validation batches in each of the four halves that the estimate takes.
+        batches: Validation batches in each of the four groups used by the estimate.
 
     Raises:
-        ValueError: ``batches`` below 1; at train start: too few validation batches, a backbone that was given as a
-            model instead of by its name, or one whose pretraining is not known.
+        ValueError: If ``batches`` is below 1. At train start: if there are too few validation batches, or the backbone
+            was passed as a model instead of a name, or its pretraining objective is unknown.
 
     Example:
         >>> ObjectiveDistanceMonitor(batches=4).distance is None
@@ -61,7 +61,7 @@ class ObjectiveDistanceMonitor(Callback):
         if batches < 1:
             raise ValueError(f"batches must be at least 1, not {batches}")
         self.batches = batches
-        #: What was measured, known from train start on.
+        #: The measured distance; None before training starts.
         self.distance: ObjectiveDistance | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,14 +69,14 @@ class ObjectiveDistanceMonitor(Callback):
             return
         if any(isinstance(p, DTensor) for p in pl_module.parameters()):
             rank_zero_warn(
-                "ObjectiveDistanceMonitor: not measured, because parameters are sharded over several processes: fit "
-                "the same objective on one device for a few steps to know it."
+                "ObjectiveDistanceMonitor does not support sharded parameters: to measure the distance, fit the same "
+                "objective on one device for a few steps."
             )
             return
         if not isinstance(pl_module, Objective) or "backbone" not in pl_module.hparams:
             raise ValueError(
-                f"ObjectiveDistanceMonitor needs to know what {type(pl_module).__name__}'s backbone was pretrained by: "
-                "take an objective of recipes and give its backbone by name, or call depthcb.objective_distance."
+                f"ObjectiveDistanceMonitor needs the pretraining objective of {type(pl_module).__name__}'s backbone: "
+                "use an objective of the recipes and give its backbone by name, or call depthcb.objective_distance."
             )
         quarters = self._quarters(trainer)
         backbone = pl_module.hparams["backbone"]
@@ -92,8 +92,8 @@ class ObjectiveDistanceMonitor(Callback):
         itself = self.distance.self_overall
         if self.distance.overall is None or itself is None or abs(itself) > UNCERTAIN:
             rank_zero_warn(
-                f"ObjectiveDistanceMonitor: the {self.distance}. The latter should be about 0, so batch noise blurs "
-                f"the former: raise batches={self.batches}."
+                f"ObjectiveDistanceMonitor: the {self.distance}. The latter should be about 0, so batch noise "
+                f"dominates: raise batches={self.batches}."
             )
         for logger in trainer.loggers:
             logger.log_metrics(_row(self.distance), step=0)
@@ -107,23 +107,23 @@ class ObjectiveDistanceMonitor(Callback):
 
     def _quarters(self, trainer: pl.Trainer) -> list[list[Batch]]:
         loader, needed = first_validation_loader(trainer), 4 * self.batches
-        found = [] if loader is None else collect_batches(loader, needed * (loader.batch_size or 1))
-        if len(found) < needed:
+        batches = [] if loader is None else collect_batches(loader, needed * (loader.batch_size or 1))
+        if len(batches) < needed:
             raise ValueError(
-                f"ObjectiveDistanceMonitor(batches={self.batches}) takes {needed} validation batches, of which there "
-                f"are {len(found)}: validate on more rows, or in smaller batches."
+                f"ObjectiveDistanceMonitor(batches={self.batches}) needs {needed} validation batches, but there are "
+                f"only {len(batches)}: validate on more rows or use smaller batches."
             )
-        return [found[i : i + self.batches] for i in range(0, needed, self.batches)]
+        return [batches[i : i + self.batches] for i in range(0, needed, self.batches)]
 
 
 def pretraining_objective(backbone: str) -> Objective:
-    """A backbone with the head and the loss that it was pretrained by.
+    """Loads a backbone with its pretraining objective and head.
 
     Args:
-        backbone: A name for `load_backbone`.
+        backbone: A name accepted by `load_backbone`.
 
     Raises:
-        ValueError: What it was pretrained by is not known.
+        ValueError: If the pretraining objective is unknown.
     """
     kind = pretraining(backbone)
     if kind == "contrastive":
@@ -133,11 +133,11 @@ def pretraining_objective(backbone: str) -> Objective:
 
 
 def own_batch(own: Objective, new: Objective, batch: Batch, backbone: str) -> Batch:
-    """The texts of another objective's batch as a batch of the pretraining objective; its own stays as it is."""
+    """Converts a batch of the new objective to one of the pretraining objective, unchanged if both are the same."""
     if type(own) is type(new):
         return batch
     ids = batch["input_ids"]
-    if isinstance(new, MaskedLM):  # what stood under the masks
+    if isinstance(new, MaskedLM):  # the original tokens
         ids = torch.where(batch["labels"] == IGNORED, ids, batch["labels"])
     texts = {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
     if isinstance(own, MaskedLM):

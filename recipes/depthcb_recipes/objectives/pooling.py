@@ -1,4 +1,4 @@
-"""One vector per text, out of one per token."""
+"""Pooling of token vectors to one vector per text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The vector of each text's last real token, whichever side is padded.
+    """Returns the vector of each text's last non-padding token, for left or right padding.
 
     Args:
-        hidden: (B, T, D).
-        mask: (B, T), 0 where there is padding; None without padding.
+        hidden: Token vectors, (B, T, D).
+        mask: Attention mask, (B, T), 0 for padding; None if there is no padding.
 
     Returns:
-        (B, D).
+        Text vectors, (B, D).
 
     Example:
         >>> hidden = torch.arange(6.0).view(2, 3, 1)
@@ -29,7 +29,7 @@ def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The vector of each text's first real token: shapes as for `last_token`.
+    """Returns the vector of each text's first non-padding token; see `last_token` for shapes.
 
     Example:
         >>> first_token(torch.arange(6.0).view(2, 3, 1), torch.tensor([[1, 1, 0], [0, 1, 1]])).flatten().tolist()
@@ -41,7 +41,7 @@ def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def mean_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean vector of each text's real tokens: shapes as for `last_token`.
+    """Returns the mean vector of each text's non-padding tokens; see `last_token` for shapes.
 
     Example:
         >>> mean_token(torch.arange(6.0).view(2, 3, 1), torch.tensor([[1, 1, 0], [1, 1, 1]])).flatten().tolist()

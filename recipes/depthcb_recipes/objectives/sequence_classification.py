@@ -1,4 +1,4 @@
-"""Fine-tuning by putting a label on a whole text."""
+"""Sequence classification."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from depthcb_recipes.objectives.pooling import first_token, last_token
 
 
 class SequenceClassification(Classification):
-    """A label for each text: decoders and recurrent networks read it off the last real token, encoders off the first.
+    """Classification of texts, from the first token for encoders and the last non-padding token otherwise.
 
-    A batch holds ``input_ids``, ``labels`` (B,) and, optionally, ``attention_mask``. An encoder's own pooling layer
-    (BERT's tanh) is used. Arguments and errors are those of `Classification`.
+    A batch contains ``input_ids``, ``labels`` (B,) and, optionally, ``attention_mask``. If an encoder has a pooling
+    layer (as BERT does), it is used. See `Classification` for arguments and errors.
 
     Example:
         >>> import torch
@@ -24,7 +24,7 @@ class SequenceClassification(Classification):
     """
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the labels."""
+        """Returns the mean cross-entropy of the labels."""
         mask, labels = batch.get("attention_mask"), batch["labels"]
         hidden = self(batch["input_ids"], mask).last_hidden_state
         if is_encoder(self.model.config):

@@ -1,4 +1,4 @@
-"""Fine-tuning by putting a label on each token."""
+"""Token classification."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from depthcb_recipes.objectives.objective import Batch, Loss, cross_entropy
 
 
 class TokenClassification(Classification):
-    """A label for each token; those that a decoder labels it has read up to there.
+    """Classification of tokens; causal models only see the tokens up to the one they classify.
 
-    A batch holds ``input_ids``, ``labels`` (B, T; -100 does not count) and, optionally, ``attention_mask``. Arguments
-    and errors are those of `Classification`; F1 is per token, not per entity.
+    A batch contains ``input_ids``, ``labels`` (B, T; -100 is ignored) and, optionally, ``attention_mask``. F1 is per
+    token, not per entity. See `Classification` for arguments and errors.
 
     Example:
         >>> import torch
@@ -23,7 +23,7 @@ class TokenClassification(Classification):
     """
 
     def loss(self, batch: Batch) -> Loss:
-        """Mean cross-entropy of the tokens' labels."""
+        """Returns the mean cross-entropy of the token labels."""
         mask = batch.get("attention_mask")
         labels = unpadded(batch["labels"], mask)
         scores = self.scores(self(batch["input_ids"], mask).last_hidden_state)
