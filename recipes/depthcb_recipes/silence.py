@@ -12,11 +12,12 @@ from transformers.utils import logging as transformers_logging
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def silent_libraries() -> Iterator[None]:
     """Suppresses Lightning's banners and hints, and warnings about what a report shows anyway."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         about_loops = (".*num_workers.*", ".*LeafSpec.*", ".*in eval mode.*", ".*Skipping val loop.*")
         about_files = (".*logs directory .* exists.*",)  # W&B writes there before the CSV logger
@@ -25,7 +26,8 @@ def quiet_libraries() -> Iterator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from depthcb_recipes.objectives.masked_lm import MaskedLM
 from depthcb_recipes.objectives.objective import Objective
 from depthcb_recipes.precision import Precision, settle
 from depthcb_recipes.publish import published, remove_left_over
-from depthcb_recipes.silence import quiet_libraries, silent_transformers
+from depthcb_recipes.silence import silent_libraries, silent_transformers
 
 #: Approximate duration of pretraining one model, in minutes.
 MINUTES = 6.0
@@ -78,7 +78,7 @@ def pretrain(name: str, model: MiniModel, minutes: float = MINUTES) -> Path:
                 published(folder) as fresh,
                 torch.device("cpu"),
                 isolated_rng(model.seed),
-                quiet_libraries(),
+                silent_libraries(),
                 silent_transformers(),
             ):
                 _train(name, model, fresh, minutes)

@@ -34,7 +34,7 @@ from depthcb_recipes.objectives.causal_lm import CausalLM
 from depthcb_recipes.objectives.objective import Objective, OptimizerName
 from depthcb_recipes.progress import Progress
 from depthcb_recipes.publish import write_whole
-from depthcb_recipes.silence import quiet_libraries
+from depthcb_recipes.silence import silent_libraries
 from depthcb_recipes.stopping import stoppable
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.result import FINISHED, Result, write_result
@@ -72,7 +72,7 @@ def run_demo(
     for settings in sizes:
         _check(settings, out)
     started = time.monotonic() if started is None else started
-    with stoppable(lambda: console.print("Interrupted before anything was measured.")) as stop, quiet_libraries():
+    with stoppable(lambda: console.print("Interrupted before anything was measured.")) as stop, silent_libraries():
         plan = make_plan(sizes, console, minutes, started)
         _clear(out, plan.settings)
         stop.last_words = functools.partial(_write_what_there_is, plan, out, console)
