@@ -1,4 +1,4 @@
-"""What a study costs beside its fits: as ratios within one run."""
+"""Overhead of a study on top of its fits, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def study(folder: Path, seeds: int) -> tuple[Path, list[RunConfig]]:
 def test_a_thousand_runs_cost_little_more_than_their_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs that do nothing, two at once, against the same subprocesses one after another without a pool."""
+    """Empty runs, two in parallel, compared to the same subprocesses run sequentially without a pool."""
     monkeypatch.setenv("PYTHONPATH", str(STUDY))
     _, configs = study(tmp_path, 500)
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def test_a_thousand_runs_cost_little_more_than_their_processes(
 
 
 def test_the_status_of_two_thousand_runs_is_read_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside a process that starts Python and reads the same files as JSON."""
+    """Compared to a process that starts Python and reads the same files as JSON."""
     path, configs = study(tmp_path, 1000)
     store, profile = Store(tmp_path / "out"), {"change": [0.123456789012345] * 24, "layer_names": ["model.h.00"] * 24}
     for config in configs:
