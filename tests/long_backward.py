@@ -1,4 +1,4 @@
-"""An objective whose second backward is one call of 20 seconds or more; marks that it has begun."""
+"""An objective whose second backward is a single call of at least 20 seconds; it marks when the call has started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 1200
 
 
 class LongBackward(CausalLM):
-    """`CausalLM`, with a chain of matrix products behind its loss."""
+    """`CausalLM` with a chain of matrix products added to its loss."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -33,13 +33,13 @@ class LongBackward(CausalLM):
 
 
 def chain() -> Any:
-    """A number whose backward takes long: twice the products of its forward."""
+    """Returns a scalar whose backward takes long: twice the matrix products of its forward."""
     matrix = torch.eye(SIZE, requires_grad=True)
     product = matrix @ matrix
     start = time.perf_counter()
     product = product @ matrix
     count = int(SECONDS / 2 / (time.perf_counter() - start)) + 1
-    for _ in range(2 * count):  # the clock is that of one product, which may have been a slow one
+    for _ in range(2 * count):  # estimated from a single product, which may have been slow
         product = product @ matrix
         if time.perf_counter() - start > SECONDS / 2:
             break

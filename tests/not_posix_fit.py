@@ -1,4 +1,4 @@
-"""Run by test_platforms.py as a script: a fit, its record and its bars without what only POSIX systems have."""
+"""Run by test_platforms.py as a script: a fit with its record and progress bars, without POSIX-only features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-# Imported before anything is taken away: on a POSIX system these use such modules themselves.
+# Imported first: on a POSIX system, these packages use such modules themselves.
 import lightning.pytorch  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import pandas  # noqa: F401
@@ -17,9 +17,9 @@ import wandb  # noqa: F401
 from lightning.pytorch.trainer.connectors import signal_connector
 from transformers import GPT2LMHeadModel  # noqa: F401
 
-#: Modules that Windows has not, and `ctypes`, with which one gets at the C library.
+#: Modules that do not exist on Windows, and `ctypes`, which gives access to the C library.
 MODULES = ("ctypes", "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")
-#: Names that modules of every system have on POSIX systems alone.
+#: POSIX-only names in modules that exist on every system.
 NAMES = {
     "os": ("fork", "forkpty", "getgid", "getpgid", "getpgrp", "getuid", "killpg", "nice", "sched_getaffinity",
            "sched_setaffinity", "setpgid", "setsid", "wait3", "wait4"),
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def take_away() -> None:
-    """Makes this process one without them."""
+    """Removes them from this process."""
     for name in MODULES:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it fails now
     for module in (os, signal):
@@ -38,7 +38,7 @@ def take_away() -> None:
                 delattr(module, name)
     left = {signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGINT, signal.SIGSEGV, signal.SIGTERM}
     signal.valid_signals = lambda: left
-    signal_connector._IS_WINDOWS = True  # where it isn't told so, Lightning itself asks for SIGKILL
+    signal_connector._IS_WINDOWS = True  # by default, Lightning itself uses SIGKILL
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads offline W&B runs by W&B's own tool."""
+"""Reads offline W&B runs with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WANDB = str(Path(sys.executable).with_name("wandb"))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """All records of the runs below a folder, oldest run first; each one has to have come to its end."""
+    """Returns all records of the runs in a folder, oldest run first; every run must have finished."""
     found = []
     for run in sorted(folder.glob("**/offline-run-*")):
         deadline = time.monotonic() + 30
@@ -25,7 +25,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
             if lines and lines[-1]["type"] == "exit":
                 break
             assert time.monotonic() < deadline, f"{run} did not come to its end"
-            time.sleep(0.05)  # finish() may return a moment before the file is whole
+            time.sleep(0.05)  # finish() may return shortly before the file is complete
         found += lines
     return found
 
@@ -36,7 +36,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """Configuration and last values of one run."""
+    """Configuration and summary of one run."""
     command = [WANDB, "leet", "inspect", "--json", "--summary", str(run)]
     found: dict[str, Any] = json.loads(
         subprocess.run(command, capture_output=True, text=True, check=True, cwd=run).stdout

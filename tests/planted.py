@@ -1,4 +1,4 @@
-"""Studies whose truth is planted: results of runs that never were."""
+"""Simulated study results with known effects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISTANCE = dict(zip(OBJECTIVES, (0.0, 0.9, 0.8, 1.1), strict=True))
 
 
 def profile(rng: np.random.Generator, slope: float, layers: int = 8, noise: float = 0.02) -> Profile:
-    """A profile of mean 1 with this slope."""
+    """A profile with mean 1 and the given slope."""
     change = np.clip(1 + slope * (np.linspace(0, 1, layers) - 0.5) + rng.normal(0, noise, layers), 0, None)
     halves = np.clip(change + rng.normal(0, noise, (200, layers)), 0, None)
     return Profile.from_halves(change.tolist(), halves, layer_names=tuple(map(str, range(layers))), measure="cka")
@@ -65,7 +65,7 @@ BOTH = (
 
 
 def paper(model: str, block: str, size: float, objective: str, control: str, rng: np.random.Generator) -> float:
-    """The paper's pattern: a slope everywhere, that parallel blocks lose under the control except for causal LM."""
+    """The paper's pattern: a slope in all runs but those of parallel blocks under the control, except for causal LM."""
     kept = control == "standard" or block == "sequential" or objective == "causal_lm" or size > 1e9
     return (0.4 + 0.5 * DISTANCE[objective] if kept else -0.2) + rng.normal(0, 0.03)
 

@@ -1,4 +1,4 @@
-"""A tiny random network of every family: 2 layers, 16 wide."""
+"""Tiny random networks of every family, with 2 layers of width 16."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENCODERS = ("bert", "roberta")
 
 
 def tiny(family: str, head: str = "Model", dropout: float = 0.0, **config: Any) -> Any:
-    """A network with random weights, e.g. ``tiny("gpt2", "ForCausalLM")``; the same at every call."""
+    """A network with random weights, e.g. ``tiny("gpt2", "ForCausalLM")``; deterministic."""
     config = FAMILIES[family].to_dict() | config
     config = {k: dropout if "drop" in k and isinstance(v, float) else v for k, v in config.items()}
     made = type(FAMILIES[family])(**config)

@@ -1,4 +1,4 @@
-"""Runs as the callbacks record them, made up: their truth is known, and there may be any number of layers."""
+"""Simulated runs in the format of the callbacks, with known values and any number of layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_run(
     finished: bool = True,
     name: str = "model.layers.{}",
 ) -> Run:
-    """A run whose change grows over the validations; with none of them it is one interrupted at its start."""
+    """A run whose change grows over the validations; without validations, it was interrupted at the start."""
     rng = np.random.default_rng(seed)
     names = [name.format(i) for i in range(layers)]
     wanted = 2e-4 * np.exp(rng.normal(0, 0.05 if optimizer == "AdamW" else 0.8, layers))

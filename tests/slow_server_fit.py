@@ -23,7 +23,7 @@ from depthcb import DepthProfile
 
 
 class Timed(WandbLogger):
-    """Keeps how long the client held each row up."""
+    """Records how long the client delayed each row."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -39,7 +39,7 @@ class Timed(WandbLogger):
 
 
 class Kills(pl.Callback):
-    """Ends the backend after the first validation."""
+    """Stops the backend after the first validation."""
 
     def __init__(self, life: contextlib.ExitStack) -> None:
         self.life = life

@@ -1,4 +1,4 @@
-"""Studies of real fits, run as a user runs them; and what of them lives."""
+"""Runs studies of real fits from the command line, and finds their remaining processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = Figures(
 
 
 def smoke(folder: Path, *models: str) -> Path:
-    """Four runs a model out of the bundled mini-smoke study."""
+    """Four runs per model from the bundled mini-smoke study."""
     study = yaml.safe_load(SMOKE.read_text())
     study["grid"] |= {"model": list(models), "objective": ["causal_lm", "contrastive"]}
     del study["by"]["objective"]["sequence_classification"]
@@ -43,7 +43,7 @@ def drive(study: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def figures(study: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """Each run's result without the time it took and when that was."""
+    """The result of each run, without durations and timestamps."""
     found = {}
     for config in read_study(study):
         result = Store(out).result(config)
@@ -55,7 +55,7 @@ def figures(study: Path, out: Path) -> dict[str, dict[str, Any]]:
 
 
 def alive(out: Path) -> list[int]:
-    """Processes whose command names a study's folder, but for this one's."""
+    """Other processes whose command line contains a study's folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -69,7 +69,7 @@ def alive(out: Path) -> list[int]:
 
 
 def gone(out: Path, within: float) -> bool:
-    """Whether nothing of a study lives some seconds later."""
+    """Returns whether all processes of a study end within a few seconds."""
     deadline = time.monotonic() + within
     while alive(out) and time.monotonic() < deadline:
         time.sleep(0.05)

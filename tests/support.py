@@ -1,4 +1,4 @@
-"""Small real parts that many tests share: a decoder that trains in milliseconds, its data and a bare Trainer."""
+"""Shared test helpers: a decoder that trains in milliseconds, its data and a minimal Trainer."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def texts(count: int = 32, seed: int = 0) -> list[dict[str, Tensor]]:
 
 
 def loaders(batch_size: int = 8, count: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training data, shuffled by the global random stream, and other data to validate on."""
+    """Training data, shuffled by the global generator, and separate validation data."""
     return DataLoader(texts(count), batch_size=batch_size, shuffle=True), DataLoader(texts(16, seed=1), batch_size=8)
 
 
 def fit(module: pl.LightningModule, callbacks: list[pl.Callback], data: Any = None, **options: Any) -> pl.Trainer:
-    """Fits for 4 steps in fp32 unless told otherwise, from seed 7 whatever ran before."""
+    """Fits for 4 steps in fp32 by default, always with seed 7."""
     pl.seed_everything(7, verbose=False)
     defaults: dict[str, Any] = {
         "max_steps": 4, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -86,7 +86,7 @@ def logged(logger: CSVLogger) -> list[dict[str, float]]:
 
 
 class Rows(DummyLogger):
-    """A logger that keeps the rows it is handed, with their steps."""
+    """A logger that stores its rows with their steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Rows(DummyLogger):
         self.rows.append({"step": step, **metrics})
 
     def column(self, prefix: str) -> list[list[float]]:
-        """For each row that has such keys their values, in the order of their names."""
+        """The values of matching keys, sorted by name, for each row that has any."""
         found = [[row[key] for key in sorted(row) if key.startswith(prefix)] for row in self.rows]
         return [values for values in found if values]
 
@@ -107,13 +107,13 @@ def seeded(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
 
 
 def weights(module: pl.LightningModule, layers: Any = None) -> list[np.ndarray]:
-    """One float64 vector a layer."""
+    """One float64 vector per layer."""
     stack = LayerStack.find(module, layers)
     return [np.concatenate([p.detach().double().numpy().ravel() for p in layer]) for layer in stack.parameters()]
 
 
 class Judge(OptimizerStepCallback):
-    """Keeps each layer's weights before and after every step; sits before and after EqualStep."""
+    """Stores each layer's weights before and after every step; placed before and after EqualStep."""
 
     def __init__(self) -> None:
         self.before: list[list[np.ndarray]] = []
@@ -137,7 +137,7 @@ class Judge(OptimizerStepCallback):
 
 
 class Edges(pl.Callback):
-    """Keeps each layer's weights at the edges of all batches, where every optimizer has stepped."""
+    """Stores each layer's weights between batches, after all optimizers have stepped."""
 
     def __init__(self, read: Callable[[pl.LightningModule], list[np.ndarray]] = weights) -> None:
         self.read = read
@@ -160,7 +160,7 @@ class Edges(pl.Callback):
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a script of the tests, one thread a process; its processes meet at a port of their own."""
+    """Runs a test script with one thread per process and a separate port."""
     tests = Path(__file__).parent
     command = [sys.executable, str(tests / name), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_port())}
@@ -169,7 +169,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 def _port() -> int:
-    """A free port below those that systems hand out: one of these may be taken again before it is used."""
+    """Returns a free port below the ephemeral range, from which another process could take it before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe:

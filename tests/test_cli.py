@@ -1,4 +1,4 @@
-"""The command line: light, and kind about bad input."""
+"""The command line: fast imports and clear errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_report_and_show(run_folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_reports_need_no_torch(run_folder: Path, tmp_path: Path) -> None:
-    """They answer at once: importing torch takes seconds."""
+    """Commands respond immediately, since importing torch takes seconds."""
     code = f"""
 import sys
 from depthcb.cli import main
@@ -82,7 +82,7 @@ print([m for m in ("torch", "lightning") if m in sys.modules])
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model against a saved copy with one layer changed: nothing before that layer, something from it on."""
+    """A model and a copy with one changed layer: the profile is zero before that layer and non-zero from it on."""
     model, tokenizer = load_backbone("minilm", head=None)
     model.encoder.layer[3].output.dense.weight.data.mul_(1.5)
     model.save_pretrained(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Two models without a Trainer, and noise of the same size."""
+"""Profiles of two models without a Trainer, and nulls with noise of the same size."""
 
 from __future__ import annotations
 

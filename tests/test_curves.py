@@ -1,4 +1,4 @@
-"""Profiles that draw themselves: what is on the axes, and that labels stay apart."""
+"""Plots of profiles: contents of the axes, and labels that do not overlap."""
 
 from __future__ import annotations
 

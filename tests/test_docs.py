@@ -1,4 +1,4 @@
-"""What the documentation names exists."""
+"""Everything the documentation refers to exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine in a plain training loop: the figures are those of the callbacks in a Trainer."""
+"""The engine in a plain training loop gives the results of the callbacks in a Trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_order() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def loop(module: pl.LightningModule, engines: list[StepHooks], rows: dict[str, list[float]], steps: int = 4) -> Tensor:
-    """The fit of `support.fit` by hand, with the engine's objects attached."""
+    """The same fit as `support.fit` in a plain loop, with the engine's objects attached."""
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, Optimizer)
 
@@ -79,7 +79,7 @@ def test_nothing_stays_attached_whatever_happens(make: Any) -> None:
     engine = make()
     engine.attach(model, [optimizer])
     assert hooks() == 2
-    engine.attach(model, [optimizer])  # again, in the middle of a training
+    engine.attach(model, [optimizer])  # again, in the middle of training
     assert hooks() == 2
     with pytest.raises(KeyError, match="the user's own"), engine:
         raise KeyError("the user's own")

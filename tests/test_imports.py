@@ -1,4 +1,4 @@
-"""One arrow: the recipes build on the library, never back, and no module leads back to itself."""
+"""Import structure: the library never imports the recipes, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = re.compile(r"depthcb(_recipes)?(\.\w+)*")
 
 
 def modules() -> dict[str, ast.Module]:
-    """The source of every module, by its name."""
+    """The source of every module by name."""
     found = {}
     for package, folder in ROOMS.items():
         for path in sorted(folder.rglob("*.py")):
@@ -25,7 +25,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def named(tree: ast.Module) -> Iterator[str]:
-    """All that a module imports, wherever and whenever it does, and all module names that stand in its strings."""
+    """All imports of a module, including local ones, and all module names in its strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -37,7 +37,7 @@ def named(tree: ast.Module) -> Iterator[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Each module with those of ours that it needs. A package's ``__init__`` only hands names on, so it needs none."""
+    """The internal imports of each module. A package's ``__init__`` only re-exports names, so it has none."""
     found: dict[str, set[str]] = {}
     trees = modules()
     for name, tree in trees.items():
@@ -59,4 +59,4 @@ def test_the_library_knows_no_recipe() -> None:
 def test_no_module_leads_back_to_itself() -> None:
     found = {name: needed for name, needed in arrows().items() if name not in ROOMS}
     assert "depthcb.profile" in found["depthcb.run"], "the arrows are really read"
-    assert len(list(TopologicalSorter(found).static_order())) == len(found)  # it raises CycleError, naming the circle
+    assert len(list(TopologicalSorter(found).static_order())) == len(found)  # raises CycleError, which names the cycle

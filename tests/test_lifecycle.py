@@ -1,4 +1,4 @@
-"""Every callback of the package through the ways people really train: loops, optimizers, precisions, company."""
+"""All callbacks in realistic training setups: loops, optimizers, precisions, other callbacks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Optimizer = Callable[[Any], Any]
 
 @dataclass
 class Suite:
-    """All callbacks, with a judge before and after the control, and what they logged."""
+    """All callbacks, with recorders before and after EqualStep, and their logged rows."""
 
     wanted: Judge
     control: EqualStep
@@ -50,7 +50,7 @@ class Suite:
         return [self.wanted, raw, self.control, seen, self.realised, self.watch]
 
     def fit(self, module: pl.LightningModule, data: Any = None, **options: Any) -> pl.Trainer:
-        """Fits, and once more without a watcher: to the last bit the same, and no hook left anywhere."""
+        """Fits with and without observers: the results are bit-identical, and no hooks are left."""
         hooks, twin = count_hooks(module), copy.deepcopy(module)
         trainer = fit(module, self.callbacks, data, logger=self.rows, **options)
         assert_same(trainer, fit(twin, [EqualStep()], data, **options))
@@ -59,7 +59,7 @@ class Suite:
         return trainer
 
     def check(self, steps: int, validations: int) -> None:
-        """So many real steps, each equal over the layers and logged; so many profiles in the rows of val/loss."""
+        """Checks the number of steps, each equal over layers and logged, and of profiles in the rows of val/loss."""
         assert len(self.realised.after) == steps
         ratios, target = self.realised.ratios(), self.wanted.ratios().mean(axis=1, keepdims=True)
         resolved = target[:, 0] > 1e-4
@@ -80,7 +80,7 @@ class Suite:
 
 
 def assert_same(trainer: pl.Trainer, other: pl.Trainer) -> None:
-    """Weights, buffers and optimizer states are equal to the last bit."""
+    """Checks that weights, buffers and optimizer states are bit-identical."""
     states = [[t.lightning_module.state_dict(), *[o.state_dict() for o in t.optimizers]] for t in (trainer, other)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
@@ -217,7 +217,7 @@ def test_a_first_step_of_lr_0_moves_nothing_and_is_not_logged() -> None:
 
 
 class MuonAndAdamW(TinyLM):
-    """Matrices to Muon, the rest to AdamW: each layer belongs to both."""
+    """Muon for matrices and AdamW for the rest: each layer belongs to both."""
 
     automatic_optimization = False
 
@@ -237,7 +237,7 @@ class MuonAndAdamW(TinyLM):
 
 
 def test_muon_alone() -> None:
-    """What no optimizer owns does not train, and does not count in a layer."""
+    """Parameters without an optimizer are not trained and are not counted in a layer."""
 
     def matrices(module: pl.LightningModule) -> list[Any]:
         layers = LayerStack.find(module).parameters()
@@ -254,7 +254,7 @@ def test_muon_alone() -> None:
 
 
 def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
-    """Judged between batches, where both optimizers have stepped; the monitors log once for both."""
+    """Checked between batches, after both optimizers have stepped; the monitors log once for both."""
     edges, rows = Edges(), Rows()
     monitors = UpdateRatioMonitor(name="raw"), UpdateRatioMonitor()
     fit(seeded(MuonAndAdamW), [edges, monitors[0], EqualStep(), monitors[1], DepthProfile()], max_steps=8, logger=rows)
@@ -282,7 +282,7 @@ class Overflowing(TinyLM):
 
 @pytest.mark.parametrize(("name", "calls"), [("SGD", 5), ("AdamW fused", 7)])
 def test_a_scaler_that_skips_steps(name: str, calls: int) -> None:
-    """A fused optimizer is called even where it skips; then the step has size 0 and no row."""
+    """A fused optimizer is called even if it skips the step; the step then has size 0 and no row."""
 
     def fit_scaled(module: pl.LightningModule, callbacks: list[pl.Callback], logger: Any = False) -> pl.Trainer:
         scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
@@ -310,7 +310,7 @@ def test_bf16_weights_log_what_was_realised() -> None:
 
 
 class Unfreezes(BaseFinetuning):
-    """Trains the upper layers, from the second epoch on all."""
+    """Trains the upper layers, and all layers from the second epoch on."""
 
     def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
         self.freeze(pl_module.model.transformer.h[:2], train_bn=False)  # type: ignore[union-attr,index]
@@ -354,7 +354,7 @@ def test_checkpoints_and_early_stopping_monitor_the_slope(tmp_path: Any) -> None
 
 @pytest.mark.parametrize("first", [True, False])
 def test_which_weights_are_measured_beside_an_average(first: bool) -> None:
-    """In front of the averaging the averaged weights, behind it the raw ones."""
+    """DepthProfile measures the averaged weights if placed before the averaging callback, and the raw ones if after."""
     change = []
     for average in ([], [EMAWeightAveraging(decay=0.99)]):
         watch = DepthProfile()
@@ -367,7 +367,7 @@ def test_which_weights_are_measured_beside_an_average(first: bool) -> None:
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
 @pytest.mark.parametrize("first", [True, False])
 def test_stochastic_weight_averaging(first: bool) -> None:
-    """It swaps weights at the very end only: all steps are controlled and all profiles are of the raw weights."""
+    """Weights are only swapped at the end, so all steps are controlled and all profiles are of the raw weights."""
     wanted, realised, watch = Judge(), Judge(), DepthProfile()
     average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
     callbacks: list[pl.Callback] = [wanted, EqualStep(), realised, watch]
@@ -397,7 +397,7 @@ class CompiledModel(TinyLM):
 
 
 class Lazy(TinyLM):
-    """Builds its model when the Trainer asks for it."""
+    """Builds its model in configure_model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class Shared(TinyLM):
 
 
 class Albert(TinyLM):
-    """Four layers deep, but with the weights of one; or of two groups, each run twice."""
+    """Four layers that share one set of weights, or two groups that each run twice."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ def test_albert_is_refused(callback: Callable[[], pl.Callback]) -> None:
 
 
 def test_a_layer_that_runs_twice_has_steps_but_no_depth() -> None:
-    """Its step has a size like any other's; its activations are two."""
+    """A block that runs twice has one step size but two activations."""
     wanted, realised = Judge(), Judge()
     fit(seeded(lambda: Albert(groups=2)), [wanted, EqualStep(), realised])
     target = wanted.ratios().mean(axis=1, keepdims=True)

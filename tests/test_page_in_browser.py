@@ -1,4 +1,4 @@
-"""The report as a reader meets it: opened, slid, hovered, in light and dark mode, in headless Chromium."""
+"""The report in headless Chromium: opening, sliding and hovering, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Opened:
-    """An opened page, and what went wrong in it."""
+    """An open page with its errors."""
 
     def __init__(self, browser: Browser, page: Path, scheme: Any = "light") -> None:
         self.address = page.as_uri()
@@ -57,7 +57,7 @@ class Opened:
         return self.page.locator(f"#chart-{number}")
 
     def shot(self, name: str) -> None:
-        """Kept where someone wants to look at it."""
+        """Saves a screenshot if requested."""
         folder = os.environ.get("DEPTHCB_SCREENSHOTS")
         if folder:
             self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
@@ -90,7 +90,7 @@ def luminance(color: str) -> float:
 
 
 def contrast(first: str, second: str) -> float:
-    """As WCAG 2 defines it."""
+    """Contrast as defined by WCAG 2."""
     light, dark = sorted((luminance(first), luminance(second)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 

@@ -1,4 +1,4 @@
-"""Linux and macOS have the whole of it, Windows the callbacks: what only POSIX systems have is got where it is used."""
+"""Linux and macOS are fully supported, Windows only the callbacks: POSIX-only features are imported where used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = ("preexec_fn", "process_group", "start_new_session")  # of subprocess.
 
 
 def at_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """What is evaluated when a module is imported: no function's body, and nothing that is for type checkers alone."""
+    """Nodes evaluated when a module is imported: without function bodies and TYPE_CHECKING blocks."""
     yield tree
     below: list[ast.AST | None]
     if isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -35,7 +35,7 @@ def at_import(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def posix_only(source: str) -> list[str]:
-    """What a module needs of a POSIX system when it is imported."""
+    """POSIX-only features that a module needs at import."""
     found = []
     for node in at_import(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -80,7 +80,7 @@ def test_no_module_needs_a_posix_system_to_be_imported() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
 def test_the_callbacks_measure_the_same_without_a_posix_system(tmp_path: Path) -> None:
-    """In a process that has lost what Windows has not: every module of the library, a fit, its record, its bars."""
+    """All modules of the library, and a fit with its record and progress bars, run without POSIX-only features."""
     done = run_script("not_posix_fit.py", tmp_path / "without")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Rows: which positions count, how inputs are fed, and that nothing is left behind."""
+"""The probe: which positions count, how inputs are passed, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Mixer(nn.Module):
 
 
 class Reader(nn.Module):
-    """A small language model whose activations can be predicted by hand."""
+    """A small language model with known activations."""
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_rows_are_what_they_say(causal: bool) -> None:
 @pytest.mark.parametrize("rows", ["mean", "last", "tokens"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_never_counts(rows: Any, causal: bool) -> None:
-    """Right-padded, left-padded and unpadded, together or one by one, the rows are the same."""
+    """Rows are the same for right-padded, left-padded and unpadded inputs, batched or one by one."""
     model, lengths = Reader(causal), (7, 4, 5, 3)
     texts = [ids(1, n, seed=n)[0] for n in lengths]
 
@@ -145,7 +145,7 @@ class Output:
 
 
 class Odd(nn.Module):
-    """Wraps its output in whatever it is told."""
+    """Wraps its output in a given type."""
 
     def __init__(self, wrap: Any) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_hooks_go_when_the_forward_fails() -> None:
     assert all(m.training for m in model.modules())
 
 
-@pytest.mark.filterwarnings("default")  # the compiler warns about its own doings
+@pytest.mark.filterwarnings("default")  # the compiler's own warnings
 def test_compiled_models_are_seen() -> None:
     """Compiled code runs no forward hooks; the probe runs the plain code behind it."""
     plain = Reader()
@@ -314,7 +314,7 @@ def test_compiled_models_are_seen() -> None:
     ],
 )
 def test_bad_probes_are_refused(batch: Any, options: dict[str, Any], message: str | None) -> None:
-    """A forward of the user's own that fails keeps its own error."""
+    """Errors of a user's forward function are not changed."""
     with pytest.raises((ValueError, TypeError, AttributeError), match=message):
         record(TakesXY(), batch, **options)
 
@@ -390,7 +390,7 @@ def test_ids_and_mask_are_found_in_nested_dicts() -> None:
 
 
 def test_causality_is_decided_on_the_longest_example() -> None:
-    """One of a single real token cannot tell; it is then refused, because its only position does not count."""
+    """An example with a single token is ambiguous; it is rejected because its only position does not count."""
     mask = torch.ones(5, 7, dtype=torch.int64)
     mask[0, 1:] = 0
     with pytest.raises(ValueError, match="Example 0 of the probe has no usable position"):

@@ -1,4 +1,4 @@
-"""The numbers of a profile against scipy, numpy and closed forms."""
+"""Profile statistics, compared to scipy, numpy and closed forms."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_saves_and_loads(tmp_path) -> None:
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{}", '{"change": 3, "layer_names": ["a"], "measure": "cka"}', "nonsense"])
 def test_another_file_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own message is the clear one for nonsense
+    with pytest.raises(ValueError):  # noqa: PT011 - json's own message is clear enough
         Profile.from_json(text)
 
 

@@ -1,4 +1,4 @@
-"""What must hold whatever the numbers are."""
+"""Property-based tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows(seed: int, n: int = 24, d: int = 7) -> Tensor:
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A decoder, and the same with other weights close by."""
+    """A decoder, and a copy with slightly different weights."""
     before, after = seeded(TinyLM), seeded(TinyLM)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -109,6 +109,6 @@ def test_slope_and_width_have_their_closed_forms(changes: list[float]) -> None:
 
 
 def test_the_stack_is_what_was_compared() -> None:
-    """A guard of this file: the two models differ in every layer."""
+    """Sanity check: the two models differ in every layer."""
     layers = zip(LayerStack.find(BEFORE).parameters(), LayerStack.find(AFTER).parameters(), strict=True)
     assert all(not torch.equal(p, q) for a, b in layers for p, q in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""The report's files and tables, from runs as they are recorded, complete and interrupted, paired and not."""
+"""The report's files and tables, for complete and interrupted runs, paired and unpaired."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def printed(runs: list[Run], bars: bool = False) -> str:
 
 
 def panels(runs: list[Run]) -> list[list[Axes]]:
-    """The figure's axes, a row per group."""
+    """The figure's axes, one row per group."""
     return [list(sub.axes) for sub in report.figure(runs).subfigs]
 
 
@@ -203,7 +203,7 @@ def test_the_slider_holds_every_validation() -> None:
     steps = chart.layout.sliders[0].steps
     assert [s.label for s in steps] == [str(20 * (i + 1)) for i in range(8)]
     for i, step in enumerate(steps):
-        ys = step.args[0]["y"]  # band, change and null of each of two runs under each of two measures
+        ys = step.args[0]["y"]  # band, change and null for two runs and two measures
         assert ys[1] == standard.profiles["cka"][i].change
         assert list(ys[4]) == (list(equal.profiles["cka"][i].change) if i < 5 else [None] * 12)
         assert ys[7] == standard.profiles["cka_normalized"][i].change

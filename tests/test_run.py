@@ -1,4 +1,4 @@
-"""What runs leave on disk: the very numbers, whatever kills, resumes or damages them."""
+"""Run records on disk: exact values, also after kills, resumes and damage."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_continues_in_its_folder_and_in_another(tmp_path: Path) -> None:
-    """4 steps, then on from the checkpoint at step 2: nothing twice, nothing missing."""
+    """4 steps, then resumed from the checkpoint at step 2: no duplicate or missing rows."""
     keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, save_on_train_epoch_end=False)
     options: dict[str, Any] = {"val_check_interval": 1, "enable_checkpointing": True}
     fit(seeded(TinyLM), [*three(), keep], logger=folder_logger(tmp_path / "same"), **options)

@@ -1,4 +1,4 @@
-"""The stack of every family, found without a table of names."""
+"""The layer stack of every family is found without a table of names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(config: hf.PreTrainedConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A block with parts of its own, one of them a small Sequential."""
+    """A block with submodules, one of them a small Sequential."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_stages_are_one_stack(config: hf.PreTrainedConfig, first: str, last: str
 
 
 class NumberedStages(nn.Module):
-    """A ResNet as torchvision lays it out: stages are attributes that count up."""
+    """A ResNet in the layout of torchvision: stages are numbered attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class SeparateLSTMs(nn.Module):
 
 
 class Distilled(nn.Module):
-    """A student beside a larger teacher that does not train."""
+    """A student with a larger, frozen teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Aliased(nn.Module):
 
 
 def swin_like() -> nn.Module:
-    """Stages and down-samplers in one Sequential, as torchvision lays a Swin out."""
+    """Stages and down-samplers in one Sequential, as in torchvision's Swin."""
     stem = nn.Sequential(nn.Conv2d(3, 8, 4), nn.LayerNorm(8))
     return nn.Sequential(stem, nn.Sequential(*blocks(2)), nn.Conv2d(8, 8, 2), nn.Sequential(*blocks(2)))
 

@@ -1,4 +1,4 @@
-"""What comes back from files: without pickle, damaged files are errors that name the callback, and no network is asked."""
+"""Loading of state: no pickle, no network access, and damaged files raise errors that name the callback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resume(path: Path, *watchers: pl.Callback) -> None:
 
 
 class Hostile:
-    """Pickled, it stands for a command."""
+    """Runs a command when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -109,7 +109,7 @@ def test_a_damaged_state_names_its_callback(
 
 @pytest.mark.parametrize("make", [DepthProfile, EqualStep, UpdateRatioMonitor])
 def test_a_checkpoint_of_weights_only_is_refused(make: Callable[[], pl.Callback], checkpoint: Path) -> None:
-    """By Lightning itself, and before a reference could be taken from weights that are no longer the pretrained ones."""
+    """Rejected by Lightning, before a reference could be computed from weights that are no longer the pretrained ones."""
     callback = make()
     with pytest.raises(KeyError, match=r"checkpoint contains only the model.*save_weights_only"):
         resume(checkpoint.with_name("weights.ckpt"), callback)
@@ -159,7 +159,7 @@ if len(sys.argv) > 1:
 
 @pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_reaches_the_network(asks: bool) -> None:
-    """No address is looked up and no connection opened, even where the hub's offline switch is not set."""
+    """There are no DNS lookups and no connections, even if the hub's offline mode is not set."""
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", OFFLINE, *(["ask"] if asks else [])]

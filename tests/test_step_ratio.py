@@ -1,4 +1,4 @@
-"""Step ratios against numpy, and what rescaling must keep."""
+"""Step ratios, compared to numpy, and invariants of rescaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as a user gives them: to the real commands, in real work, within 5 seconds."""
+"""Ctrl-C and SIGTERM end the real commands within 5 seconds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from depthcb.run import read_runs
 from depthcb_recipes.backbones.catalogue import CONFIGS
 
 TESTS = Path(__file__).parent
-#: What the issue allows between the signal and the end of the process.
+#: Maximum time between the signal and the end of the process, as required by the issue.
 ALLOWED = 5.0
 
 
 def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """A ``depthcb`` command with one thread, in a folder of its own; Ctrl-C reaches it whoever started the tests."""
+    """A ``depthcb`` command with one thread in a separate folder; it receives Ctrl-C even if the tests ignore it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | variables
     return subprocess.Popen(
         [sys.executable, "-m", "depthcb", *arguments],
@@ -33,7 +33,7 @@ def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # children of a background job ignore it
     )
 
 
@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """Sends a signal; what was printed, once the process has ended in time and with the signal's exit code."""
+    """Sends a signal, checks the duration and exit code, and returns the output."""
     process.send_signal(number)
     sent = time.monotonic()
     text, _ = process.communicate(timeout=60)
@@ -57,7 +57,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
 
 
 def long_backward(folder: Path) -> subprocess.Popen[str]:
-    """A fit, at a moment when its main thread is in one call of 20 s."""
+    """A fit whose main thread is in a single call of 20 s."""
     config = yaml.safe_load((CONFIGS / "causal_lm.yaml").read_text())
     config["model"] = {"class_path": "long_backward.LongBackward", "init_args": {"backbone": "gpt2-tiny"}}
     config["data"]["init_args"] |= {"block_size": 32, "val_rows": 64}

@@ -1,4 +1,4 @@
-"""The verdict's rule, case by case."""
+"""The verdict rule, case by case."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("a", "b", "c")
 
 
 def run(relative: float, half_width: float = 0.1, normalised: float | None = None) -> dict[str, Profile]:
-    """Profiles of mean change 1 with these relative slopes."""
+    """Profiles with mean change 1 and the given relative slopes."""
 
     def one(measure: str, slope: float) -> Profile:
         change = (1 - slope / 2, 1.0, 1 + slope / 2)

@@ -1,4 +1,4 @@
-"""What the real W&B client is given: offline and read back, live to a backend on the loopback, slow, dead and synced late."""
+"""The real W&B client: offline, live with a local backend, with a slow or dead backend, and synced later."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_view_that_cannot_be_saved_is_one_clear_sentence() -> None:
 
 
 class Waits(pl.Callback):
-    """After each validation waits until the backend has its row and its pictures, before training goes on."""
+    """Waits after each validation until the backend has received its row and pictures."""
 
     def __init__(self, kept: Any) -> None:
         self.kept = kept
@@ -205,7 +205,7 @@ def test_each_validation_arrives_before_training_goes_on(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["slow", "dead"])
 def test_a_bad_server_does_not_hold_training_up(server: str, tmp_path: Path) -> None:
-    """In a process of its own: with a dead server W&B would wait for it at the end."""
+    """Runs in a separate process, since W&B would wait for a dead server at the end."""
     script = str(Path(__file__).with_name("slow_server_fit.py"))
     done = subprocess.run([sys.executable, script, server, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -265,7 +265,7 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path) -> None:
 
 
 def test_pictures_stay_under_the_file_limit() -> None:
-    """W&B takes some 1,000 files a run."""
+    """W&B supports about 1,000 files per run."""
     watch = DepthProfile()
     drawn = [n for n in range(1, 100_001) if watch.deserves_pictures(n)]
     assert drawn[:32] == list(range(1, 33))

@@ -1,4 +1,4 @@
-"""Small changes of real models, measured in fp32, against float64 forwards and numpy."""
+"""Small changes of real models in fp32, compared to float64 forward passes and numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from depthcb_recipes.backbones.loading import load_backbone
 
 
 def float64_rows(model: nn.Module, batches: list[dict[str, Tensor]], causal: bool) -> list[np.ndarray]:
-    """Mean over the counted positions of every layer's output, in a float64 forward with hooks of our own."""
+    """Mean over the counted positions of every layer's output, in a float64 forward pass with separate hooks."""
     double = copy.deepcopy(model).double().eval()
     stack = LayerStack.find(double)
     seen: dict[str, list[np.ndarray]] = {name: [] for name in stack.names}
@@ -50,7 +50,7 @@ def truth(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def moved(model: PreTrainedModel, size: float) -> PreTrainedModel:
-    """A copy whose stack got noise of this size relative to each tensor."""
+    """A copy with noise added to its stack, relative to the norm of each tensor."""
     copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in LayerStack.find(copied).parameters():
@@ -82,7 +82,7 @@ def test_minilm_within_one_percent() -> None:
 
 @pytest.mark.slow
 def test_smollm2_within_three_percent() -> None:
-    # At 1e-4 a middle layer, whose CKA sees one direction, changes by 4e-7: the fp32 forward itself is 3 to 4 % off.
+    # At 1e-4, a middle layer with one dominant direction changes by 4e-7, where the fp32 forward has errors of 3 to 4 %.
     tolerances = {1e-1: 0.03, 1e-2: 0.03, 1e-3: 0.03, 1e-4: 0.06}
     largest = check("smollm2-135m", causal=True, tolerances=tolerances, rows=32)
     assert largest[-1] < 1e-5

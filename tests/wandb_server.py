@@ -1,4 +1,4 @@
-"""A stand-in for the W&B backend on the loopback, enough for the real client: it keeps what arrives, and when."""
+"""A mock W&B backend on localhost for the real client; it records what arrives and when."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Backend:
-    """What arrived.
+    """Received data.
 
     Args:
-        delay: Seconds that every answer takes.
+        delay: Delay of every response in seconds.
     """
 
     def __init__(self, delay: float = 0.0) -> None:
@@ -29,7 +29,7 @@ class Backend:
         self.url = ""
 
     def wait(self, there: Any, seconds: float = 30) -> bool:
-        """Whether something is there within some time."""
+        """Returns whether a condition becomes true within some time."""
         with self.changed:
             return bool(self.changed.wait_for(there, seconds))
 
@@ -64,7 +64,7 @@ class Backend:
 
 @contextmanager
 def backend(delay: float = 0.0) -> Iterator[Backend]:
-    """A backend that listens until the block ends."""
+    """Runs a backend until the block ends."""
     kept = Backend(delay)
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ def backend(delay: float = 0.0) -> Iterator[Backend]:
         daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
-            """A client that hangs up is no news."""
+            """Ignores clients that disconnect."""
 
     server = Server(("127.0.0.1", 0), Handler)
     kept.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""Time that the callbacks add, as ratios within one run: A and B in turn, so that a busy machine slows both."""
+"""Overhead of the callbacks, as ratios within one run; A and B alternate, so that a busy machine slows both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ratio(a: Callable[[], None], b: Callable[[], None], runs: int = 5) -> float:
 
 
 def test_the_control_costs_little_beside_a_training_step() -> None:
-    """On SmolLM2, 8 x 128 tokens, in the machine's precision: EqualStep's work against forward, backward and AdamW."""
+    """EqualStep relative to forward, backward and AdamW, on SmolLM2 with 8 x 128 tokens in the machine's precision."""
     model, tokenizer = load_backbone("smollm2-135m")
     batch = next(iter(PackedText(tokenizer, train_rows=8).train_dataloader()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -65,7 +65,7 @@ def test_the_control_costs_little_beside_a_training_step() -> None:
 
 
 def test_the_interval_costs_little_beside_the_probe() -> None:
-    """On MiniLM, 64 x 64 tokens: CKA of 6 layers with 200 halves each, against the forward that it is made from."""
+    """CKA of 6 layers with 200 halves each, relative to the forward pass, on MiniLM with 64 x 64 tokens."""
     model, tokenizer = load_backbone("minilm", head=None)
     probe = Probe.collect(PackedText(tokenizer).probe_batches(), 64)
     stack, measures = LayerStack.find(model), find_measures(["cka", "cka_normalized"])

@@ -1,4 +1,4 @@
-"""What a study costs beside its fits: as ratios within one run."""
+"""Overhead of a study on top of its fits, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_thousand_runs_cost_little_more_than_their_processes(
 
 
 def test_the_status_of_two_thousand_runs_is_read_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside a process that starts Python and reads the same files as JSON."""
+    """Compared to a process that starts Python and reads the same files as JSON."""
     path, configs = study(tmp_path, 1000)
     store, profile = Store(tmp_path / "out"), {"change": [0.123456789012345] * 24, "layer_names": ["model.h.00"] * 24}
     for config in configs:

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py as a script, once a process: fits under DDP and writes what this rank saw."""
+"""Run by test_ddp.py as a script, once per process: fits with DDP and writes what this rank saw."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class Fed(TinyLM):
-    """Reads its share of each batch, in whatever process it finds itself."""
+    """Returns the shard of each batch that belongs to this process."""
 
     metrics: dict[str, float]
 

@@ -1,4 +1,4 @@
-"""Run by test_faults.py as a script: fits for 3 epochs, may kill itself on the way, and may resume."""
+"""Run by test_faults.py as a script: fits for 3 epochs, and optionally kills itself or resumes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Stop(pl.Callback):
 
 def main(folder: Path, stop: str, resume: str, shuffled: str) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     module = seeded(lambda: TinyLM(lambda p: torch.optim.AdamW(p, lr=1e-2)))
     if not shuffled:
-        module.eval()  # no dropout: Lightning repeats exactly what draws no random numbers
+        module.eval()  # no dropout: without random numbers, Lightning resumes exactly
     control, watch = EqualStep(), DepthProfile()
     callbacks: list[pl.Callback] = [control, UpdateRatioMonitor(), watch]
     callbacks += [ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)]

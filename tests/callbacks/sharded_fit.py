@@ -1,6 +1,6 @@
-"""Run by test_sharded.py as a script, once a process: fits a model whose parameters are sharded over several processes.
+"""Run by test_sharded.py as a script, once per process: fits a model with parameters sharded over processes.
 
-The data are the same whatever the number of processes, so that all layouts must end with the weights of one process.
+The data do not depend on the number of processes, so all layouts must end with the same weights as one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
-#: Layouts by name: processes that split the data, and processes that split each matrix.
+#: Layouts by name: data parallel size and tensor parallel size.
 LAYOUTS = {"one": (1, 1), "dp2": (2, 1), "dp2_root": (2, 1), "tp2": (1, 2), "dp2_tp2": (2, 2)}
 
 
@@ -84,7 +84,7 @@ class Regression(pl.LightningModule):
 
 
 class Collectives:
-    """Counts the sums over processes that step ratios take."""
+    """Counts the all-reduces for step ratios."""
 
     def __init__(self) -> None:
         self.count, self._all_reduce = 0, dist.all_reduce

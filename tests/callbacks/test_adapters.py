@@ -1,4 +1,4 @@
-"""Adapters through peft: the monitor sees the weights that adapters make, the control refuses them."""
+"""Adapters from peft: the monitor measures the effective weights, and EqualStep rejects adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*") 
 
 
 class Adapted(TinyLM):
-    """TinyLM with adapters on its fused attention weights; B starts at zero."""
+    """TinyLM with adapters on its fused attention weights; B is initialised to zero."""
 
     def __init__(self) -> None:
         super().__init__(lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-2))
@@ -29,7 +29,7 @@ class Adapted(TinyLM):
 
 
 def effective(module: pl.LightningModule) -> list[np.ndarray]:
-    """W0 + alpha / r (B A)^T of each layer in float64, written out."""
+    """W0 + alpha / r (B A)^T of each layer in float64."""
     found = []
     for layer in LayerStack.find(module).modules:
         adapted: Any = layer.attn.c_attn  # type: ignore[union-attr]
@@ -49,7 +49,7 @@ def test_the_monitor_reports_the_effective_weight() -> None:
 
 
 class Dropping(Adapted):
-    """The same with dropout in front of the adapters."""
+    """The same with dropout before the adapters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the callbacks may cost: no read-backs between logs, one copy of the stack, a reference that does not grow."""
+"""Cost limits of the callbacks: no device syncs between logs, one copy of the stack, a reference of constant size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READS = {
 
 
 class CountReads(TorchFunctionMode):
-    """Counts what makes a GPU wait: reading a number back, or a shape that depends on values."""
+    """Counts operations that synchronise a GPU: reading a value back, or a data-dependent shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CountReads(TorchFunctionMode):
 
 
 def watched(make: type[Callback], **arguments: Any) -> tuple[Any, list[int]]:
-    """A callback that notes the reads of each of its optimizer-step calls."""
+    """A callback that records the syncs of each of its optimizer-step hooks."""
     per_step: list[int] = []
 
     class Watched(make):  # type: ignore[misc, valid-type]

@@ -1,4 +1,4 @@
-"""Two real processes give what one gives on the same batches, and one row instead of two."""
+"""Two real processes give the same results as one on the same batches, and log each row once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import run_script
 
 
 def run(folder: Path, world: int, strategy: str = "auto") -> tuple[list[dict[str, Any]], list[dict[str, str]], str]:
-    """What each rank saw, the logged rows, and all output."""
+    """Observations of each rank, logged rows, and all output."""
     folder.mkdir()
     done = run_script("callbacks/ddp_fit.py", folder, world, strategy)
     assert done.returncode == 0, done.stderr
@@ -29,7 +29,7 @@ Alone = tuple[dict[str, Any], list[dict[str, str]]]
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """What a single process saw, and its rows."""
+    """Observations and logged rows of a single process."""
     (alone,), rows, _ = run(tmp_path_factory.mktemp("one") / "run", 1)
     return alone, rows
 
@@ -57,7 +57,7 @@ def test_two_processes_agree_with_each_other_and_with_one(one: Alone, tmp_path: 
 
 @pytest.mark.slow
 def test_spawned_processes_agree_with_one(one: Alone, tmp_path: Path) -> None:
-    """The callbacks of the parent stay as they were; weights come back, and what was measured is in the log."""
+    """Callbacks of the parent process are unchanged; the weights are returned, and the measurements are in the log."""
     alone, rows_alone = one
     (parent,), rows, _ = run(tmp_path / "two", 2, "ddp_spawn")
     assert parent["weights"] == parent["unwatched"]

@@ -1,4 +1,4 @@
-"""DepthProfile in real fits, its figures recomputed here from the activations with numpy."""
+"""DepthProfile in real fits, with its values recomputed from the activations in numpy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def change(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class Snapshots(pl.Callback):
-    """Activations of the probe at train start and at each validation, taken independently."""
+    """Records the probe activations at train start and at each validation, independently of DepthProfile."""
 
     def __init__(self, batch: dict[str, Tensor]) -> None:
         self.batch = batch
@@ -242,7 +242,7 @@ def test_a_module_without_a_forward_of_its_own_is_fed_through_its_child() -> Non
 
 
 class Talks(Regression):
-    """Logs from its forward, as some do."""
+    """Logs in forward(), as some modules do."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.log("calls", 1.0, reduce_fx="sum")
@@ -286,7 +286,7 @@ class Output:
 
 
 class Wraps(nn.Module):
-    """A linear layer that takes and returns its tensor in a wrapping."""
+    """A linear layer whose input and output are wrapped tensors."""
 
     def __init__(self, wrap: Any) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ def test_models_and_layers_that_wrap_their_output_train_like_those_that_do_not(w
 
 
 class BreaksLater(Regression):
-    """One layer turns NaN, or stops telling rows apart, before the second validation."""
+    """One layer becomes NaN, or constant over rows, before the second validation."""
 
     def __init__(self, weight: float, bias: float) -> None:
         super().__init__(OneChild())
@@ -416,7 +416,7 @@ def test_bad_input_is_refused_before_training(watch: Any, module: Any, data: Any
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_validation_that_is_switched_off_is_said() -> None:
-    """`limit_val_batches=0` keeps the loader from the callback: the same as no validation."""
+    """`limit_val_batches=0` hides the loader from the callback, which is the same as no validation."""
     with pytest.raises(ValueError, match=r"no validation loader \(or limit_val_batches=0\) and no probe"):
         fit(Regression(OneChild()), [DepthProfile()], numbers(), max_steps=1, limit_val_batches=0)
     watch = DepthProfile(probe=torch.randn(16, 4))

@@ -1,4 +1,4 @@
-"""EqualStep in real fits: what every step must look like, with numpy as the judge."""
+"""EqualStep in real fits: every step is checked against numpy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_step_is_equal_and_keeps_its_direction(optimizer: str, options: di
     fit(seeded(lambda: TinyLM(OPTIMIZERS[optimizer])), [wanted, EqualStep(), realised], **options)
     assert len(realised.after) == options.get("max_steps", 4)
     ratios, target = realised.ratios(), wanted.ratios().mean(axis=1, keepdims=True)
-    resolved = target[:, 0] > 1e-4  # below that, fp32 weights cannot hold a ratio to 1e-4
+    resolved = target[:, 0] > 1e-4  # below that, fp32 weights cannot represent a ratio to 1e-4
     assert resolved.any()
     assert np.abs(ratios / target - 1)[resolved].max() < 1e-4
     spread = wanted.ratios().max(axis=1) / wanted.ratios().min(axis=1)
@@ -64,7 +64,7 @@ def test_targets(target: Any, expected: Callable[[np.ndarray], Any]) -> None:
 
 
 class EqualByItself(torch.optim.Optimizer):
-    """Moves every group by 1e-3 of its norm along its gradient: a run whose ratios are already equal."""
+    """Updates every group by 1e-3 of its norm along its gradient, so that all ratios are already equal."""
 
     def __init__(self, groups: list[list[nn.Parameter]]) -> None:
         super().__init__([{"params": group} for group in groups], {})
@@ -141,7 +141,7 @@ class OneBadGradient(pl.Callback):
 
 @pytest.mark.parametrize("log_every", [1, 3, 100])
 def test_a_non_finite_update_is_not_applied_and_names_its_layer(log_every: int) -> None:
-    """Named at the next log, or at the end; later steps spread it nowhere."""
+    """The layer is named at the next log or at the end of the fit; later steps do not spread the NaN."""
     module = seeded(lambda: TinyLM(OPTIMIZERS["adamw"]))
     bad = OneBadGradient(LayerStack.find(module).modules[2], at=1)
     with pytest.raises(ValueError, match=r"not finite in layer model\.transformer\.h\.2;"):
@@ -181,7 +181,7 @@ def test_monitor_before_and_after_the_control() -> None:
 
 
 class TwoOptimizers(TinyLM):
-    """Manual optimization: one optimizer for matrices, one for the rest; every layer belongs to both."""
+    """Manual optimization with one optimizer for matrices and one for the rest; every layer belongs to both."""
 
     automatic_optimization = False
 
@@ -266,7 +266,7 @@ def test_biases_that_start_at_zero_are_refused_when_nothing_else_trains() -> Non
 
 
 def test_a_resumed_control_goes_on_counting(tmp_path: Any) -> None:
-    """The step that a callable target sees, and the means, continue over a checkpoint that loads without pickle."""
+    """The step passed to a callable target and the means continue from a checkpoint, which loads without pickle."""
     steps: list[int] = []
 
     def target(ratios: Tensor, step: int) -> Tensor:
@@ -286,7 +286,7 @@ def test_a_resumed_control_goes_on_counting(tmp_path: Any) -> None:
 
 
 def test_a_skipped_step_changes_nothing() -> None:
-    """A learning rate of 0 stands for every update of size 0: no division, no row."""
+    """A learning rate of 0 gives updates of size 0: no division by zero and no logged row."""
     module = seeded(lambda: TinyLM(lambda p: torch.optim.SGD(p, lr=0.0)))
     start = weights(module)
     rows = Rows()

@@ -1,4 +1,4 @@
-"""Real processes that are stopped and killed: nothing measured is lost, and a resumed run is the uninterrupted one."""
+"""Stopped and killed processes: no measurement is lost, and a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 
 def run(folder: Path, stop: str = "", resume: str = "", shuffled: str = "") -> tuple[int, dict[str, Any]]:
-    """The exit status, and what the process saw if it could still write it."""
+    """Returns the exit status, and the results if the process could still write them."""
     folder.mkdir()
     done = run_script("callbacks/killed_fit.py", folder, stop, resume, shuffled)
     if not stop:
@@ -64,7 +64,7 @@ def test_a_signal_leaves_no_hook_and_every_profile(stop: str, through: dict[str,
 
 
 class Fails(TinyLM):
-    """Breaks down in the middle of its third epoch."""
+    """Fails in the middle of the third epoch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.current_epoch == 2 and batch_idx == 1:
@@ -93,5 +93,5 @@ def test_a_resume_into_another_model_is_refused(tmp_path: Path) -> None:
     trainer = pl.Trainer(
         max_steps=8, callbacks=[DepthProfile()], logger=False, accelerator="cpu", enable_progress_bar=False
     )
-    with pytest.raises(RuntimeError, match="Unexpected key"):  # PyTorch's own words
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # PyTorch's message
         trainer.fit(seeded(lambda: TinyLM(layers=3)), *loaders(), ckpt_path=tmp_path / "last.ckpt")

@@ -1,4 +1,4 @@
-"""Every logger gets the scalars, those that show pictures get pictures, and the progress bar the slope alone."""
+"""All loggers get scalars, loggers that support pictures get them, and the progress bar only gets the slope."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_mlflow_gets_scalars_pictures_and_the_control(tmp_path: Path, monkeypatc
 
 
 class Shouting(CSVLogger):
-    """A user's own logger, which shows something of its own."""
+    """A custom logger that supports pictures."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,7 +84,7 @@ def test_a_sink_of_ones_own_serves_its_logger_and_those_that_inherit(tmp_path: P
 
 
 class Remote(Logger):
-    """A logger of another kind: scalars only, and no folder on this machine."""
+    """A logger without pictures and without a local folder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
 
 
 class Bucket(Remote):
-    """A logger whose files lie in a bucket."""
+    """A logger whose files are in a bucket."""
 
     @property
     def save_dir(self) -> str:
@@ -136,7 +136,7 @@ def test_the_checkpoint_lies_beside_the_record(tmp_path: Path) -> None:
 
 
 class Bar(TQDMProgressBar):
-    """Keeps what it shows."""
+    """Records what it is given to show."""
 
     shown: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Watching is silent: with and without the observers, training is the same to the last bit."""
+"""Observers do not affect training: with and without them, it is bit-identical."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*", "i
 
 
 class Streams(pl.Callback):
-    """Notes every random stream and train/eval flag at the end of each validation and of the fit."""
+    """Records all random states and train/eval flags at the end of each validation and of the fit."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -39,7 +39,7 @@ class Streams(pl.Callback):
 
 def outcome(tmp_path: Any, callbacks: list[pl.Callback], **options: Any) -> tuple[Any, ...]:
     module, streams = seeded(TinyLM), Streams()
-    module.model.transformer.h[2].eval()  # one block in eval mode among blocks that train: each flag must come back
+    module.model.transformer.h[2].eval()  # one block in eval mode while others train: each flag must be restored
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = fit(module, [*callbacks, streams], logger=logger, val_check_interval=2, **options)
     state = trainer.optimizers[0].state_dict()
@@ -65,7 +65,7 @@ def test_an_observed_run_is_the_unobserved_one(tmp_path: Any, options: dict[str,
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_no_hook_is_left_behind(failure: type[BaseException]) -> None:
-    """After a fit, and after one that fails, nothing sits on the optimizer or the model; a refit counts once."""
+    """After a fit, even a failed one, no hooks are left on the optimizer or model, and a second fit counts steps once."""
 
     class Fails(TinyLM):
         def training_step(self, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sharded parameters on 2 and 4 real processes: the numbers are those of one process, and a resume goes on exactly."""
+"""Sharded parameters on 2 and 4 real processes: the results equal those of one process, and a resume is exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support import run_script
 def run(
     folder: Path, name: str, world: int, resume: str = "", checkpoints: str = "plain", log_every: int = 1
 ) -> list[dict[str, Any]]:
-    """What each process saw."""
+    """Returns the observations of each process."""
     folder.mkdir()
     done = run_script("callbacks/sharded_fit.py", folder, name, resume, checkpoints, log_every)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -25,7 +25,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def through(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, list[dict[str, Any]]]]:
-    """The folder of a fit, and what its ranks saw; made once."""
+    """The folder of a fit and the observations of its ranks; run once."""
 
     @functools.cache
     def fitted(name: str, world: int) -> tuple[Path, list[dict[str, Any]]]:
@@ -67,7 +67,7 @@ def test_one_collective_a_step_between_logs(tmp_path: Path) -> None:
 
 
 def test_every_logged_step_has_its_row(through: Any) -> None:
-    """What came of a step is known one step later: its row still says which step it was, and holds the same figures."""
+    """The result of a step is known one step later; its row has the right step number and the same values."""
     rows = []
     for name, world in (("one", 1), ("dp2", 2)):
         with open(through(name, world)[0] / "metrics.csv", encoding="utf-8") as file:

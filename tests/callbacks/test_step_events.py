@@ -1,4 +1,4 @@
-"""One call per real step, whatever the loop does."""
+"""One call per actual optimizer step in any training loop."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_steps_that_a_scaler_skips_are_not_steps() -> None:
 @pytest.mark.parametrize("make", [EqualStep, UpdateRatioMonitor, Count, DepthProfile])
 @pytest.mark.parametrize(("strategy", "message"), [(DeepSpeedStrategy, "DeepSpeed"), (FSDPStrategy, "FSDPStrategy")])
 def test_strategies_that_step_out_of_sight_are_refused(make: Any, strategy: Any, message: str) -> None:
-    """Neither strategy runs on a CPU, so only the check itself is run, on a real strategy object."""
+    """Neither strategy runs on a CPU, so only the check is run, on a real strategy object."""
     trainer = type("Trainer", (), {"strategy": object.__new__(strategy)})()
     with pytest.raises(ValueError, match=f"does not support .*{message}.*use ModelParallelStrategy"):
         make().setup(trainer, None, "fit")

@@ -1,6 +1,6 @@
-"""Run by test_split.py as a script, once per process: fits an objective of the recipes, whole or sharded, and its null.
+"""Run by test_split.py as a script, once per process: fits an objective of the recipes, sharded or not, and computes its null.
 
-The data are the same whatever the number of processes, so that both must end with the same weights.
+The data do not depend on the number of processes, so both must end with the same weights.
 """
 
 from __future__ import annotations

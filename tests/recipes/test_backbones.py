@@ -31,7 +31,7 @@ from depthcb_recipes.backbones.loading import (
     load_tokenizer,
 )
 
-# One connected passage: the first words of a sentence that stands alone are anybody's guess and dominate its mean.
+# One connected passage: in single sentences, the unpredictable first words dominate the mean.
 PASSAGE = (
     "Photosynthesis is the process by which green plants and some other organisms use sunlight to make food from "
     "carbon dioxide and water. It usually involves the green pigment chlorophyll and gives off oxygen. The capital of "
@@ -51,7 +51,7 @@ def perplexity(model, tokenizer, text):
 
 
 def run_python(code, **environment):
-    """A fresh process without the hub, as a user's script would run."""
+    """Runs code in a fresh process without access to the hub."""
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -147,7 +147,7 @@ def test_new_heads_are_the_same_every_time_and_no_random_number_is_used():
     second, _ = load_backbone("minilm")
     head = first.cls.predictions.transform.dense.weight
     assert torch.equal(head, second.cls.predictions.transform.dense.weight)
-    assert 0.015 < head.std() < 0.025  # drawn with the model's own initializer_range, 0.02
+    assert 0.015 < head.std() < 0.025  # initialised with the model's initializer_range, 0.02
 
 
 def test_the_callers_device_and_dtype_do_not_matter():

@@ -1,4 +1,4 @@
-"""Sequential or parallel is found from the model, not from its name."""
+"""The block type is detected from the model, not from its name."""
 
 from __future__ import annotations
 

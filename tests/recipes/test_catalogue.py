@@ -1,4 +1,4 @@
-"""What there is: objectives and backbones, described from the networks themselves."""
+"""The catalogue of objectives and backbones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of installed libraries, and the labels that it carries."""
+"""The Python corpus and its labels."""
 
 import ast
 import importlib.util
@@ -28,7 +28,7 @@ LONG = "Words that say in some detail what the thing below is for, so that the d
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A small installed library with everything that needs care, and a cache of its own."""
+    """A small installed library with all special cases, and an empty cache."""
     root = tmp_path / "site" / "depthcb_sample"
     (root / "deep" / "tests").mkdir(parents=True)
     (root / "__init__.py").write_text(f'"""{LONG}"""\n\n\ndef f(x):\n    return x\n')
@@ -199,7 +199,7 @@ def test_token_kinds_are_what_tokenize_says(code):
 
 
 def test_the_names_of_the_packages_are_no_answer(library):
-    """The label can't be read off the text, and a docstring that two libraries share belongs to neither."""
+    """Library names are masked, and docstrings that occur in two libraries are dropped."""
     other = library.parent / "depthcb_other"
     other.mkdir()
     own = "What depthcb_other does, in words that nobody else uses, long enough for a docstring that counts as prose."

@@ -1,4 +1,4 @@
-"""Data for every objective: alignment, padding, masks and splits, on Python text and on files."""
+"""Data modules: alignment, padding, masks and splits, on the Python corpus and on files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_few_blocks_are_already_a_mix_of_files(smollm2: Any) -> None:
 
 
 def test_masking_statistics(bert: Any) -> None:
-    """Of 15 % chosen tokens 80 % become the mask, 10 % another token, 10 % stay; special tokens are never chosen."""
+    """Of the 15 % selected tokens, 80 % are masked, 10 % replaced, 10 % kept; special tokens are never selected."""
     collator = masking(bert, 0.15, seed=3)
     inside = torch.randint(1000, 29000, (400, 126), generator=torch.Generator().manual_seed(0))
     ends = torch.full((400, 1), bert.sep_token_id)
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_a_mask_is_refused(smollm2: Any) -> None:
         PackedText(smollm2, masked=True, val_rows=4).val_dataloader()
 
 
-# Labels in their places
+# Label alignment
 
 
 @BOTH
@@ -172,7 +172,7 @@ WORDS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(words=WORDS)
 def test_the_first_subword_of_each_word_has_its_label(name: str, smollm2: Any, bert: Any, words: list[str]) -> None:
-    """The number of each word is its label; the tokenizer's own word ids of split words say where words begin."""
+    """Each word is labelled with its index, and compared to the tokenizer's own word ids of pre-split words."""
     tokenizer = {"smollm2": smollm2, "bert": bert}[name]
     data = LabelledTokens(tokenizer, max_length=512)
     row = data._aligned(words, list(range(len(words))))
@@ -297,7 +297,7 @@ def test_tokenised_rows_are_kept_and_a_spoilt_file_is_made_again(
     assert len(list((cache_folder() / "tokenised").iterdir())) > 1, "other rows are kept beside these"
 
 
-# Other data
+# Other datasets
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -322,7 +322,7 @@ def test_files_of_every_kind(ending: str, bert: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_splits_and_named_classes(bert: Any, tmp_path: Path) -> None:
-    """As `DatasetDict.save_to_disk`'s neighbours on the hub come: parquet files a split, the classes in their order."""
+    """The format of hub datasets: parquet files for each split, with ordered classes."""
     features = Features({"words": List(Value("string")), "ner": List(ClassLabel(names=["O", "PER"]))})
     rows = {"words": [["Ann", "sings"], ["Bo"]], "ner": [[1, 0], [1]]}
     splits = DatasetDict({"train": Dataset.from_dict(rows, features), "validation": Dataset.from_dict(
@@ -355,7 +355,7 @@ def test_what_is_held_out_of_a_single_split_follows_the_seed(bert: Any, tmp_path
 
 
 def test_lines_stay_in_their_order_and_blank_ones_go(smollm2: Any, tmp_path: Path) -> None:
-    """WikiText and its kin: a row is a line, and many are empty."""
+    """Datasets like WikiText: a row is a line, and many are empty."""
     lines = [line for i in range(30) for line in (f"Sentence {i} of one long story.", "", "  ")]
     for split, part in (("train", lines), ("validation", ["Another story."] * 3)):
         Dataset.from_dict({"text": part}).to_parquet(str(tmp_path / "wiki" / f"{split}.parquet"))
@@ -394,7 +394,7 @@ def odd(**changed: Any) -> Callable[[Path], str]:
             {},
             "neither a local file or folder nor was it found on the hub",
             marks=pytest.mark.slow,
-        ),  # asks the hub, and waits where there is no network
+        ),  # queries the hub, which takes a while without network access
     ],
 )
 def test_bad_data_is_one_clear_sentence(

@@ -37,7 +37,7 @@ ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
 
 def check_outcome(out: Path, settings: Settings) -> list[Run]:
-    """Everything that a finished demo must have left."""
+    """Checks all outputs of a finished demo."""
     runs = {run.name: run for run in read_runs(out)}
     assert sorted(runs) == sorted(ARMS)
     assert all(run.finished for run in runs.values())
@@ -107,7 +107,7 @@ def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert f"{group.verdict.spread:.3g}x" in text
     for file in ("profiles.png", "report.html", "summary.json", "wandb sync"):
         assert file in text
-    # A demo that cannot start leaves the earlier one as it is, and a folder with something else is left alone.
+    # A demo that cannot start does not touch an earlier one, nor a folder with other contents.
     with pytest.raises(ValueError, match="no-such-model"):
         run_demo(dataclasses.replace(settings, backbone="./no-such-model"), tmp_path / "out", Console(quiet=True))
     assert check_outcome(tmp_path / "out", settings) == runs
@@ -121,9 +121,9 @@ def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C or SIGTERM in the second arm: the first arm's profiles, picture and page are there within 5 seconds."""
+    """Ctrl-C or SIGTERM in the second arm: the first arm's profiles, picture and page exist within 5 seconds."""
     out = tmp_path / "out"
-    # A background job of a shell starts with Ctrl-C ignored.
+    # Background jobs of a shell ignore Ctrl-C.
     handle = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     script = f"{handle}; from depthcb.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "demo", "--sizes", "minilm-4", "--steps", "6", "--out", str(out)]
@@ -140,7 +140,7 @@ def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp
         sent = time.monotonic()
         process.wait(timeout=120)
         took = time.monotonic() - sent
-        text, _ = process.communicate(timeout=120)  # W&B's own process may hold the pipe a little longer
+        text, _ = process.communicate(timeout=120)  # W&B's process may keep the pipe open a little longer
         assert took < 5, text
     assert process.returncode == 128 + number, text
     assert f"`depthcb report {out}` shows it again." in text
@@ -155,7 +155,7 @@ def test_an_interrupted_demo_leaves_what_it_measured(number: signal.Signals, tmp
 
 @pytest.mark.slow
 def test_the_machine_decides_the_size_and_the_size_can_be_repeated(tmp_path: Path) -> None:
-    """No time for any size: the smallest is run, and what it will take is said first."""
+    """If no size fits the time budget, the smallest is run after printing its estimated duration."""
     out, log = tmp_path / "out", tmp_path / "log.txt"
     sizes = [dataclasses.replace(size, null_seeds=1) for size in chosen(quick=True, steps=4)[-2:]]
     with open(log, "w", encoding="utf-8") as screen:
@@ -199,7 +199,7 @@ def test_settings_that_cannot_be_run_are_refused(tmp_path: Path, steps: int, eve
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_demo(tmp_path: Path) -> None:
-    """In a process of its own, as a user runs it, with all cores."""
+    """Runs the demo in a separate process with all cores."""
     command = [str(Path(sys.executable).with_name("depthcb")), "demo", "--out", str(tmp_path / "out")]
     own = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     subprocess.run(command, check=True, env=own)

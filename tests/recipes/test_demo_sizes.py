@@ -1,4 +1,4 @@
-"""The demo's sizes: what is given up first, and that what was measured decides."""
+"""The demo's sizes: the order in which they are reduced, and their selection by measured times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIVEN_UP = ["probe_rows", "block_size", "batch_size", "steps"]
 
 
 def test_the_order_of_sacrifice() -> None:
-    """The probe's rows, the blocks' length, the batch, the steps down to 12, then the backbone."""
+    """Reduced in this order: probe rows, block length, batch size, steps (to 12), backbone."""
     for one, other in itertools.pairwise(SIZES.values()):
         differ = {f.name for f in dataclasses.fields(Settings) if getattr(one, f.name) != getattr(other, f.name)}
         if one.backbone != other.backbone:

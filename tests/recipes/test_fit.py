@@ -1,4 +1,4 @@
-"""`depthcb fit`: every bundled YAML runs with one line, on any backbone, and errors are one line."""
+"""`depthcb fit`: every bundled YAML runs with one command on any backbone, and errors are one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes_families import tiny
 from depthcb.cli import main
 from depthcb_recipes.backbones.loading import load_tokenizer
 
-# Lightning's own use of jsonargparse, and the advice of both that a user would see.
+# Warnings of Lightning and jsonargparse that users would see too.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "configs"
 NAMES = ("causal_lm", "completion_lm", "masked_lm", "sequence_classification", "token_classification", "contrastive")
@@ -25,7 +25,7 @@ SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.l
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny random networks as folders, with a tokenizer that has every special token."""
+    """Tiny random networks saved to folders, with a tokenizer that has all special tokens."""
     tokenizer, folders = load_tokenizer("minilm"), {}
     for family, head in (("bert", "ForMaskedLM"), ("neox", "ForCausalLM")):
         folder = tmp_path_factory.mktemp(family)
@@ -36,7 +36,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def fit(config: str, folder: Path, *options: str) -> int:
-    """A fit of short rows, since the objective's distance is taken on many of them."""
+    """A fit with short rows, since the objective distance is computed on many of them."""
     length = "max_length" if config in ("completion_lm", "sequence_classification", "token_classification",
                                         "contrastive") else "block_size"  # fmt: skip
     return main(["fit", "--config", config, *SHORT, f"--data.{length}=32",

@@ -1,4 +1,4 @@
-"""The mini zoo: pretrained here, once, whole or not at all, and really learnt."""
+"""The mini zoo: models are pretrained once and atomically, and beat the unigram baseline."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TINY = MiniModel("gpt2", SMALL, lr=3e-3, steps=40, warmup_steps=5, batch_size=4)
 
 
 def zoo_of(folder: Path) -> list[Path]:
-    """What a cache holds of the zoo, without the locks."""
+    """Files of the mini zoo in a cache, without locks."""
     return [path for path in (folder / "depthcb" / "mini-zoo").iterdir() if path.suffix != ".lock"]
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, with the corpus that has been read already."""
+    """An empty cache, except for the corpus that has already been read."""
     shared = cache_folder() / "corpus"
     (tmp_path / "depthcb").mkdir()
     if shared.is_dir():
@@ -66,7 +66,7 @@ def test_pretraining_learns_is_recorded_and_happens_once(cache: Path, capfd: pyt
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_starts_afresh(cache: Path) -> None:
-    """A real process is killed while it trains: nothing passes for a model, and the next one clears up after it."""
+    """A killed process leaves no incomplete model, and the next one removes its temporary files."""
     code = (
         "from test_mini_zoo import *; import dataclasses; "
         "print(pretrain('tiny', dataclasses.replace(TINY, steps=100_000)), flush=True)"
@@ -113,7 +113,7 @@ def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_reading_never_trains(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A tokenizer, a configuration, the weights: each says how the model is made, and makes none."""
+    """Loading a tokenizer, configuration or weights fails with instructions, without pretraining."""
     for read in (load_tokenizer, load_config, load_backbone):
         with pytest.raises(BackboneNotFoundError, match="not pretrained on this machine yet: run `depthcb pretrain --"):
             read("gpt2-tiny")
@@ -132,7 +132,7 @@ def test_the_unigram_loss_is_what_counting_gives() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", MINI_ZOO)
 def test_each_model_of_the_zoo_has_learnt(name: str) -> None:
-    """Well below the best guess that looks at no other token."""
+    """The loss is well below the unigram baseline."""
     report = json.loads((pretrain(name, MINI_ZOO[name]) / "pretraining.json").read_text())
     assert report["held_out_loss"] < report["held_out_unigram_loss"] - 0.5
     assert report["parameters"] < 8e6

@@ -1,4 +1,4 @@
-"""The distance that a fit logs: the texts are the same, watching is silent, and what cannot be known is refused."""
+"""ObjectiveDistanceMonitor: texts are the same, training is not affected, and unsupported cases are rejected."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-# Random networks on a handful of texts: what is warned about is what they have.
-pytestmark = pytest.mark.filterwarnings("ignore:.*batch noise blurs.*")
+# Warnings that are expected for random networks on a handful of texts.
+pytestmark = pytest.mark.filterwarnings("ignore:.*batch noise dominates.*")
 
 
 def measure(module: Any, data: Any, batches: int = 1) -> tuple[ObjectiveDistanceMonitor, Rows]:
@@ -124,7 +124,7 @@ def test_noise_is_warned_about_and_more_texts_silence_it(folders: dict[str, str]
     with pytest.warns(UserWarning, match=r"to itself on other data .* raise batches=1"):
         measure(SequenceClassification(folders["bert"], num_labels=8), one_masked_token)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*batch noise blurs.*")
+        warnings.filterwarnings("error", ".*batch noise dominates.*")
         packed = PackedText(folders["gpt2"], block_size=32, **options)
         assert measure(CausalLM(folders["gpt2"]), packed, batches=8)[0].distance is not None
 

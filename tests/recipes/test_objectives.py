@@ -1,4 +1,4 @@
-"""Losses are those of transformers' own heads, padding never counts, and a pair that makes no sense is refused."""
+"""Losses equal those of transformers' heads, padding is ignored, and unsuitable backbones are rejected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def causal(family: str) -> Any:
 
 
 def objective(kind: str, family: str) -> tuple[Objective, dict[str, Tensor]]:
-    """An objective without dropout, and a batch for it that is padded on the right."""
+    """An objective without dropout, and a right-padded batch for it."""
     return make(kind, family).eval(), batch_of(kind)
 
 
@@ -67,7 +67,7 @@ def batch_of(kind: str, side: str = "right") -> dict[str, Tensor]:
     batch = texts(side)
     if kind == "completion":
         mask = batch["attention_mask"]
-        last = (mask.flip(1).cumsum(1).flip(1) <= 2) & (mask == 1)  # the last two real tokens
+        last = (mask.flip(1).cumsum(1).flip(1) <= 2) & (mask == 1)  # the last two non-padding tokens
         return batch | {"labels": batch["input_ids"].masked_fill(~last, -100)}
     if kind == "masked":
         chosen = (batch["input_ids"] % 4 == 0) & (batch["attention_mask"] == 1)

@@ -1,4 +1,4 @@
-"""The precision is measured, not assumed; what is named is used; both runs of a pair share it."""
+"""The precision is chosen by timing unless it is requested, and both runs of a pair share it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def busy(milliseconds: float) -> Product:
-    """A product that takes this much of the processor's time, however fast the machine."""
+    """A product that takes a fixed amount of CPU time, independent of the machine."""
 
     def compute() -> None:
         end = time.thread_time() + milliseconds / 1e3
@@ -77,14 +77,14 @@ def test_real_products_decide_on_this_machine_in_milliseconds(monkeypatch: pytes
     choice = choose(CPU)
     assert time.thread_time() - start < 1
     again = speedup(product(CPU, torch.bfloat16), product(CPU, torch.float32))
-    if not 0.8 * precision.WORTH_IT < again < 1.25 * precision.WORTH_IT:  # near the threshold either is right
+    if not 0.8 * precision.WORTH_IT < again < 1.25 * precision.WORTH_IT:  # near the threshold, either is correct
         assert (choice.precision == "bf16-mixed") == (again > precision.WORTH_IT)
     assert torch.get_num_threads() == 1, "as conftest.py set it"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variables are those of x86 builds of torch")
 def test_a_cpu_without_bfloat16_trains_in_float32() -> None:
-    """Most laptops: the instructions are hidden from the libraries, where this machine has them."""
+    """Hides the bfloat16 instructions of this machine from the libraries, as on most laptops."""
     hidden = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     command = [sys.executable, "-m", "depthcb_recipes.precision", "cpu"]
     found = json.loads(subprocess.run(command, env=hidden, capture_output=True, text=True, check=True).stdout)
@@ -98,7 +98,7 @@ def test_a_cpu_without_bfloat16_trains_in_float32() -> None:
 def test_a_gpu_is_asked_for_its_capability(
     capabilities: list[tuple[int, int]], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`is_bf16_supported` would count emulation; of several devices the oldest decides."""
+    """`is_bf16_supported` includes emulation; of several devices, the oldest decides."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
@@ -128,14 +128,14 @@ def test_a_named_precision_is_used_and_warned_about_once_where_it_is_slow(
     with pytest.warns(UserWarning, match=r"precision=bf16-mixed was requested, .* take 2\.\d times as long") as told:
         assert settle("bf16-mixed", CPU).precision == "bf16-mixed"
     assert len(told) == 1
-    times[torch.bfloat16] = 3.0  # slower, but not by twice
+    times[torch.bfloat16] = 3.0  # slower, but by less than a factor of 2
     assert settle("bf16-mixed", CPU).to_dict() == {"precision": "bf16-mixed", "reason": "requested"}
     assert settle("32-true", CPU).precision == settle(None, CPU).precision == "32-true"
     assert not recwarn.list
 
 
 def test_further_processes_of_a_fit_use_what_the_first_one_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near the threshold two measurements may differ, and two ranks must not."""
+    """Near the threshold, two measurements may differ, but all ranks must make the same choice."""
     monkeypatch.setenv("DEPTHCB_PRECISION", json.dumps({"precision": "bf16-mixed", "reason": "the first one's"}))
     monkeypatch.setattr(precision, "choose", lambda device: precision.Precision("32-true", "its own"))
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -205,7 +205,7 @@ def test_a_study_settles_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_study_keeps_its_precision_and_says_where_a_machine_would_choose_otherwise(tmp_path: Path) -> None:
     path, out = one_pair(tmp_path), tmp_path / "out"
     store = Store(out)
-    # What another machine settled, of the other opinion than this one.
+    # Another machine made the opposite choice.
     here = choose(CPU).precision
     other = {"bf16-mixed": "32-true", "32-true": "bf16-mixed"}[here]
     assert store.settle_precision("cpu", {"precision": other, "reason": "elsewhere"})["precision"] == other
@@ -240,7 +240,7 @@ def test_a_study_put_together_from_two_precisions_is_refused(
     study = yaml.safe_load(path.read_text())
     both = study["grid"]["control"]
     for control, kept in zip(both, ("32-true", "bf16-mixed"), strict=True):
-        # A folder whose file was removed and settled anew, or that was put together from two machines' runs.
+        # The file was removed and recreated, or the folder was merged from the runs of two machines.
         (out / "precision-cpu.json").unlink(missing_ok=True)
         Store(out).settle_precision("cpu", {"precision": kept, "reason": "planted"})
         path.write_text(yaml.safe_dump(study | {"grid": study["grid"] | {"control": [control]}}))

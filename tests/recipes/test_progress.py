@@ -1,4 +1,4 @@
-"""What is said while something runs, in a log and in a terminal."""
+"""Progress output in a log and in a terminal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_time_left_follows_the_plan_at_the_pace_so_far() -> None:
     with Progress(10, log()[1], planned=100) as progress:
         assert progress.seconds_left == 100
         time.sleep(0.2)
-        progress.advance(steps=1, seconds=50)  # half of the work, whatever the steps say
+        progress.advance(steps=1, seconds=50)  # half of the planned time, independent of the steps
         assert progress.seconds_left == pytest.approx(0.2, abs=0.1)
         progress.advance(steps=9, seconds=60)
         assert progress.seconds_left == 0

@@ -1,4 +1,4 @@
-"""Objectives whose parameters are sharded over two real processes: the figures are those of one process."""
+"""Objectives with parameters sharded over two real processes give the results of one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support import run_script
 
 
 def fitted(folder: Path, name: str, ranks: int, tensor_parallel: int = 1) -> list[dict[str, Any]]:
-    """What each process saw."""
+    """Returns the observations of each process."""
     folder.mkdir()
     done = run_script("recipes/split_fit.py", folder, name, ranks, tensor_parallel)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""A real study of one pair: two processes, real fits of a tiny network, and what is read off them."""
+"""A real study of one pair: two processes, fits of a tiny network, and their results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The study's file, and its folder after it was run; one model is not there."""
+    """The study's file, and its folder after the run; one model does not exist."""
     folder = tmp_path_factory.mktemp("study")
     tokenizer = load_tokenizer("minilm")
     tiny("neox", "ForCausalLM", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder / "neox")
@@ -91,7 +91,7 @@ def test_options_reach_the_fit_as_they_are(made: tuple[Path, Path], tmp_path: Pa
 
 @pytest.mark.slow
 def test_what_keeps_a_run_from_its_figures_is_recorded_as_that(tmp_path: Path) -> None:
-    """A learning rate that blows up, and a batch that is larger than the memory that this process may have."""
+    """A learning rate that diverges, and a batch that exceeds this process's memory limit."""
     path, out = smoke(tmp_path, "gpt2-tiny"), tmp_path / "out"
     study = yaml.safe_load(path.read_text())
     study["grid"] |= {"objective": ["causal_lm"], "seed": [0, 1]}
@@ -109,7 +109,7 @@ def test_what_keeps_a_run_from_its_figures_is_recorded_as_that(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_on_two_processes_starts_alike_and_dies_whole(tmp_path: Path) -> None:
-    """As the paper's largest model is fitted, its parameters sharded; on two CPU processes here."""
+    """Sharded parameters on two CPU processes, the setup for the paper's largest model."""
     one = smoke(tmp_path, "gpt2-tiny")
     two = yaml.safe_load(one.read_text())
     strategy = "lightning.pytorch.strategies.ModelParallelStrategy"

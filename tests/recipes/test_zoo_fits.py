@@ -19,7 +19,7 @@ from depthcb_recipes.objectives.token_classification import TokenClassification
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(3600),  # the first one may have to pretrain its model
+    pytest.mark.timeout(3600),  # may have to pretrain the model
     pytest.mark.filterwarnings("ignore:.*fall.* back to.*"),
 ]
 

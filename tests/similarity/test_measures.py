@@ -1,4 +1,4 @@
-"""Every measure against an independent float64 numpy computation, and against closed forms."""
+"""Every measure is compared to an independent float64 numpy computation and to closed forms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hsic1(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
 
 
 def numpy_cka(x: Tensor, y: Tensor, debiased: bool) -> float:
-    """CKA by its textbook ratio; no difference form, no shared code."""
+    """CKA by its textbook ratio, not as a difference, and without shared code."""
     a, b = x.double().numpy(), y.double().numpy()
     if debiased:
         k, l = a @ a.T, b @ b.T  # noqa: E741
@@ -60,7 +60,7 @@ def test_cka_is_the_textbook_ratio(n: int, d: int, e: int, debiased: bool) -> No
     x = rows(n, d, 0)
     y = x @ rows(d, e, 1) + 0.5 * rows(n, e, 2) + 3
     assert cka_change(x, y, debiased=debiased).item() == pytest.approx(1 - numpy_cka(x, y, debiased), rel=1e-6)
-    # The norms are of rows centred once by each side's mean; the mean of the unit rows goes with the second centring.
+    # The norms are those of rows centred by each side's mean; the second centring removes the mean of the unit rows.
     expected = 1 - numpy_cka(unit(x), unit(y), debiased)
     assert cka_normalized_change(x, y, debiased=debiased).item() == pytest.approx(expected, rel=1e-6)
 
@@ -91,7 +91,7 @@ def test_small_changes_are_right_within_a_percent(size: float) -> None:
 
 
 def test_a_rotation_by_a_small_angle_has_a_closed_form() -> None:
-    """Rows on two axes, one turned by t towards a third: biased CKA follows from 2 x 2 Grams by hand."""
+    """Rows on two axes, one rotated by t towards a third: biased CKA follows from 2 x 2 Gram matrices."""
     t = 1e-4
     x = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=torch.float64)
     y = x.clone()
@@ -154,7 +154,7 @@ def test_u_centring_by_its_definition() -> None:
     u = u_centred(k)
     assert u.diagonal().abs().max() == 0
     assert u.sum(dim=0).abs().max() < 1e-12
-    other = u_centred(k + rows(9, 1, 1).double() + rows(9, 1, 1).double().T)  # row and column offsets drop out
+    other = u_centred(k + rows(9, 1, 1).double() + rows(9, 1, 1).double().T)  # row and column offsets cancel
     assert torch.allclose(u, other)
 
 
@@ -176,7 +176,7 @@ def test_batched_like_one_by_one() -> None:
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=list(MEASURES))
 def test_what_is_not_defined_is_nan_and_spares_the_rest(measure: Measure) -> None:
-    """Of three comparisons in a batch only the one without a direction is lost."""
+    """Of three comparisons in a batch, only the one without variance is undefined."""
     x, y = torch.stack([rows(16, 5, s) for s in range(3)]), torch.stack([rows(16, 5, s) for s in range(3, 6)])
     x[1] = 0
     a, b = (gram(x), gram(y)) if measure.needs == "gram" else (x, y)

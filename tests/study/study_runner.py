@@ -1,4 +1,4 @@
-"""What makes a run in tests that need no fit: it follows its options, and notes what it did beside the runs."""
+"""Runs of tests that need no fit: follows the options and logs its actions next to the runs."""
 
 from __future__ import annotations
 

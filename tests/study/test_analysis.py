@@ -1,4 +1,4 @@
-"""The study's table and claims against studies whose truth is planted."""
+"""The study's table and claims on simulated studies with known effects."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_width_is_the_models_or_the_objectives() -> None:
     assert explained(frame, "model") > 0.95
     assert explained(frame, "objective") < 0.05
     groups = [g["width"].to_numpy() for _, g in frame.groupby("objective")]
-    f = stats.f_oneway(*groups).statistic  # eta squared by another road: F = (eta^2 / df1) / ((1 - eta^2) / df2)
+    f = stats.f_oneway(*groups).statistic  # eta squared computed differently: F = (eta^2 / df1) / ((1 - eta^2) / df2)
     df1, df2 = len(groups) - 1, len(frame) - len(groups)
     assert explained(frame, "objective") == pytest.approx(f * df1 / (f * df1 + df2), rel=1e-9)
 
@@ -87,7 +87,7 @@ def test_a_null_that_explains_and_a_control_with_nothing_to_do_are_said() -> Non
 
 
 def test_an_effect_that_the_null_has_too_is_said() -> None:
-    """Where each run's null is its own profile, whatever the runs show is no evidence; where it is flat, it may be."""
+    """If each run's null equals its profile, there is no evidence; if the null is flat, there may be."""
     results = study(paper, BOTH)
     same = [changed(result, null={"cka": [figures(result).profiles["cka"]]}) for result in results]
     for name in ("C4", "C5"):
@@ -136,7 +136,7 @@ def test_half_a_pair_has_no_row_and_a_failed_run_none() -> None:
     [(8, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(15, 2, marks=pytest.mark.slow)],
 )
 def test_the_interval_covers_the_truth(models: int, seeds: int) -> None:
-    """500 simulated studies: models differ, and seeds within them; the interval of the mean is to hold the true one."""
+    """500 simulated studies with random effects of models and seeds; the interval must cover the true mean."""
     rng, hits = np.random.default_rng(1), 0
     for study_number in range(500):
         effects = rng.normal(0.3, 0.2, models)

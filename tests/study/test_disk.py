@@ -1,4 +1,4 @@
-"""A disk that fills up: a real one, small."""
+"""A full disk, on a small real file system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from studies import command, figures, smoke
 
-#: Mounts a small file system where nobody else sees it, runs a study there, makes room, and runs it again.
+#: Mounts a small file system in a private namespace, runs a study, frees space and runs it again.
 SCRIPT = """
 mount -t tmpfs -o size=24k tmpfs "$1" || exit 99
 shift

@@ -1,4 +1,4 @@
-"""Real fits under kills: whatever dies when, the study ends with the figures of one that nobody disturbed."""
+"""Studies of real fits whose processes are killed: the results equal those of an undisturbed study."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A study of twelve runs, and its figures when it is left alone."""
+    """A study of twelve runs, and its results when undisturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     study = smoke(folder, "bert-tiny", "gpt2-tiny", "neox-tiny")
     assert drive(study, folder / "out").wait() == 0
@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 def test_kills_at_random_moments_change_nothing(
     engine: str, kills: int, within: float, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Kill -9 of the driver or of a worker; Ray's nodes need some seconds to notice that their driver is gone."""
+    """Kill -9 of the driver or of a worker; Ray's nodes need a few seconds to notice that their driver is gone."""
     study, expected = undisturbed
     out, chance, finished = tmp_path / "out", random.Random(0), dict[Path, int]()
     driver = drive(study, out, "--engine", engine)
@@ -55,7 +55,8 @@ def test_kills_at_random_moments_change_nothing(
             assert read_result(path.parent) is not None, "half a result"
             finished.setdefault(path, path.stat().st_ino)
     assert driver.wait() in (0, 1)
-    assert drive(study, out, "--engine", engine, "--retry-failed").wait() == 0  # killed thrice by chance: given up
+    # --retry-failed: a run that was killed three times by chance has been given up
+    assert drive(study, out, "--engine", engine, "--retry-failed").wait() == 0
     assert figures(study, out) == expected
     for path, file in finished.items():
         result = read_result(path.parent)
@@ -64,7 +65,7 @@ def test_kills_at_random_moments_change_nothing(
 
 
 def with_dropout(folder: Path) -> Path:
-    """A study of two runs on a network that draws random numbers at every step, whose data remember their place."""
+    """A study of two runs with dropout and stateful dataloaders."""
     tokenizer = load_tokenizer("gpt2-tiny")
     config = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
     tiny("bert", "ForMaskedLM", dropout=0.2, **config).save_pretrained(folder / "dropout")

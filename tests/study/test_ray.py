@@ -40,7 +40,7 @@ except ValueError as error:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head with one core."""
+    """A head node with one core."""
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent}")
     from ray.cluster_utils import Cluster
@@ -69,7 +69,7 @@ def test_a_node_that_dies_costs_no_run(cluster: Any, tmp_path: Path) -> None:
         while len(list(out.glob(f"runs/*/{RESULT}"))) < 3:
             time.sleep(0.05)
         cluster.remove_node(second, allow_graceful=False)
-        # Ray says by itself, at length, that a node died.
+        # Ray itself logs at length that a node died.
         seen = [found.groups() for line in driver.stdout if (found := re.fullmatch(r"(\d+) (\d+)\n", line))]
         assert driver.wait() == 0
     running = [int(number) for _, number in seen]

@@ -1,4 +1,4 @@
-"""A study's grid, folders and pool: nothing is made twice, nothing is half read, and a kill leaves nothing running."""
+"""A study's grid, folders and pool: runs are not repeated, files are never partial, and kills leave no processes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(runner
             assert time.monotonic() < deadline
             time.sleep(0.02)
         if kill == 1 and (workers := set(alive(out)) - {driver.pid}):
-            os.kill(workers.pop(), signal.SIGKILL)  # a worker alone: its run is made again
+            os.kill(workers.pop(), signal.SIGKILL)  # only a worker was killed: its run is repeated
         driver.kill()
         driver.wait()
         assert gone(out, within=0.5), "what a killed driver started lives on"
@@ -223,7 +223,7 @@ with locked(Path(sys.argv[1]), lease=float(sys.argv[3])):
 
 @contextlib.contextmanager
 def hold(folder: Path, host: str = "", lease: float = 60) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a run's lock, on another machine if its name is given."""
+    """Another process that holds a run's lock, on another machine if a host name is given."""
     arguments = [sys.executable, "-c", HOLDER, str(folder), host, str(lease)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -248,9 +248,9 @@ def test_a_lock_is_void_with_its_process(tmp_path: Path) -> None:
 def test_a_machine_that_gives_no_sign_of_life_loses_its_run_and_ends_it(tmp_path: Path) -> None:
     with hold(tmp_path, "elsewhere", lease=2) as holder:
         assert seems_running(tmp_path)
-        with pytest.raises(Busy), locked(tmp_path, patience=5, lease=2):  # it lives, so waiting is in vain
+        with pytest.raises(Busy), locked(tmp_path, patience=5, lease=2):  # the holder is alive, so waiting times out
             pass
-        holder.send_signal(signal.SIGSTOP)  # as a machine that hangs, or one that is cut off
+        holder.send_signal(signal.SIGSTOP)  # like a machine that hangs or is disconnected
         with locked(tmp_path, patience=20, lease=2):
             holder.send_signal(signal.SIGCONT)
             assert holder.wait(timeout=20) == 1, "it must not go on with what is another's"
@@ -306,7 +306,7 @@ def test_ending_a_run_ends_what_it_started(runner: str, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_named(runner: str, tmp_path: Path, capsys: Any) -> None:
     path, out = study(tmp_path), tmp_path / "out"
     folder = Store(out).folder(read_study(path)[5])
-    (folder / RESULT).mkdir(parents=True)  # what a user without the right to read it meets, also where that is root
+    (folder / RESULT).mkdir(parents=True)  # simulates missing read permission, also for root
     assert main(["study", "run", str(path), "--out", str(out)]) == 2
     assert f"{folder / RESULT} cannot be read" in capsys.readouterr().err
     assert main(["study", "status", str(path), "--out", str(out)]) == 2

@@ -1,4 +1,4 @@
-"""A run that started afresh removed the file beside its configuration that another driver was just writing."""
+"""A restarted run removed a temporary file of its configuration while another driver was writing it."""
 
 from __future__ import annotations
 

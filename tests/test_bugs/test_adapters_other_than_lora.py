@@ -1,4 +1,4 @@
-"""The monitor knew LoRA alone: DoRA's magnitude did not count, LoHa and LoKr failed, IA3 was its own tensors' ratio."""
+"""The monitor only supported LoRA: it ignored DoRA's magnitude, failed on LoHa and LoKr, and measured IA3's own tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from depthcb.adapters import adapted_modules, effective_weights
 
 
 def adapted(config: PeftConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Tensor]:
-    """A linear map whose adapters have been trained, so to speak, and the weight under them."""
+    """A linear layer with non-zero adapters, and its base weight."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)).to(dtype), config)  # type: ignore[arg-type]
     for parameter in model.parameters():
@@ -38,7 +38,7 @@ def adapted(config: PeftConfig, dtype: torch.dtype = torch.float32) -> tuple[Any
 @torch.no_grad()
 def test_the_effective_weight_is_what_the_module_multiplies_with(config: PeftConfig) -> None:
     module, base = adapted(config)
-    # IA3 scales the bias as well: what 0 gives is not the bias alone.
+    # IA3 also scales the bias, so the output for 0 is not just the bias.
     multiplies = (module(torch.eye(8)) - module(torch.zeros(8, 8))).T
     (found,) = effective_weights(module)
     torch.testing.assert_close(found, multiplies, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 
 class Tuned(TinyLM):
-    """What the finders turn: a learning rate and a batch size."""
+    """A module and data with the attributes that the finders change: learning rate and batch size."""
 
     def __init__(self) -> None:
         super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))

@@ -1,4 +1,4 @@
-"""The probe kept the very tensor a block returned or got, and a block that works in place wrote over it."""
+"""The probe stored the tensor a block returned or received, which in-place blocks then overwrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from depthcb.probe import Probe
 
 
 class InPlace(nn.Module):
-    """Blocks that hand on the very tensor they got."""
+    """Blocks that return their input tensor."""
 
     def __init__(self) -> None:
         super().__init__()
