@@ -10,6 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from depthcb.errors import NotFiniteError
 from depthcb.similarity.gram import doubly_centred, gram, half_squared_distance, u_centred, unit_norm, unit_rows
+from depthcb.similarity.measure import register
 
 MIN_ROWS = 4  # the U-centred estimator divides by n - 3
 
@@ -55,12 +56,28 @@ def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool 
     return check_defined(cka_normalized_change_of_grams(gram(reference), gram(current), debiased=debiased))
 
 
+@register(
+    "cka",
+    "gram",
+    title="change",
+    unit="1 - CKA  (0 = unchanged)",
+    definition="1 - linear CKA between the layer's activations on the probe in the pretrained and the current model, "
+    "debiased (U-centred Gram matrices of all rows). 0 is unchanged, about 1 unrelated. Dimensionless.",
+)
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
     """Computes `cka_change` (...) from Gram matrices (..., n, n), centred or not; NaN where a side's rows are equal."""
     centre = u_centred if debiased else doubly_centred
     return half_squared_distance(*(unit_norm(centre(k), k) for k in (reference, current)))
 
 
+@register(
+    "cka_normalized",
+    "gram",
+    title="normalised change",
+    unit="1 - CKA, rows normalised",
+    definition="The same with every row centred and scaled to unit norm first, so that no single large direction can "
+    "dominate it. Dimensionless.",
+)
 def cka_normalized_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
     """Computes `cka_normalized_change` from Gram matrices; see `cka_change_of_grams`."""
     normalised = [unit_rows(doubly_centred(k)) for k in (reference, current)]

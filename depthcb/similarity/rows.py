@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from depthcb.similarity.gram import half_squared_distance, to_float64, unit_norm
+from depthcb.similarity.measure import register
 
 
+@register(
+    "cosine",
+    "rows",
+    title="cosine change",
+    unit="1 - cosine  (0 = unchanged)",
+    definition="1 - cosine similarity of a row before and now, averaged over the rows. 0 is unchanged, 1 orthogonal. "
+    "Dimensionless.",
+)
 def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns the mean over rows of 1 - cos(reference row, current row), in [0, 2].
 
@@ -27,6 +36,13 @@ def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
     return half_squared_distance(units[0][..., None, :], units[1][..., None, :]).mean(dim=-1)
 
 
+@register(
+    "relative_l2",
+    "rows",
+    title="relative L2 change",
+    unit="‖ΔH‖ / ‖H‖",
+    definition="Norm of the change of the activations divided by their norm before. Dimensionless.",
+)
 def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns ||current - reference||_F / ||reference||_F, the norm of the change relative to the reference.
 
@@ -43,6 +59,14 @@ def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     return ratio
 
 
+@register(
+    "procrustes",
+    "rows",
+    title="Procrustes change",
+    unit="Procrustes change  (0 = unchanged)",
+    definition="The part of the change that no rotation explains: half the squared distance between the activations, "
+    "centred and scaled to unit norm, after the best rotation. 0 is unchanged, 1 the maximum. Dimensionless.",
+)
 def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns the change no rotation explains: min over orthogonal R of ||A - B R||^2 / 2 = 1 - ||A'B||_*, in [0, 1].
 

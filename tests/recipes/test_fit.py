@@ -17,7 +17,7 @@ from depthcb_recipes.backbones.loading import load_tokenizer
 # Warnings of Lightning and jsonargparse that users would see too.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "configs"
-NAMES = ("causal_lm", "completion_lm", "masked_lm", "sequence_classification", "token_classification", "contrastive")
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
          "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
          "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=4"]  # fmt: skip

@@ -149,9 +149,9 @@ def test_what_a_user_reads(made: tuple[Path, Path], tmp_path: Path, capsys: Any)
     assert csv["slope_equal"][0] == pytest.approx(parquet["slope_equal"][0], rel=1e-12)
     assert main(["study", "claims", *study]) == 0
     claims = capsys.readouterr().out
-    assert [line.split()[:2] for line in claims.splitlines() if line.startswith("C")] == [
-        [f"C{i}", "not"] for i in range(1, 6)
-    ]
+    verdicts = {line.split()[0]: line.split()[1] for line in claims.splitlines() if line.startswith("C")}
+    assert set(verdicts) >= {"C1", "C2", "C3", "C4", "C5"}
+    assert set(verdicts.values()) == {"not"}, "not enough runs"
     assert main(["study", "report", *study]) == 0
     page = (out / "report.html").read_text()
     assert "not enough runs" in page

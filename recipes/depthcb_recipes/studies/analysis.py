@@ -1,4 +1,4 @@
-"""The table of a study's pairs, and the paper's five claims, computed from the results of its runs."""
+"""The table of a study's pairs, and the paper's claims, computed from the results of its runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Claim:
     """A claim of the paper, as decided by a study.
 
     Args:
-        name: ``"C1"`` ... ``"C5"``.
+        name: Its short name, such as ``"C1"``.
         says: The claim.
         effect: The quantity that decides it, in words.
         estimate: The effect's size; None without enough runs.

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     table = tasks.add_parser("table", help="one row per pair of runs", description="Prints the table, or exports it.")
     _common(table)
     table.add_argument("--export", type=Path, action="append", default=[], help="also write it: .csv or .parquet")
-    _common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims C1-C5."))
+    _common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims."))
     report = tasks.add_parser("report", help="one page on the study", description="Writes one self-contained page.")
     _common(report)
     report.add_argument("--page", type=Path, help="the page (default: report.html in the study's folder)")
