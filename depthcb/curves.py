@@ -1,4 +1,4 @@
-"""Matplotlib plots of one run's profiles, for notebooks, W&B, TensorBoard and MLflow."""
+"""Matplotlib plots of one run's profiles, for notebooks, W&B, TensorBoard, MLflow and Comet."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class DepthProfile(Callback):
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
     ``depth/cka/width``              fraction of the layers that the change is spread over
-    ``depth/heatmap``                W&B and TensorBoard: layer x validation, one panel per measure
-    ``depth/curves``                 W&B and TensorBoard: the curves of all validations, the latest with its band
+    ``depth/heatmap``                plot, where the logger has a sink: layer x validation, one panel per measure
+    ``depth/curves``                 plot, likewise: the curves of all validations, the latest with its band
     ===============================  ==============================================================================
 
     A record in the logger's folder can be read by `depthcb.run.read_runs` and ``depthcb report``.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 from support import TinyLM, fit, logged, seeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -56,6 +59,36 @@ def test_mlflow_gets_scalars_pictures_and_the_control(tmp_path: Path, monkeypatc
     ]
     with Image.open(next(tmp_path.rglob("images/*.png"))) as picture:
         assert picture.size == (1120, 420)
+
+
+def test_comet_gets_scalars_pictures_and_the_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMET_START_ONLINE", "false")  # Lightning 2.6's `online=False` also turns the experiment off
+    monkeypatch.setenv("COMET_ERROR_TRACKING_ENABLE", "false")  # or it sends its own errors to a server
+    logger = CometLogger(
+        offline_directory=str(tmp_path), log_env_details=False, log_code=False, log_git_metadata=False,
+        auto_output_logging=False, display_summary_level=0,
+    )  # fmt: skip
+    watch = DepthProfile()
+    fit(seeded(TinyLM), [EqualStep(), watch], logger=logger, val_check_interval=2, default_root_dir=tmp_path)
+    logger.experiment.end()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as saved:
+        messages = [json.loads(line) for line in saved.read("messages.json").splitlines()]
+        uploads = [m["payload"] for m in messages if m["type"] == "file_upload"]
+        pictures = {
+            (about["figName"], about["step"]): saved.read(upload["file_path"])
+            for upload in uploads
+            if "figName" in (about := upload["additional_params"])
+        }
+    others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
+    assert others["depthcb_control"] == "equal-step"
+    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
+    slopes = [(m["step"], m["metricValue"]) for m in metrics if m["metricName"] == "depth/cka/slope"]
+    assert slopes == [(p.step, pytest.approx(p.slope, rel=1e-6)) for p in watch.profiles]
+    assert sorted(pictures) == [(f"depth/{key}", step) for key in ("curves", "heatmap") for step in (1, 3)]
+    for content in pictures.values():
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.size == (1120, 420)
 
 
 class Shouting(CSVLogger):
