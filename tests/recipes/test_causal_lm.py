@@ -92,9 +92,7 @@ class Curve(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def on_validation_epoch_end(
-        self, trainer, pl_module
-    ):  # the module's logged values are already visible to callbacks
+    def on_validation_epoch_end(self, trainer, pl_module):  # logged values are already visible here
         self.loss.append(trainer.callback_metrics["val/loss"].item())
         self.perplexity.append(trainer.callback_metrics["val/perplexity"].item())
 
