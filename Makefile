@@ -5,18 +5,22 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all browser lint format dist clean
+.PHONY: demo test fast-tests test-all browser lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
 
-test: lint
+# Together, since mypy uses one core for a minute or two.
+test: $(READY)
+	$(MAKE) --no-print-directory -j 2 lint fast-tests
+
+fast-tests: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: lint browser
 	$(BIN)/python -m pytest -n 2
 
-# The report is looked at in Debian's Chromium; where there is another one, or none can be installed, say so.
+# The report is checked in Chromium, from Debian's packages unless a browser is installed already.
 browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	    { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; } || \
@@ -40,7 +44,7 @@ format: $(READY)
 clean:
 	rm -rf .venv depthcb-demo depthcb-report.html build dist *.egg-info
 
-# torch first and pinned: resolved together with the rest, a newer build of several GB could be chosen.
+# torch first and pinned: resolved together with the rest, pip could choose a newer build of several GB.
 $(READY): pyproject.toml constraints.txt requirements-models.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

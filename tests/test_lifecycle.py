@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,73 +19,15 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
+from suite import Suite, assert_same
 from support import Edges, Judge, Rows, TinyLM, fit, loaders, seeded, texts
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Adafactor, AlbertConfig, AlbertForMaskedLM
+from transformers import Adafactor
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
 
 Optimizer = Callable[[Any], Any]
-
-
-@dataclass
-class Suite:
-    """All callbacks, with recorders before and after EqualStep, and their logged rows."""
-
-    wanted: Judge
-    control: EqualStep
-    realised: Judge
-    watch: DepthProfile
-    rows: Rows
-
-    @classmethod
-    def make(cls) -> Suite:
-        return cls(Judge(), EqualStep(), Judge(), DepthProfile(), Rows())
-
-    @property
-    def callbacks(self) -> list[pl.Callback]:
-        raw, seen = UpdateRatioMonitor(name="raw"), UpdateRatioMonitor()
-        return [self.wanted, raw, self.control, seen, self.realised, self.watch]
-
-    def fit(self, module: pl.LightningModule, data: Any = None, **options: Any) -> pl.Trainer:
-        """Fits with and without observers: the results are bit-identical, and no hooks are left."""
-        hooks, twin = count_hooks(module), copy.deepcopy(module)
-        trainer = fit(module, self.callbacks, data, logger=self.rows, **options)
-        assert_same(trainer, fit(twin, [EqualStep()], data, **options))
-        assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
-        assert count_hooks(module) == hooks
-        return trainer
-
-    def check(self, steps: int, validations: int) -> None:
-        """Checks the number of steps, each equal over layers and logged, and of profiles in the rows of val/loss."""
-        assert len(self.realised.after) == steps
-        ratios, target = self.realised.ratios(), self.wanted.ratios().mean(axis=1, keepdims=True)
-        resolved = target[:, 0] > 1e-4
-        assert resolved.any()
-        assert np.abs(ratios[resolved] / target[resolved] - 1).max() < 1e-4
-        logged = {key: self.rows.column(f"{key}/L") for key in ("raw", "update_ratio", "equal_step/realised")}
-        moved = (ratios > 0).all(axis=1)
-        for key, judge in (
-            ("raw", self.wanted),
-            ("update_ratio", self.realised),
-            ("equal_step/realised", self.realised),
-        ):
-            assert np.array(logged[key]) == pytest.approx(judge.ratios()[moved], rel=1e-5)
-        assert len(self.watch.profiles) == validations
-        stamped = [row["step"] for row in self.rows.rows if any(k.startswith("val/loss") for k in row)]
-        assert [p.step for p in self.watch.profiles] == stamped
-        assert all(0 < p.mean < 2 for p in self.watch.profiles)
-
-
-def assert_same(trainer: pl.Trainer, other: pl.Trainer) -> None:
-    """Checks that weights, buffers and optimizer states are bit-identical."""
-    states = [[t.lightning_module.state_dict(), *[o.state_dict() for o in t.optimizers]] for t in (trainer, other)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-
-
-def count_hooks(module: torch.nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
 LOOPS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -377,59 +318,6 @@ def test_stochastic_weight_averaging(first: bool) -> None:
     assert len(watch.profiles) == 3
 
 
-class Checkpointed(TinyLM):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model.gradient_checkpointing_enable()
-
-
-class CompiledBlocks(TinyLM):
-    def __init__(self) -> None:
-        super().__init__()
-        for block in self.model.transformer.h:
-            block.compile(backend="aot_eager")
-
-
-class CompiledModel(TinyLM):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = torch.compile(self.model, backend="aot_eager")  # type: ignore[assignment]
-
-
-class Lazy(TinyLM):
-    """Builds its model in configure_model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.built, self.model = self.model, None  # type: ignore[assignment]
-        del self._modules["built"]
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = seeded(TinyLM).model  # type: ignore[assignment]
-
-
-class Shared(TinyLM):
-    """One block run four times, as ALBERT does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        block = self.model.transformer.h[0]
-        self.model.transformer.h = torch.nn.ModuleList([block] * 4)
-
-
-class Albert(TinyLM):
-    """Four layers that share one set of weights, or two groups that each run twice."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        config = AlbertConfig(
-            vocab_size=61, embedding_size=8, hidden_size=16, num_hidden_layers=4, num_hidden_groups=groups,
-            num_attention_heads=2, intermediate_size=32,
-        )  # fmt: skip
-        self.model = AlbertForMaskedLM(config)  # type: ignore[assignment]
-
-
 COMPANY: dict[str, tuple[Callable[[], pl.LightningModule], Callable[[], list[pl.Callback]]]] = {
     "two optimizers": (MuonAndAdamW, list),
     "unfreezing": (OnlyTrainable, lambda: [Unfreezes()]),
@@ -448,35 +336,3 @@ def test_watching_is_silent_in_company(name: str, first: bool) -> None:
     watched = fit(seeded(make), [*watchers, *company()] if first else [*company(), *watchers], **options)
     assert_same(watched, fit(seeded(make), company(), **options))
     assert len(watchers[0].profiles) == 3  # type: ignore[attr-defined]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [Checkpointed, CompiledBlocks, CompiledModel, Lazy])
-def test_models(make: Callable[[], pl.LightningModule]) -> None:
-    suite = Suite.make()
-    suite.fit(seeded(make))
-    suite.check(4, 1)
-    assert all(".transformer.h." in name and "_orig_mod" not in name for name in suite.control.names)
-
-
-@pytest.mark.parametrize("callback", [EqualStep, UpdateRatioMonitor, DepthProfile])
-def test_shared_layers_are_refused(callback: Callable[[], pl.Callback]) -> None:
-    """The same block at several depths has no depth of its own."""
-    with pytest.raises(ValueError, match=r"No list of layers of one class|appears twice|with one layer only"):
-        fit(seeded(Shared), [callback()])
-
-
-@pytest.mark.parametrize("callback", [EqualStep, UpdateRatioMonitor, DepthProfile])
-def test_albert_is_refused(callback: Callable[[], pl.Callback]) -> None:
-    with pytest.raises(ValueError, match=r"one layer only: 'model\.albert\.encoder.*name them with layers="):
-        fit(seeded(lambda: Albert(groups=1)), [callback()])
-
-
-def test_a_layer_that_runs_twice_has_steps_but_no_depth() -> None:
-    """A block that runs twice has one step size but two activations."""
-    wanted, realised = Judge(), Judge()
-    fit(seeded(lambda: Albert(groups=2)), [wanted, EqualStep(), realised])
-    target = wanted.ratios().mean(axis=1, keepdims=True)
-    assert realised.ratios() == pytest.approx(target.repeat(2, 1), rel=1e-4)
-    with pytest.raises(ValueError, match=r"albert_layers\.0' ran several times in one forward, .*name other layers"):
-        fit(seeded(lambda: Albert(groups=2)), [DepthProfile()])

@@ -10,51 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from probe_models import Reader, TakesXY, ids, record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from depthcb import LayerStack
 from depthcb.isolation import isolated_rng
-from depthcb.probe import Probe, Recording
-
-WIDTH = 6
-
-
-class Mixer(nn.Module):
-    """A block over (B, T, d) that mixes positions: all of them, or only earlier ones."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__()
-        self.causal, self.mix = causal, nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        weights = mask[:, None, :].to(x.dtype) * (torch.ones(x.shape[1], x.shape[1]).tril() if self.causal else 1)
-        return x + self.mix(weights @ x / weights.sum(dim=-1, keepdim=True).clamp(min=1))
-
-
-class Reader(nn.Module):
-    """A small language model with known activations."""
-
-    def __init__(self, causal: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(20, WIDTH)
-        self.blocks = nn.ModuleList(Mixer(causal) for _ in range(3))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        x = self.embedding(input_ids)
-        for block in self.blocks:
-            x = block(x, mask)
-        return x
-
-
-def record(model: nn.Module, *batches: Any, **options: Any) -> Recording:
-    return Probe(tuple(batches), **options).record(model, LayerStack.find(model))
-
-
-def ids(rows: int = 5, length: int = 7, seed: int = 0) -> Tensor:
-    return torch.randint(1, 20, (rows, length), generator=torch.Generator().manual_seed(seed))
+from depthcb.probe import Probe
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -163,15 +125,6 @@ class Odd(nn.Module):
 def test_layers_that_return_tuples_dicts_and_dataclasses(wrap: Any) -> None:
     model = nn.Sequential(Odd(wrap), Odd(wrap))
     assert record(model, torch.randn(4, 3)).rows[0].shape == (4, 3)
-
-
-class TakesXY(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
 
 
 class TakesBatch(TakesXY):
@@ -300,38 +253,6 @@ def test_compiled_models_are_seen() -> None:
         torch.testing.assert_close(record(compiled, ids()).rows, expected)
 
 
-@pytest.mark.parametrize(
-    ("batch", "options", "message"),
-    [
-        (torch.ones(3, 3), {}, "gives 3 rows: a comparison needs at least 4"),
-        (torch.ones(4, 3), {"rows": "max"}, "rows='max' is unknown"),
-        (torch.ones(4, 3), {"forward": lambda m, b: m.blocks[0](b)}, r"never reached layer blocks\.1"),
-        (torch.ones(4, 3), {"forward": lambda m, b: m(m(b))}, r"'blocks\.0' ran several times"),
-        (torch.ones(2, 2, 2, 4, 3), {}, r"returns shape \(2, 2, 2, 4, 3\) for a batch of 2"),
-        ({"y": torch.ones(4, 3), "z": torch.ones(4)}, {"forward": lambda m, b: m(**b)}, None),
-        ({"y": torch.ones(4, 3)}, {}, None),
-        ("text", {}, "contains no tensor"),
-    ],
-)
-def test_bad_probes_are_refused(batch: Any, options: dict[str, Any], message: str | None) -> None:
-    """Errors of a user's forward function are not changed."""
-    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
-        record(TakesXY(), batch, **options)
-
-
-def test_a_mask_of_another_length_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    batch = {"x": torch.ones(4, 5, 3), "attention_mask": torch.ones(4, 6)}
-    with pytest.raises(ValueError, match="returns 5 positions, attention_mask has 6"):
-        record(model, batch, forward=lambda m, b: m(b["x"]))
-
-
-def test_a_mask_that_says_nothing_of_padding_is_refused() -> None:
-    batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 1, 7, 7)}
-    with pytest.raises(ValueError, match=r"shape \(4, 1, 7, 7\): padding is read from a \(batch, positions\) mask"):
-        record(Reader(), batch)
-
-
 def test_a_tokenizers_own_mapping_in_a_tuple_is_read() -> None:
     mask = torch.ones(4, 7, dtype=torch.int64)
     mask[:, 5:] = 0
@@ -341,20 +262,6 @@ def test_a_tokenizers_own_mapping_in_a_tuple_is_read() -> None:
     found = wrapped.record(model, LayerStack.find(model)).rows
     torch.testing.assert_close(found, record(model, plain).rows)
     assert not torch.equal(found[0], record(model, {"input_ids": ids(4)}).rows[0])
-
-
-def test_an_example_of_padding_only_is_refused() -> None:
-    batch = {"input_ids": ids(4), "attention_mask": torch.ones(4, 7)}
-    batch["attention_mask"][2, 1:] = 0
-    with pytest.raises(ValueError, match="Example 2 of the probe has no usable position"):
-        record(Reader(causal=True), batch)
-
-
-def test_an_unfit_source_is_refused() -> None:
-    with pytest.raises(ValueError, match="probe=int: pass a batch"):
-        Probe.collect(3, limit=4)
-    with pytest.raises(ValueError, match="The probe has no batch"):
-        Probe.collect(TensorDataset(torch.ones(0, 2)), limit=4)
 
 
 def test_torchs_own_encoder_with_padding_is_read() -> None:
@@ -389,28 +296,6 @@ def test_ids_and_mask_are_found_in_nested_dicts() -> None:
     torch.testing.assert_close(nested.rows, flat.rows)
 
 
-def test_causality_is_decided_on_the_longest_example() -> None:
-    """An example with a single token is ambiguous; it is rejected because its only position does not count."""
-    mask = torch.ones(5, 7, dtype=torch.int64)
-    mask[0, 1:] = 0
-    with pytest.raises(ValueError, match="Example 0 of the probe has no usable position"):
-        record(Reader(causal=True), {"input_ids": ids(), "attention_mask": mask})
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
-
-
-def test_layers_side_by_side_are_no_depth() -> None:
-    with pytest.raises(ValueError, match=r"'branches\.0' and 'branches\.1' read the same input"):
-        record(Branches(), torch.ones(4, 3))
-
-
 def test_conv1d_maps_are_channels_first() -> None:
     model = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Conv1d(5, 5, 3))
     x = torch.randn(4, 3, 12)
@@ -431,24 +316,6 @@ def test_buffers_that_a_forward_moves_are_put_back() -> None:
     record(model, torch.ones(4, 3), forward=counts)
     assert model.calls is buffer
     assert model.calls.item() == 0
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        [{"input_ids": torch.ones(7, dtype=torch.int64)}] * 5,
-        DataLoader([{"input_ids": [1, 2, 3]}] * 5, batch_size=5),
-    ],
-)
-def test_ids_that_are_no_batch_are_refused(source: Any) -> None:
-    with pytest.raises(ValueError, match=r"input_ids of a probe batch is a .*with_format\('torch'\)"):
-        Probe.collect(source, 8)
-
-
-def test_a_list_of_modules_needs_a_forward() -> None:
-    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
-    with pytest.raises(ValueError, match="ModuleList has no forward: pass forward="):
-        record(model, torch.ones(4, 3))
 
 
 def test_a_gpu_not_yet_in_use_keeps_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:

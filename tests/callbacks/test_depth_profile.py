@@ -13,9 +13,10 @@ import scipy.stats
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from regression import OneChild, Regression, numbers
 from support import LENGTH, TinyLM, fit, loaders, logged, seeded, texts
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from depthcb import DepthProfile, EqualStep, LayerStack, Profile, UpdateRatioMonitor, depth_profile
 
@@ -201,40 +202,6 @@ def test_two_profiles_side_by_side_and_metrics_to_monitor(tmp_path: Any) -> None
     assert watches[0].profiles[-1].change != watches[1].profiles[-1].change
 
 
-class OneChild(nn.Module):
-    """Every row gets the same output, or NaN in one layer."""
-
-    def __init__(self, constant: bool = False, nan: bool = False) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-        self.constant, self.nan = constant, nan
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.constant:
-            x = x * 0
-        return self.blocks(x)
-
-
-class Regression(pl.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self.model(batch) ** 2).mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.model(batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def numbers(rows: int = 16) -> Any:
-    data = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
-    return DataLoader(list(data), batch_size=8), DataLoader(list(data), batch_size=8)
-
-
 def test_a_module_without_a_forward_of_its_own_is_fed_through_its_child() -> None:
     watch = DepthProfile()
     fit(Regression(OneChild()), [watch], numbers(), max_epochs=1, max_steps=-1)
@@ -368,65 +335,6 @@ def test_a_layer_that_breaks_in_training_is_named_and_the_profiles_stay(
 def test_low_effective_rank_is_named() -> None:
     with pytest.warns(UserWarning, match=r"fewer than 5 directions .* in model\.blocks\.0 \("):
         fit(Regression(OneChild()), [DepthProfile()], numbers(), max_epochs=1, max_steps=-1)
-
-
-class Endless(IterableDataset[Tensor]):
-    def __iter__(self) -> Any:
-        return iter(torch.randn(16, 4))
-
-
-def broken() -> nn.Module:
-    model = OneChild()
-    with torch.no_grad():
-        model.blocks[1].bias[0] = float("nan")
-    return model
-
-
-def one_layer() -> nn.Module:
-    model = OneChild()
-    model.blocks = model.blocks[:1]
-    return model
-
-
-@pytest.mark.parametrize(
-    ("watch", "module", "data", "message"),
-    [
-        (lambda: DepthProfile(), OneChild, (numbers()[0],), "no validation loader .* and no probe"),
-        (lambda: DepthProfile(), OneChild, (numbers()[0], DataLoader(Endless(), batch_size=8)), "can only be iterated"),
-        (lambda: DepthProfile(probe=torch.randn(3, 4)), OneChild, None, "gives 3 rows: a comparison needs at least 4"),
-        (lambda: DepthProfile(layers="model.layers"), OneChild, None, r"'model\.layers' matches no module of Regression"),
-        (lambda: DepthProfile(layers=["model.blocks.0"]), OneChild, None, "at least 2 layers"),
-        (lambda: DepthProfile(), one_layer, None, "No list of layers of one class found"),
-        (lambda: DepthProfile(measures=("cca",)), OneChild, None, r"'cca'.*'cka'"),
-        (lambda: DepthProfile(rows="max"), OneChild, None, "rows='max' is unknown"),  # type: ignore[arg-type]
-        (lambda: DepthProfile(every_n_validations=0), OneChild, None, "every_n_validations=0"),
-        (lambda: DepthProfile(forward=lambda m, b: m.model.blocks[0](b)), OneChild, None, r"never reached layer model\.blocks\.1"),
-        (lambda: DepthProfile(probe={"pixels": torch.randn(8, 4)}), OneChild, None, "cannot be called on a probe batch of type dict"),
-        (lambda: DepthProfile(), lambda: OneChild(constant=True), None, r"'model\.blocks\.0' has the same activations"),
-        (lambda: DepthProfile(), broken, None, r"Layer 'model\.blocks\.1' has NaN"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_refused_before_training(watch: Any, module: Any, data: Any, message: str) -> None:
-    regression = Regression(module())
-    start = [p.clone() for p in regression.parameters()]
-    with pytest.raises(ValueError, match=message):
-        fit(regression, [watch()], data or numbers(), max_epochs=1, max_steps=-1)
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(start, regression.parameters(), strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_validation_that_is_switched_off_is_said() -> None:
-    """`limit_val_batches=0` hides the loader from the callback, which is the same as no validation."""
-    with pytest.raises(ValueError, match=r"no validation loader \(or limit_val_batches=0\) and no probe"):
-        fit(Regression(OneChild()), [DepthProfile()], numbers(), max_steps=1, limit_val_batches=0)
-    watch = DepthProfile(probe=torch.randn(16, 4))
-    with pytest.warns(UserWarning, match="never validates"):
-        fit(Regression(OneChild()), [watch], numbers(), max_steps=1, limit_val_batches=0)
-
-
-def test_a_probe_without_validation_is_said_to_measure_nothing() -> None:
-    with pytest.warns(UserWarning, match="never validates"):
-        fit(Regression(OneChild()), [DepthProfile(probe=torch.randn(16, 4))], numbers()[:1], max_epochs=1, max_steps=-1)
 
 
 def test_profiles_are_written_and_read() -> None:

@@ -174,14 +174,15 @@ def interval(
     values = []
     for _ in range(draws):
         rows: list[int] = []
-        labels: list[str] = []  # a model that is drawn twice counts as two models
-        for number, models in enumerate(strata.values()):
-            for position, choice in enumerate(rng.integers(len(models), size=len(models))):
+        labels: list[int] = []  # a model that is drawn twice counts as two models
+        for models in strata.values():
+            for choice in rng.integers(len(models), size=len(models)):
                 seeds = models[choice]
                 own = [row for i in rng.integers(len(seeds), size=len(seeds)) for row in seeds[i]]
+                labels += [labels[-1] + 1 if labels else 0] * len(own)
                 rows += own
-                labels += [f"{number} {position}"] * len(own)
-        value = statistic({name: column[rows] for name, column in columns.items()} | {"model": np.array(labels)})
+        drawn = np.array(rows)
+        value = statistic({name: column[drawn] for name, column in columns.items()} | {"model": np.array(labels)})
         if np.isfinite(value):
             values.append(value)
     estimate, fewest = statistic(columns), min(map(len, strata.values()))
