@@ -33,6 +33,7 @@ from depthcb_recipes.fit import PrecisionTrainer
 from depthcb_recipes.machine import release_memory
 from depthcb_recipes.studies.result import read_result
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own use of jsonargparse
 ARMS = ["adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"]
 
 
@@ -84,7 +85,6 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own use of jsonargparse
 def test_a_short_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
 
