@@ -39,7 +39,7 @@ def test_a_full_disk_stops_the_study_and_loses_nothing(tmp_path: Path) -> None:
     run = ["unshare", "-rm", "sh", "-c", SCRIPT, "sh", str(out), *command("run", study, out)]
     ended = subprocess.run(run, capture_output=True, text=True, env={"OUT": str(out), "KEPT": str(kept), **os.environ})
     assert "first 2" in ended.stdout, ended.stderr
-    assert f"The disk of {out} is full: free some of it and give the same command again." in ended.stderr
+    assert f"The disk of {out} is full: free some space and repeat the command." in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "second 0" in ended.stdout, ended.stderr
     assert len(figures(study, kept)) == 4
