@@ -68,7 +68,9 @@ class Albert(TinyLM):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [Checkpointed, CompiledBlocks, CompiledModel, Lazy])
+@pytest.mark.parametrize(
+    "make", [Checkpointed, *(pytest.param(m, marks=pytest.mark.slow) for m in (CompiledBlocks, CompiledModel)), Lazy]
+)
 def test_models(make: Callable[[], pl.LightningModule]) -> None:
     suite = Suite.make()
     suite.fit(seeded(make))

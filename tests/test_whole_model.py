@@ -74,6 +74,7 @@ def check(name: str, causal: bool, tolerances: dict[float, float], rows: int) ->
     return largest
 
 
+@pytest.mark.slow
 def test_minilm_within_one_percent() -> None:
     largest = check("minilm", causal=False, tolerances=dict.fromkeys((1e-1, 1e-2, 1e-3, 1e-4, 3e-5), 0.01), rows=32)
     assert largest[0] > 1e-3

@@ -51,7 +51,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("completion_lm", "token_classification") else n for n in NAMES],
+    [n if n in ("causal_lm", "contrastive") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, str], tmp_path: Path) -> None:
     model = backbone["bert" if name in ("masked_lm", "contrastive") else "neox"]
