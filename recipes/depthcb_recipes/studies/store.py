@@ -104,10 +104,12 @@ class Store:
             configs: The runs of the study; results of other values of its axes are none of its own.
         """
         current = {config.hash for config in configs}
-        missing = {_point(config) for config in configs if self.result(config) is None}
         folders = sorted(path.parent for path in self.root.glob(f"runs/*/{RESULT}") if path.parent.name not in current)
         results = [result for folder in folders if (result := read_result(folder)) is not None]
-        return [r for r in results if r.finished and r.version < VERSION and _point(r.config) in missing]
+        older = [result for result in results if result.finished and result.version < VERSION]
+        points = {_point(result.config) for result in older}  # mostly none: then no current result is read again
+        missing = {_point(c) for c in configs if _point(c) in points and self.result(c) is None}
+        return [result for result in older if _point(result.config) in missing]
 
 
 @contextlib.contextmanager
