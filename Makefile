@@ -5,16 +5,12 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test fast-tests test-all browser lint format dist clean
+.PHONY: demo test test-all browser lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
 
-# Together, since mypy uses one core for a minute or two.
-test: $(READY)
-	$(MAKE) --no-print-directory -j 2 lint fast-tests
-
-fast-tests: $(READY)
+test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: lint browser
