@@ -26,11 +26,14 @@ RUN_COLUMNS = {
     "instead of training, averaged over seeds. A run whose slope is no larger is no evidence about training.",
 }
 VERDICTS = {
-    "none": "The standard run shows no slope to explain.",
-    "collapses": "With equal steps in every layer the slope is not distinguishable from 0.",
+    "undecided": "The pairs do not carry a word: more seeds would narrow the interval.",
+    "emerges": "The standard runs show no slope; with equal steps in every layer there is one.",
+    "no more than noise": "Random weight changes that change the representations as much have most of the slope.",
     "reverses": "With equal steps in every layer the slope has the opposite sign.",
-    "weakens": "With equal steps in every layer part of the slope remains.",
-    "persists": "With equal steps in every layer the slope persists.",
+    "collapses": "With equal steps in every layer less than a fifth of the slope is left.",
+    "weakens": "With equal steps in every layer part of the slope is left.",
+    "persists": "With equal steps in every layer the slope is about the same.",
+    "strengthens": "With equal steps in every layer the slope is larger.",
 }
 RATIO_UNIT = "‖ΔW‖ / ‖W‖ per step"
 #: Below this effective rank, a layer's change rests on a few directions [ours].

@@ -39,6 +39,8 @@ class Profile:
         slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers the choice of probe rows,
             not training seeds [ours].
         relative_slope_interval: The same for ``relative_slope``.
+        half_relative_slopes: The relative slope over each of these halves, None where it is undefined, in an order that
+            depends on the examples alone: runs on the same probe are compared half by half.
         title: Display name of the measure; defaults to that in `depthcb.similarity.MEASURES`, else to its name.
         unit: Axis label of the measure; same default.
 
@@ -63,6 +65,7 @@ class Profile:
     band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     slope_interval: Interval | None = None
     relative_slope_interval: Interval | None = None
+    half_relative_slopes: tuple[float | None, ...] | None = None
     title: str = ""
     unit: str = ""
 
@@ -86,17 +89,19 @@ class Profile:
     def from_halves(cls, change: Sequence[float], halves: FloatArray, **fields: Any) -> Profile:
         """Creates a profile with intervals: the 2.5 % and 97.5 % points over the (H, L) changes of random halves.
 
-        Half-samples of n rows vary as much as means of n rows do, so the intervals are not widened [ours].
+        Half-samples of n rows vary as much as means of n rows do, so the intervals are not widened [ours]. Halves with
+        an undefined (NaN) change are left out.
         """
-        slopes = np.asarray([slope(c) for c in halves])
-        means = halves.mean(axis=1)
-        relative = (slopes / means) if (means > 0).all() else None
-        low, high = np.percentile(halves, (2.5, 97.5), axis=0).tolist()
+        slopes, means = _slopes(halves), halves.mean(axis=1)
+        relative = np.divide(slopes, means, where=means > 0, out=np.full(len(halves), np.nan))
+        defined = ~np.isnan(slopes)
+        low, high = np.percentile(halves[defined], (2.5, 97.5), axis=0).tolist()
         return cls(
             change=tuple(float(c) for c in change),
             band=(tuple(low), tuple(high)),
-            slope_interval=_interval(slopes),
-            relative_slope_interval=None if relative is None else _interval(relative),
+            slope_interval=_interval(slopes[defined]),
+            relative_slope_interval=_interval(relative[defined]) if (means[defined] > 0).all() else None,
+            half_relative_slopes=tuple(None if math.isnan(r) else r for r in relative.tolist()),
             **fields,
         )
 
@@ -119,6 +124,16 @@ class Profile:
     def relative_slope(self) -> float | None:
         """``slope / mean`` [ours]; None when nothing changed."""
         return self.slope / self.mean if self.mean > 0 else None
+
+    @property
+    def depth_corrected_slope(self) -> float | None:
+        """Relative slope times (L + 1) / (L - 1), for models of different depth [ours]; None when nothing changed.
+
+        Changes that accumulate evenly (c_l proportional to l + 1) have relative slope 2 (L - 1) / (L + 1), which is 1.2
+        for 4 layers and 1.92 for 48; corrected, it is 2 for any depth.
+        """
+        layers = len(self.change)
+        return None if self.relative_slope is None else self.relative_slope * (layers + 1) / (layers - 1)
 
     @property
     def spearman(self) -> float | None:
@@ -252,9 +267,15 @@ def slope(change: Sequence[float] | FloatArray) -> float:
     >>> round(slope([1.0, 2.0, 3.0]), 12)
     2.0
     """
-    x = relative_depth(len(change))
+    return float(_slopes(np.asarray(change)))
+
+
+def _slopes(changes: FloatArray) -> FloatArray:
+    """Returns the slopes (...) of profiles (..., L)."""
+    x = relative_depth(changes.shape[-1])
     x = x - x.mean()
-    return float(np.dot(x, np.asarray(change)) / np.dot(x, x))
+    found: FloatArray = changes @ x / np.dot(x, x)
+    return found
 
 
 def _interval(values: FloatArray) -> Interval:

@@ -63,8 +63,17 @@ class Reference:
         ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
         return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal)
 
-    def profiles(self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int) -> dict[str, Profile]:
+    def profiles(
+        self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int, *, intervals: bool = True
+    ) -> dict[str, Profile]:
         """Returns one profile per measure for new activations of the same probe.
+
+        Args:
+            recording: The activations.
+            measures: The measures.
+            step: The step number, for the profiles.
+            epoch: The epoch number, for the profiles.
+            intervals: Whether to compute the intervals, which takes most of the time.
 
         Raises:
             ValueError: A layer's activations are non-finite or identical for all rows, or the model is causal and the
@@ -75,7 +84,7 @@ class Reference:
             raise ValueError(
                 f"The reference model is {kinds[0]}, the current one {kinds[1]}: use the same attention mask for both."
             )
-        halves = _halves(self.examples)
+        halves = _halves(self.examples) if intervals else []
         for name, rows in zip(self.layer_names, recording.rows, strict=True):
             _check_finite(name, rows)
         now = {kind: [_sketch(kind, r) for r in recording.rows] for kind in {m.needs for m in measures}}
@@ -100,8 +109,7 @@ class Reference:
             "rows": len(self.examples),
         }
         samples = torch.stack(over_halves, dim=1)
-        samples = samples[~samples.isnan().any(dim=1)]  # all rows of a half may be identical
-        if len(samples) < ENOUGH_HALVES:
+        if int((~samples.isnan().any(dim=1)).sum()) < ENOUGH_HALVES:  # all rows of a half may be identical
             return Profile(tuple(change), **fields)
         return Profile.from_halves(change, samples.numpy(), **fields)
 

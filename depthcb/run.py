@@ -21,10 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote, unquote
 
 from depthcb.profile import Profile, Profiles
+
+if TYPE_CHECKING:
+    from depthcb.null import Null
 
 FOLDER = "depthcb"
 _PACKAGES = ("lightning", "torch", "transformers", "datasets", "peft", "wandb", "depthcb")
@@ -109,8 +112,13 @@ class Run:
 
     @cached_property
     def null(self) -> dict[str, Profiles]:
-        """The null profiles by measure, one per seed; empty if they were not measured."""
+        """The null profiles by measure, one per draw of noise; empty if they were not measured."""
         return _profiles(self.record("null_profiles"))
+
+    @cached_property
+    def matched_null(self) -> dict[str, Profiles]:
+        """The same of noise that changes the representations as much; empty if no scale was found that does."""
+        return _profiles(self.record("matched_null_profiles"))
 
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
@@ -224,11 +232,16 @@ def write_row(folder: Path, name: str, row: Row) -> None:
         file.write(_json(row) + "\n")
 
 
-def write_null(folder: Path, draws: Sequence[Mapping[str, Profile]]) -> None:
-    """Writes the null profiles to a run's folder, one draw per seed, with seeds 0, 1, ..."""
-    write_header(folder, "null", "null_profiles", 0, {"seeds": list(range(len(draws)))})
-    for seed, draw in enumerate(draws):
-        write_row(folder, "null", {"step": seed, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+def write_null(folder: Path, null: Null) -> None:
+    """Writes the null profiles to a run's folder, one row per draw of noise."""
+    kinds = {
+        "null": ("null_profiles", null.draws, {}),
+        "matched_null": ("matched_null_profiles", null.matched, {"scale": null.scale, "message": null.message}),
+    }
+    for name, (callback, draws, settings) in kinds.items():
+        write_header(folder, name, callback, 0, {"draws": len(draws), **settings})
+        for index, draw in enumerate(draws):
+            write_row(folder, name, {"step": index, "profiles": {m: p.to_dict() for m, p in draw.items()}})
 
 
 def read_runs(*folders: str | Path) -> list[Run]:

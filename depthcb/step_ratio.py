@@ -216,6 +216,25 @@ def as_ratios(squares: Tensor) -> Tensor:
     return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that did not move gives 0, not NaN
 
 
+@torch.no_grad()
+def layer_dots(
+    a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None = None
+) -> Tensor:
+    """Returns this process's part of the inner product of each layer's tensors: (L,).
+
+    >>> layer_dots([[torch.tensor([1.0, 2.0])]], [[torch.tensor([3.0, 4.0])]]).tolist()
+    [11.0]
+    """
+    flat = _flat(a)
+    device = flat[0].device
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    dots = torch.stack([(x * y).sum(dtype=dtype).to(device) for x, y in zip(flat, _flat(b), strict=True)])
+    if shares is not None:
+        dots = dots * _on_device(shares, device, dtype)
+    index = _layer_index(tuple(map(len, a)), device)
+    return torch.zeros(len(a), dtype=dtype, device=device).index_add_(0, index, dots)
+
+
 def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
     """Returns the sum of squares of each layer's tensors, weighted by their shares: (L,)."""
     flat = _flat(layers)

@@ -50,7 +50,8 @@ def study(
             FIGURES, pair=f"{model} {objective} {seed}", slope=own.slope,
             backbone={"family": "decoder", "block": block, "layers": len(own.change), "parameters": size},
             profiles={"cka": own.to_dict(), "cka_normalized": own.to_dict()},
-            null={"cka": [profile(rng, null).to_dict()]}, wanted_spread=spread,
+            null={"cka": [profile(rng, null / 3).to_dict()]}, matched_null={"cka": [profile(rng, null).to_dict()]},
+            wanted_spread=spread,
             objective_distance=DISTANCE[objective],
             initial_weights=f"{model} {objective} {seed}", data_order=f"{objective} {seed}",
         )  # fmt: skip

@@ -16,8 +16,8 @@ from runs import make_run, make_runs
 
 from depthcb import report
 from depthcb.run import Run
-from depthcb_recipes.studies.analysis import pairs_table, runs_table
 from depthcb_recipes.studies.page import write_study
+from depthcb_recipes.studies.tables import pairs_table, runs_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -146,7 +146,7 @@ def test_a_pair_of_runs(layers: int, scheme: str, browser: Browser, tmp_path: Pa
         (make_runs(validations=(0,), arms=1), "No depth profile was measured."),
         (make_runs(validations=(1,), arms=1), "The slider has a single step, because there is only one validation so far."),
         ([make_run(i, "AdamW", "standard", 6 + i, 4) for i in range(5)], "relative depth (0 = input side)"),
-        (make_runs(12, (8, 8, 3, 0)), "SGD: no verdict (equal-step not measured)"),
+        (make_runs(12, (8, 8, 3, 0)), "SGD: no comparison (equal-step not measured)"),
         ([make_run(0, "SGD", "equal-step", 48, 400)], "Depth profile of sgd-equal-step"),
     ],
     ids=["empty", "one validation", "five runs of any depth", "interrupted", "400 validations"],

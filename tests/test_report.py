@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -18,10 +19,12 @@ from report_cases import CASES, printed
 from runs import MEASURES, changed, make_run, make_runs
 
 from depthcb import report
+from depthcb.glossary import VERDICTS
 from depthcb.report.charts import heatmaps, profile_chart, progress_chart, ratio_heatmaps
-from depthcb.report.groups import groups
+from depthcb.report.groups import conclusions, groups, replicates, verdict_lines
 from depthcb.run import Run
 from depthcb.style import MISSING
+from depthcb.verdict import judge
 
 HOSTILE = "</script><script>alert('$x_1$')</script>[bold]&<!--"
 
@@ -151,7 +154,68 @@ def test_runs_pair_up_by_all_but_the_control() -> None:
         record["provenance"]["seed"] = "1"
 
     (rest,) = groups([runs[0], changed(runs[1], "DepthProfile", other_seed)])
-    assert (rest.paired, rest.verdict, len(rest.runs)) == (False, None, 2)
+    assert (rest.paired, rest.comparison, len(rest.runs)) == (False, None, 2)
+
+
+def seeds_of(count: int) -> list[Run]:
+    """Pairs under SGD that differ only in their seed."""
+
+    def seeded(run: Run, seed: int) -> Run:
+        def change(record: dict[str, Any]) -> None:
+            record["provenance"]["seed"] = str(seed)
+            record["settings"]["probe_hash"] = f"{seed:064d}"
+            record["fit"]["hparams"] = {"lr": 0.1, "data_seed": seed}
+
+        return dataclasses.replace(changed(run, "DepthProfile", change), name=f"{run.name}-{seed}")
+
+    return [
+        seeded(make_run(10 * seed + i, "SGD", control, 8, 4), seed)
+        for seed in range(count)
+        for i, control in enumerate(("standard", "equal-step"))
+    ]
+
+
+def test_pairs_of_four_seeds_have_a_verdict(tmp_path: Path) -> None:
+    runs = seeds_of(4)
+    found = groups(runs)
+    assert [g.title for g in found] == [f"SGD, seed {seed}" for seed in range(4)]
+    (four,) = replicates(found)
+    slopes = [
+        [run.profiles["cka"][-1].relative_slope for run in runs if run.control == c] for c in ("standard", "equal-step")
+    ]
+    expected = judge(*slopes)  # type: ignore[arg-type]
+    assert four.verdicts["cka"] == expected
+    assert list(four.verdicts) == list(MEASURES)
+    title, *lines = verdict_lines(four)
+    assert title.startswith(f"SGD, 4 pairs (seeds 0, 1, 2, 3): {expected.word}")
+    assert any(expected.reason in line for line in lines)
+    text = " ".join(printed(runs).split())
+    shown = page(runs, tmp_path)
+    for line in (title, *lines):
+        assert line in text
+        assert html.escape(line) in shown
+    said = json.loads(json.dumps(conclusions(runs)))
+    assert said["verdicts"][0]["verdicts"]["cka"]["word"] == expected.word
+    assert len(said["pairs"]) == 4
+
+
+def test_fewer_seeds_have_no_verdict(tmp_path: Path) -> None:
+    (three,) = replicates(groups(seeds_of(3)))
+    assert verdict_lines(three) == ["SGD, 3 pairs (seeds 0, 1, 2): no verdict (it needs at least 4 seeds)"]
+    assert replicates(groups(seeds_of(1))) == []
+    text = page(seeds_of(1), tmp_path)
+    assert "one pair: this speaks of its probe rows, not of training" in text
+    assert not any(f": {word}" in text for word in VERDICTS)
+
+
+def test_other_settings_are_no_replicates() -> None:
+    def faster(record: dict[str, Any]) -> None:
+        record["fit"]["hparams"] = {"lr": 0.2}
+
+    runs = seeds_of(4)
+    runs[-2:] = [changed(run, "DepthProfile", faster) for run in runs[-2:]]
+    (three,) = replicates(groups(runs))
+    assert len(three.pairs) == 3
 
 
 def test_runs_of_any_number_and_depth_share_a_chart(tmp_path: Path) -> None:
@@ -172,7 +236,9 @@ def test_runs_without_a_null_are_drawn_too(tmp_path: Path) -> None:
     steps = profile_chart(groups(runs)[0]).layout.sliders[0].steps
     assert [len(step.args[0]["y"]) for step in steps] == [8] * 8, "band and change of two runs by two measures"
     report.write_png(runs, tmp_path / "a.png")
-    assert "null of" not in page(runs, tmp_path)
+    shown = page(runs, tmp_path)
+    assert ", end of fit" not in shown
+    assert "null of standard: not measured (DepthProfile measures it with pretrained=" in shown
     assert f"null relative slope {MISSING}" in printed(runs)
 
 
@@ -235,11 +301,10 @@ def test_the_figure_holds_the_data(layers: int) -> None:
         spread = group.runs[0].step_ratio.spread
         assert spread is not None
         assert axes[2].get_yscale() == ("log" if spread > 3 else "linear")
-        assert group.verdict is not None
+        assert group.comparison is not None
         title = report.figure(runs).subfigs[row].get_suptitle()
-        assert (
-            f"{group.verdict.verdict}; the control removed a step-ratio spread of {group.verdict.spread:.3g}x" in title
-        )
+        assert f"standard relative slope {group.comparison.difference} (" in title
+        assert f"; the control removed a step-ratio spread of {group.spread:.3g}x" in title
 
 
 def null_mean(run: Run, measure: str) -> list[float]:
@@ -318,13 +383,13 @@ def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
     assert report.read_html(tmp_path / "a.html") == runs
 
 
-def test_a_run_without_interval_or_ratios_has_no_verdict() -> None:
+def test_a_run_without_interval_or_ratios_is_not_compared() -> None:
     def bare(record: dict[str, Any]) -> None:
         for row in record["rows"]:
             for profile in row["profiles"].values():
-                profile["relative_slope_interval"] = None
+                profile["half_relative_slopes"] = None
 
     standard, equal = make_runs(arms=2)
     (group,) = groups([changed(standard, "DepthProfile", bare), equal])
-    assert group.verdict is None
-    assert "no verdict (no interval, or no step ratios)" in printed(list(group.runs))
+    assert group.comparison is None
+    assert "no comparison (no interval, or no step ratios)" in printed(list(group.runs))

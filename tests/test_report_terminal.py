@@ -12,6 +12,7 @@ from runs import changed, make_runs
 from depthcb.report.groups import groups, label
 from depthcb.run import Run
 from depthcb.style import MISSING
+from depthcb.verdict import percent
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -33,11 +34,15 @@ def test_the_terminal_shows_numbers_and_verdict(layers: int) -> None:
         low, high = last.slope_interval
         assert f"slope {last.slope:+.3g} [{low:+.3g}, {high:+.3g}]" in flat
     for group in groups(runs):
-        verdict = group.verdict
-        assert verdict is not None
-        assert f"{verdict.verdict}; the control removed a step-ratio spread of {verdict.spread:.3g}x" in flat
-        null = np.mean([p.relative_slope for p in group.runs[0].null["cka"]])
-        assert f"relative slope of the null: standard {null:+.3g}" in flat
+        found = group.comparison
+        assert found is not None
+        assert found.share is not None
+        assert f"equal-step minus standard relative slope {found.difference} ({percent(found.share)} of the" in flat
+        assert f"the control removed a step-ratio spread of {group.spread:.3g}x" in flat
+        null = [p.relative_slope for p in group.runs[0].null["cka"] if p.relative_slope is not None]
+        shown = f"{np.mean(null):+.3g} [{min(null):+.3g} to {max(null):+.3g} in 3 draws] at the same size of weights"
+        assert f"null of standard: relative slope {shown}" in flat
+    assert flat.count("one pair: this speaks of its probe rows, not of training") == 2
     assert flat.count("agree on the sign of the slope") == 2
     assert flat.count("2.5 !") == 2
     assert f" {runs[0].effective_rank[-1]:.1f} " in flat
@@ -64,6 +69,8 @@ def test_disagreeing_measures_stand_out() -> None:
     def turn(record: dict[str, Any]) -> None:
         profile = record["rows"][-1]["profiles"]["cka_normalized"]
         profile["change"] = profile["change"][::-1]
+        low, high = profile["relative_slope_interval"]
+        profile["relative_slope_interval"] = (-high, -low)
 
     runs = make_runs(arms=2)
     runs[0] = changed(runs[0], "DepthProfile", turn)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row
+from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row, run_folder
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
 from depthcb.engine.warn import warn
+from depthcb.null import DRAWS
+from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import Profiles
 from depthcb.reference import Reference
+from depthcb.run import write_null
 from depthcb.similarity import Measure
 
 
@@ -40,6 +43,7 @@ class DepthProfile(Callback):
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
     ``depth/cka/width``              fraction of the layers that the change is spread over
+    ``depth/net_change/L00``         ||W - W0|| / ||W0|| of layer 0 since pretraining, if ``pretrained`` is set
     ``depth/heatmap``                plot, where the logger has a sink: layer x validation, one panel per measure
     ``depth/curves``                 plot, likewise: the curves of all validations, the latest with its band
     ===============================  ==============================================================================
@@ -58,6 +62,12 @@ class DepthProfile(Callback):
         probe_rows: Maximum number of examples taken from a dataset, and of token rows.
         forward: ``(pl_module, batch) -> anything``: how to run the module on a probe batch. By default
             ``pl_module(...)``, or the child that holds the layers if the module does not define ``forward``.
+        pretrained: ``"cpu"`` keeps a copy of the pretrained weights in main memory (all parameters and buffers once),
+            taken before any checkpoint is loaded. The null profiles are then measured at the end of the fit, which
+            takes about 2 x ``null_draws`` + 7 passes over the probe and one more copy of the weights for that time, and
+            each layer's net change at every validation. `depthcb.pretrained.PretrainedWeights` of the same model are
+            used as they are.
+        null_draws: Draws of noise for each of the two nulls, see `depthcb.null.null_profiles`.
 
     Raises:
         ValueError: At construction, an argument is invalid; at train start, the probe cannot be built or run, the
@@ -81,13 +91,18 @@ class DepthProfile(Callback):
         name: str = "depth",
         probe_rows: int = 256,
         forward: Forward | None = None,
+        pretrained: PretrainedWeights | Literal["cpu"] | None = None,
+        null_draws: int = DRAWS,
     ) -> None:
         if every_n_validations < 1:
             raise ValueError(f"every_n_validations={every_n_validations}: it must be at least 1.")
         self.name = name
         self.every_n_validations = every_n_validations
         #: The underlying recorder, which works without a Trainer.
-        self.recorder = ProfileRecorder(probe, layers, measures, rows, name, probe_rows, forward)
+        self.recorder = ProfileRecorder(
+            probe, layers, measures, rows, name, probe_rows, forward, pretrained=pretrained, null_draws=null_draws
+        )
+        self._loading: Any = None
         self.reset()
 
     def reset(self) -> None:
@@ -148,6 +163,15 @@ class DepthProfile(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
+        if stage == "fit" and self._loading is None:
+            hook = pl_module.register_load_state_dict_pre_hook  # a checkpoint is loaded after this and before the fit
+            self._loading = hook(lambda module, *_: self.recorder.take_weights(module))  # type: ignore[no-untyped-call]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
+        self.recorder.take_weights(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_resumed_reference(trainer)
@@ -180,7 +204,7 @@ class DepthProfile(Callback):
             return
         self._unpublished = False
         start = time.perf_counter()
-        record_row(self, trainer, self._record(len(self.profiles) - 1) | {"metrics": self._other_metrics(trainer)})
+        record_row(self, trainer, self._record(len(self.profiles) - 1) | self._beside(trainer))
         self._drawn = self.deserves_pictures(len(self.profiles))
         if self._drawn:
             self._log_pictures(trainer)
@@ -189,6 +213,10 @@ class DepthProfile(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.profiles and not self._drawn:
             self._log_pictures(trainer)
+        null = self.recorder.measure_null()
+        folder = run_folder(trainer)
+        if null is not None and folder is not None:
+            write_null(folder, null)
         end = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
         record_row(self, trainer, {"step": logged_step(trainer), "end": end})
 
@@ -232,10 +260,11 @@ class DepthProfile(Callback):
         first = profiles[self.measures[0].name]
         return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
 
-    def _other_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Returns the metrics logged by others, as of the end of a validation."""
+    def _beside(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Returns what a record's row has besides the profiles: net changes, and the metrics logged by others."""
         known = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        return {key: value for key, value in known.items() if not key.startswith(f"{self.name}/")}
+        metrics = {key: value for key, value in known.items() if not key.startswith(f"{self.name}/")}
+        return {"metrics": metrics} | ({"net_change": self.recorder.net_change} if self.recorder.net_change else {})
 
     def _log_pictures(self, trainer: pl.Trainer) -> None:
         self._drawn = True

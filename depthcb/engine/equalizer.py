@@ -24,6 +24,7 @@ from depthcb.step_ratio import (
     as_ratios,
     check_target,
     imposed_ratios,
+    layer_dots,
     layer_norms,
     rescale,
     revert_non_finite,
@@ -31,6 +32,9 @@ from depthcb.step_ratio import (
 )
 
 Outside = Literal["leave", "layer"]
+Decay = Literal["inside", "outside"]
+#: Cosine of the step with -W above which the step mostly shrinks the layer [ours].
+MOSTLY_DECAY = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class LoggedStep:
         done: Indices of the K controlled layers.
         ratios: (K,) ratios that the optimizer wanted.
         scale: (K,) factors applied.
-        squares: (2, K) this process's part of the realised ratios, as returned by `step_squares`.
+        sums: (3, K) this process's part of the realised ratios, as returned by `step_squares`, and of <-step, W>.
         shares: As returned by `LayerSteps.shares`.
     """
 
@@ -50,7 +54,7 @@ class LoggedStep:
     done: list[int]
     ratios: Tensor
     scale: Tensor
-    squares: Tensor
+    sums: Tensor
     shares: tuple[float, ...] | None
 
 
@@ -64,11 +68,12 @@ class StepEqualizer(StepHooks):
         target: The ratio to impose, as accepted by `depthcb.step_ratio.imposed_ratios`.
         outside: ``"leave"`` ignores parameters outside the stack; ``"layer"`` treats each module that owns some as a
             layer.
+        decay: ``"inside"`` counts weight decay as a part of the step; ``"outside"`` equalizes the rest of it.
         name: Prefix of the logged keys.
         every: Log every n-th step; ignored in a Trainer.
 
     Raises:
-        ValueError: The target cannot be imposed, or ``outside`` is unknown.
+        ValueError: The target cannot be imposed, or ``outside`` or ``decay`` is unknown.
 
     Example:
         >>> import torch
@@ -90,8 +95,12 @@ class StepEqualizer(StepHooks):
         outside: Outside = "leave",
         name: str = "equal_step",
         every: int = 1,
+        decay: Decay = "inside",
     ) -> None:
         check_target(target)
+        if decay not in ("inside", "outside"):
+            raise ValueError(f"decay={decay!r} is unknown: use 'inside' or 'outside'.")
+        self.decay = decay
         if outside not in ("leave", "layer"):
             raise ValueError(f"outside={outside!r} is unknown: use 'leave' or 'layer'.")
         self.layers, self.target, self.outside, self.name, self.every = layers, target, outside, name, every
@@ -101,6 +110,8 @@ class StepEqualizer(StepHooks):
         self._steps = LayerSteps([])
         self._broken: Tensor | None = None
         self._unlogged: LoggedStep | None = None
+        self._kept: dict[Tensor, Any] = {}
+        self._shrinking: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -113,7 +124,8 @@ class StepEqualizer(StepHooks):
         """Finds the layers.
 
         Raises:
-            ValueError: The layers cannot be found, are owned by no optimizer, train adapters, or are all 0.
+            ValueError: The layers cannot be found, are owned by no optimizer, train adapters, or are all 0; or
+                ``decay="outside"`` is not supported for an optimizer.
         """
         stack = LayerStack.find(module, self.layers)
         groups = dict(zip(stack.names, stack.parameters(), strict=True))
@@ -126,6 +138,8 @@ class StepEqualizer(StepHooks):
         _check_adapters(stack)
         check_target(self.target, len(groups))
         _check_weights(groups, optimizers)
+        if self.decay == "outside":
+            _check_decoupled(groups, optimizers)
         if len(self.mean_wanted.sums) != len(self.names):  # a different model
             self.reset()
         self._optimizers = optimizers
@@ -133,7 +147,10 @@ class StepEqualizer(StepHooks):
         self._broken, self._unlogged = None, None  # an exception may have left some
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Copies the parameters that this optimizer is about to change."""
+        """Copies the parameters that this optimizer is about to change, and notes what decay will leave of them."""
+        if self.decay == "outside":
+            for group in optimizer.param_groups:
+                self._kept |= dict.fromkeys(group["params"], 1 - group["lr"] * group["weight_decay"])
         self._steps.begin(optimizer, self._optimizers)
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -155,11 +172,13 @@ class StepEqualizer(StepHooks):
         if not done:
             return
         now, before = self._steps.now(done), self._steps.before(done)
-        start = [[t.clone() for t in layer] for layer in before] if logs else []
         broken = revert_non_finite(now, before)
+        if self.decay == "outside":
+            self._decay(before, done, broken)
+        start = [[t.clone() for t in layer] for layer in before] if logs else []
         shares = self._steps.shares(done)
         # One all-reduce per step: the realised ratios of a logged step are reduced together with the next step's.
-        pending = [] if self._unlogged is None else [self._unlogged.squares]
+        pending = [] if self._unlogged is None else [self._unlogged.sums]
         local_squares, way_back = step_squares(now, before, shares, broken)
         squares, *reduced = all_reduce([local_squares, *pending], shares)
         if reduced:
@@ -170,15 +189,22 @@ class StepEqualizer(StepHooks):
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            realised, _ = step_squares(now, start, shares)
-            self._unlogged = LoggedStep(step, done, ratios, scale, realised, shares)
+            realised, steps_back = step_squares(now, start, shares)
+            sums = torch.cat([realised, layer_dots(steps_back, now, shares)[None]])
+            self._unlogged = LoggedStep(step, done, ratios, scale, sums, shares)
             if shares is None:
-                self._log_step(realised)
+                self._log_step(sums)
+
+    def _decay(self, before: list[list[Tensor]], done: list[int], broken: Tensor) -> None:
+        """Applies the optimizers' weight decay to the copies, except in layers whose update is undone."""
+        for layer, parameters, undone in zip(before, self._steps.opened(done), broken.unbind(), strict=True):
+            for copy, parameter in zip(layer, parameters, strict=True):
+                copy.mul_(torch.where(undone.to(copy.device), 1.0, self._kept[parameter]))
 
     def log_waiting(self) -> None:
         """Logs the pending step if no later step will do it: before a validation, a checkpoint or the end."""
         if self._unlogged is not None:
-            self._log_step(all_reduce([self._unlogged.squares], self._unlogged.shares)[0])
+            self._log_step(all_reduce([self._unlogged.sums], self._unlogged.shares)[0])
 
     def finish(self) -> None:
         """Logs the pending step at the end of training.
@@ -255,14 +281,15 @@ class StepEqualizer(StepHooks):
         flags = torch.zeros_like(self._broken).index_copy_(0, torch.tensor(done, device=broken.device), broken)
         self._broken = torch.where(self._broken.any(), self._broken, flags)
 
-    def _log_step(self, squares: Tensor) -> None:
-        """Logs the pending step, given the globally reduced (2, K) squares of its realised ratios."""
+    def _log_step(self, sums: Tensor) -> None:
+        """Logs the pending step, given the globally reduced (3, K) sums of `LoggedStep`."""
         logged, self._unlogged = self._unlogged, None
         assert logged is not None
-        columns = torch.stack([logged.ratios, logged.scale, as_ratios(squares)]).tolist()
+        columns = torch.stack([logged.ratios, logged.scale, as_ratios(sums[:2])]).tolist()
         rows = [(i, *row) for i, row in zip(logged.done, zip(*columns, strict=True), strict=True) if row[0] > 0]
         if not rows:
             return
+        self._warn_decay(logged.done, sums)
         wanted = [r for _, r, _, _ in rows]
         values = {"target": sum(r * s for _, r, s, _ in rows) / len(rows), "spread": max(wanted) / min(wanted)}
         for i, r, s, actual in rows:
@@ -272,6 +299,35 @@ class StepEqualizer(StepHooks):
             self.log({f"{self.name}/{key}": value for key, value in values.items()}, logged.step)
         self.mean_wanted.note({i: r for i, r, _, _ in rows})
         self.mean_realised.note({i: actual for i, _, _, actual in rows})
+
+    def _warn_decay(self, done: list[int], sums: Tensor) -> None:
+        """Warns once of each layer whose step mostly shrinks it; takes the sums of `LoggedStep`."""
+        decays = any(
+            group["weight_decay"] for o in self._optimizers for group in o.param_groups if "weight_decay" in group
+        )
+        if self.decay == "outside" or not decays:
+            return
+        cosines = (sums[2] / (sums[0] * sums[1]).sqrt()).tolist()
+        fresh = {i: c for i, c in zip(done, cosines, strict=True) if c > MOSTLY_DECAY and i not in self._shrinking}
+        self._shrinking |= set(fresh)
+        if fresh:
+            shown = ", ".join(f"{self.names[i]} ({c:.2f})" for i, c in fresh.items())
+            warn(
+                f"EqualStep: the step mostly shrinks layer {shown} (cosine with -W above {MOSTLY_DECAY:g}). If that is "
+                "weight decay, the control amplifies it: set it to 0, or use decay='outside' with AdamW or Muon."
+            )
+
+
+def _check_decoupled(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+    """Raises an error if an optimizer of the layers does not apply W <- (1 - lr * weight_decay) W on its own."""
+    parameters = {p for group in groups.values() for p in group}
+    for optimizer in optimizers:
+        owned = [g for g in optimizer.param_groups if not parameters.isdisjoint(g["params"])]
+        if not all(g.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.Muon) for g in owned):
+            raise ValueError(
+                f"EqualStep: decay='outside' is not supported for {type(optimizer).__name__}, whose weight decay is "
+                "not known to be decoupled: use torch's AdamW or Muon, or decay='inside'."
+            )
 
 
 def _check_adapters(stack: LayerStack) -> None:

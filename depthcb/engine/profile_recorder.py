@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.engine.warn import warn
 from depthcb.glossary import LOW_RANK
+from depthcb.null import DRAWS, Null, null_profiles
+from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
@@ -34,6 +37,9 @@ class ProfileRecorder(StepHooks):
         probe_rows: Maximum number of examples taken from a dataset, and of token rows.
         forward: ``(module, batch) -> anything``: how to run the module on a probe batch.
         every: Measure every n-th step; ignored in a Trainer.
+        pretrained: ``"cpu"`` keeps a copy of the pretrained weights, for `measure_null` and net changes; see
+            `depthcb.DepthProfile`.
+        null_draws: Draws of noise for each null.
 
     Raises:
         ValueError: An argument is invalid.
@@ -60,7 +66,14 @@ class ProfileRecorder(StepHooks):
         probe_rows: int = 256,
         forward: Forward | None = None,
         every: int = 1,
+        pretrained: PretrainedWeights | Literal["cpu"] | None = None,
+        null_draws: int = DRAWS,
     ) -> None:
+        if not (pretrained is None or pretrained == "cpu" or isinstance(pretrained, PretrainedWeights)):
+            raise ValueError(f"pretrained={pretrained!r} is unknown: use 'cpu', PretrainedWeights or None.")
+        if null_draws < 1:
+            raise ValueError(f"null_draws={null_draws}: a null needs at least 1.")
+        self.pretrained, self.null_draws = pretrained, null_draws
         self.measures = find_measures(measures)
         self.probe, self.layers, self.name, self.every = probe, layers, name, every
         self.rows: Rows = rows
@@ -75,6 +88,10 @@ class ProfileRecorder(StepHooks):
         self.fixed_probe: Probe | None = None
         #: The recorded pretrained model, available after `prepare`.
         self.reference: Reference | None = None
+        #: The pretrained weights, if they are kept; available after `prepare`.
+        self.weights: PretrainedWeights | None = None
+        #: Each layer's net change ||W - W0|| / ||W0|| at the last measurement, if the pretrained weights are kept.
+        self.net_change: list[float] | None = None
         #: All profiles so far, by measure.
         self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
         self.steps_made = 0
@@ -83,6 +100,12 @@ class ProfileRecorder(StepHooks):
     def profiles(self) -> Profiles:
         """The first measure's profiles so far, oldest first."""
         return self.profiles_by_measure[self.measures[0].name]
+
+    def take_weights(self, module: nn.Module) -> None:
+        """Takes the module's weights as the pretrained ones if they are to be kept and there are none yet."""
+        if self.pretrained is not None and self.weights is None:
+            given = isinstance(self.pretrained, PretrainedWeights)
+            self.weights = self.pretrained if given else PretrainedWeights.of(module)  # type: ignore[assignment]
 
     def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer] = (), source: Any = None) -> None:
         """Collects the probe and records the module as the reference, unless there already is one.
@@ -101,11 +124,13 @@ class ProfileRecorder(StepHooks):
         if source is None:
             raise ValueError("DepthProfile: there is no probe: pass probe= with a batch, a dataset or a loader.")
         self._module, self._stack = module, LayerStack.find(module, self.layers)
+        self.take_weights(module)
         self.fixed_probe = Probe.collect(
             source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward
         )
         if self.reference is not None:
             self._check_reference(self.reference, self.fixed_probe)
+            self._check_weights(self.reference, self.fixed_probe)
         else:
             self.reference = Reference.record(self.fixed_probe, module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
@@ -138,10 +163,35 @@ class ProfileRecorder(StepHooks):
         profiles = self.reference.profiles(recording, self.measures, step, epoch)
         for measure, profile in profiles.items():
             self.profiles_by_measure[measure].append(profile)
+        if self.weights is not None:
+            self.net_change = self.weights.net_change(self._module, self._stack)
         if self.log is not None:
             self.log(self.row(profiles), step)
         self.seconds += time.perf_counter() - start
         return profiles
+
+    def measure_null(self) -> Null | None:
+        """Measures the null of the module in its current state; None if the pretrained weights were not kept.
+
+        Raises:
+            ValueError: The kept weights are those of another model.
+        """
+        if self.weights is None:
+            return None
+        assert self.reference is not None
+        assert self.fixed_probe is not None
+        start = time.perf_counter()
+        null = null_profiles(
+            self._module,
+            self.weights,
+            self.fixed_probe,
+            self.reference,
+            self.measures,
+            layers=self.layers,
+            draws=self.null_draws,
+        )
+        self.seconds += time.perf_counter() - start
+        return null
 
     def row(self, profiles: Mapping[str, Profile]) -> dict[str, float]:
         """Returns the numbers of one measurement by logged key, without undefined ones."""
@@ -151,6 +201,8 @@ class ProfileRecorder(StepHooks):
             numbers |= {key: getattr(profile, key) for key in DERIVED}
             numbers["slope_low"], numbers["slope_high"] = profile.slope_interval or (None, None)
             found |= {f"{self.name}/{measure}/{key}": value for key, value in numbers.items()}
+        for i, change in enumerate(self.net_change or ()):
+            found[f"{self.name}/net_change/{layer_key(i)}"] = change
         return {key: value for key, value in found.items() if value is not None}  # NaN stops EarlyStopping
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,6 +242,22 @@ class ProfileRecorder(StepHooks):
                 f"DepthProfile {self.name!r}: its reference was recorded without {', '.join(sorted(missing))}: use the "
                 "measures of the first run, or reset() the callback."
             )
+
+    def _check_weights(self, reference: Reference, probe: Probe) -> None:
+        """Raises an error if the kept weights don't give the reference, as in a resumed run of another model."""
+        if self.weights is None:
+            return
+        with self.weights.restored_in(self._module):
+            again = Reference.record(probe, self._module, self._stack, self.measures)
+        for name, before, now in zip(
+            self._stack.names, reference.sketches["gram"], again.sketches["gram"], strict=True
+        ):
+            if not torch.allclose(before, now, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+                raise ValueError(
+                    f"DepthProfile {self.name!r}: the weights that this module had before the checkpoint was loaded "
+                    f"don't give the checkpoint's reference in layer {name!r}, so they are not the pretrained ones: "
+                    "build the module from the same pretrained model, or leave out pretrained=."
+                )
 
     def _warn_low_rank(self, reference: Reference) -> None:
         pairs = zip(reference.layer_names, reference.effective_rank, strict=True)

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from depthcb.glossary import LOW_RANK
-from depthcb.profile import Profile
+from depthcb.profile import Profile, Profiles
 from depthcb.run import Run
 from depthcb.style import MISSING, show, show_interval
-from depthcb.verdict import Verdict, judge
+from depthcb.verdict import (
+    FEWEST_PAIRS,
+    Agreement,
+    PairComparison,
+    Verdict,
+    agreement,
+    compare_pair,
+    judge,
+    percent,
+)
 
 #: Step ratios use a log axis if max / min exceeds this value.
 LOG_ABOVE = 3.0
+ONE_PAIR = "one pair: this speaks of its probe rows, not of training"
 
 
 @dataclass(frozen=True)
@@ -28,16 +38,18 @@ class Group:
     Args:
         runs: A standard run and its equal-step counterpart, in this order; or any other runs.
         paired: Whether they are such a pair.
+        replicated: Whether there are further pairs that differ only in their seed.
     """
 
     runs: tuple[Run, ...]
     paired: bool = False
+    replicated: bool = False
 
     @property
     def title(self) -> str:
-        """The optimizer of a pair; otherwise the name of a single run, or the number of runs."""
+        """The optimizer of a pair (and its seed); otherwise the name of a single run, or the number of runs."""
         if self.paired:
-            return _optimizer(self.runs[0])
+            return _optimizer(self.runs[0]) + (f", seed {_seed(self.runs[0])}" if self.replicated else "")
         return self.runs[0].name if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
     @property
@@ -51,35 +63,126 @@ class Group:
         return max((run.layers for run in self.runs), key=len)
 
     @property
-    def verdict(self) -> Verdict | None:
-        """The verdict on a pair; None for other runs, or if a run is unfinished or has no profiles or intervals."""
-        if not self.paired or not all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs):
+    def complete(self) -> bool:
+        """Whether it is a pair of finished runs with profiles and step ratios."""
+        return self.paired and all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs)
+
+    @property
+    def comparison(self) -> PairComparison | None:
+        """The comparison of a complete pair by the first measure; None without intervals or without any change."""
+        if not self.complete:
             return None
-        standard, equal = ({m: ps[-1] for m, ps in run.profiles.items()} for run in self.runs)
-        if any(p.relative_slope_interval is None and p.mean > 0 for ps in (standard, equal) for p in ps.values()):
-            return None
-        return judge(standard, equal, self.runs[1].wanted_ratio.spread or math.nan)
+        standard, equal = (last(run, self.measures[0]) for run in self.runs)
+        return compare_pair(standard, equal) if standard and equal else None
+
+    @property
+    def spread(self) -> float | None:
+        """The step-ratio spread that the control removed from a pair."""
+        return self.runs[1].wanted_ratio.spread if self.paired else None
+
+    @property
+    def agreement(self) -> Agreement:
+        """Whether the measures agree on the sign of each run's slope, by its interval over the probe's halves."""
+        signs = {m: [_sign(last(run, m)) for run in self.runs] for m in self.measures}
+        return agreement(signs) if signs else "undecided"
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Complete pairs that differ only in their seed.
+
+    Args:
+        pairs: Two or more pairs.
+    """
+
+    pairs: tuple[Group, ...]
+
+    @property
+    def title(self) -> str:
+        """The optimizer and the seeds."""
+        seeds = ", ".join(_seed(pair.runs[0]) for pair in self.pairs)
+        return f"{_optimizer(self.pairs[0].runs[0])}, {len(self.pairs)} pairs (seeds {seeds})"
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict by each measure, the deciding one first; empty with too few pairs, or if nothing changed."""
+        measures = self.pairs[0].measures
+        if len(self.pairs) < FEWEST_PAIRS or any(s is None for m in measures for s in self._slopes(m)):
+            return {}
+        return {m: self._judge(m) for m in measures}
+
+    @property
+    def agreement(self) -> Agreement:
+        """Whether the measures agree on the sign of the mean slope of both kinds of runs."""
+        return agreement({m: [v.standard.sign, v.equal_step.sign] for m, v in self.verdicts.items()})
+
+    def _judge(self, measure: str) -> Verdict:
+        standard, equal = zip(*(both for both in self._slopes(measure) if both is not None), strict=True)
+        return judge(standard, equal, self._nulls(measure))
+
+    def _slopes(self, measure: str) -> list[tuple[float, float] | None]:
+        """Returns the relative slopes of each pair; None where nothing changed."""
+        both = [[_relative_slope(last(run, measure)) for run in pair.runs] for pair in self.pairs]
+        return [None if s is None or e is None else (s, e) for s, e in both]
+
+    def _nulls(self, measure: str) -> list[float]:
+        """Returns the mean relative slope of the standard runs' change-matched nulls; empty unless all have one."""
+        found = [pair.runs[0].matched_null.get(measure, Profiles()).mean_relative_slope for pair in self.pairs]
+        return [] if any(slope is None for slope in found) else [slope for slope in found if slope is not None]
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Returns pairs that differ only in the control, in the order of the standard runs, then one group of the rest."""
     by_settings: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        by_settings[_pair_key(run)][run.control].append(run)
+        by_settings[_key(run)][run.control].append(run)
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
-    return [*(Group(pair, paired=True) for pair in pairs), *([Group(rest)] if rest else [])]
+    seeds = Counter(_key(pair[0], seedless=True) for pair in pairs)
+    found = [Group(pair, paired=True, replicated=seeds[_key(pair[0], seedless=True)] > 1) for pair in pairs]
+    return [*found, *([Group(rest)] if rest else [])]
 
 
-def _pair_key(run: Run) -> str:
-    """Returns a key of everything that a pair must share: training settings, seed, layers, measures and probe."""
+def replicates(found: Sequence[Group]) -> list[Replicates]:
+    """Returns the complete pairs of `groups` that differ only in their seed, where there are several."""
+    by_settings: dict[str, dict[str, Group]] = defaultdict(dict)
+    for group in found:
+        if group.replicated and group.complete:
+            by_settings[_key(group.runs[0], seedless=True)].setdefault(_seed(group.runs[0]), group)
+    return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) > 1]
+
+
+def _key(run: Run, seedless: bool = False) -> str:
+    """Returns a key of everything that a pair must share: training settings, seed, layers, measures and probe.
+
+    Args:
+        run: The run.
+        seedless: Whether the seed may differ, and with it the probe that a data module draws.
+    """
     depth = run.record("DepthProfile")
     if depth is None:
         return f"unmeasured {run.name}"
-    measured = {key: depth.settings[key] for key in ("layers", "rows", "probe_hash")}
+    measured = {key: depth.settings[key] for key in ("layers", "rows", *(() if seedless else ("probe_hash",)))}
     measured["measures"] = list(depth.settings["measures"])  # names alone: a reworded definition is the same measure
-    return json.dumps([measured, depth.fit, depth.provenance["seed"]], sort_keys=True)
+    fit = dict(depth.fit)
+    if seedless:
+        fit["hparams"] = {name: v for name, v in fit.get("hparams", {}).items() if "seed" not in name}
+    return json.dumps([measured, fit, None if seedless else _seed(run)], sort_keys=True)
+
+
+def _seed(run: Run) -> str:
+    depth = run.record("DepthProfile")
+    return str(depth.provenance["seed"]) if depth else ""
+
+
+def _sign(profile: Profile | None) -> int:
+    interval = profile.relative_slope_interval if profile else None
+    return 0 if interval is None else (interval[0] > 0) - (interval[1] < 0)
+
+
+def _relative_slope(profile: Profile | None) -> float | None:
+    return profile.relative_slope if profile else None
 
 
 def _optimizer(run: Run) -> str:
@@ -127,11 +230,12 @@ def null_slope(run: Run, measure: str) -> float | None:
 
 
 def headline(group: Group) -> str:
-    """Returns the verdict together with the spread that the control removed, or why there is no verdict."""
-    verdict = group.verdict
-    if verdict is not None:
-        removed = f"the control removed a step-ratio spread of {verdict.spread:.3g}x"
-        return f"{group.title}: {verdict.verdict}; {removed}"
+    """Returns what a pair shows, with the spread that the control removed; or why it shows nothing."""
+    found = group.comparison
+    if found is not None:
+        left = "" if found.share is None else f" ({percent(found.share)} of the slope is left)"
+        removed = f"the control removed a step-ratio spread of {group.spread:.3g}x"
+        return f"{group.title}: equal-step minus standard relative slope {found.difference}{left}; {removed}"
     if not group.paired:
         return group.title
     absent = [run.control for run in group.runs if not any(run.profiles.values())]
@@ -139,30 +243,95 @@ def headline(group: Group) -> str:
     why = f"{' and '.join(absent)} not measured" if absent else f"{' and '.join(unfinished)} not finished"
     if not absent and not unfinished:
         why = "no interval, or no step ratios"
-    return f"{group.title}: no verdict ({why})"
+    return f"{group.title}: no comparison ({why})"
 
 
 def context(group: Group) -> list[str]:
-    """Returns the context of the verdict: its reason, whether the measures agree, and the null; empty without one."""
-    verdict = group.verdict
-    if verdict is None:
+    """Returns what limits a pair's comparison: one pair, whether the measures agree, the nulls; empty without one."""
+    if group.comparison is None:
         return []
-    agree = "agree" if verdict.measures_agree else "DISAGREE"
-    measures = ", ".join(group.measures)
-    nulls = ", ".join(f"{run.control} {_null(run, group.measures[0])}" for run in group.runs)
+    measure = group.measures[0]
     return [
-        verdict.reason,
-        *([f"the measures {agree} on the sign of the slope ({measures})"] if len(group.measures) > 1 else []),
-        f"relative slope of the null: {nulls}",
+        ONE_PAIR,
+        *_agreement_line(group.agreement, group.measures),
+        *(f"null of {run.control}: {null_line(run, measure)}" for run in group.runs),
     ]
 
 
-def _null(run: Run, measure: str) -> str:
-    """Formats the null's relative slope, and its share of the run's relative slope."""
-    null, profile = null_slope(run, measure), last(run, measure)
-    measured = profile.relative_slope if profile else None
-    share = f" ({null / measured:.0%} of the run's)" if null is not None and measured else ""
-    return show(null, "+.3g") + share
+def verdict_lines(found: Replicates) -> list[str]:
+    """Returns the headline of replicated pairs, with their verdict, and the lines behind it."""
+    verdicts = found.verdicts
+    if not verdicts:
+        few = len(found.pairs) < FEWEST_PAIRS
+        why = f"it needs at least {FEWEST_PAIRS} seeds" if few else "nothing changed in a run"
+        return [f"{found.title}: no verdict ({why})"]
+    titles = {measure: title_of(found.pairs[0], measure) for measure in verdicts}
+    words = dict.fromkeys(map(_word, verdicts.values()))
+    first = (
+        next(iter(words)) if len(words) == 1 else "; ".join(f"{_word(v)} by {titles[m]}" for m, v in verdicts.items())
+    )
+    spreads = ", ".join(f"{pair.spread:.3g}" for pair in found.pairs)
+    return [
+        f"{found.title}: {first}",
+        *(f"{titles[m]}: {v.reason}; {_null_reason(v)}" for m, v in verdicts.items()),
+        *_agreement_line(found.agreement, list(verdicts)),
+        f"the control removed step-ratio spreads of {spreads}x",
+    ]
+
+
+def conclusions(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """Returns what the reports say about pairs and replicated pairs, as JSON-serialisable data."""
+    found = groups(runs)
+    pairs = [
+        {"group": g.title, **asdict(g.comparison), "spread": g.spread, "measures": g.agreement}
+        for g in found
+        if g.comparison
+    ]
+    words = [
+        {"group": r.title, "verdicts": {m: asdict(v) for m, v in r.verdicts.items()}, "measures": r.agreement}
+        for r in replicates(found)
+    ]
+    return {"pairs": pairs, "verdicts": words}
+
+
+def _word(verdict: Verdict) -> str:
+    """Returns the word with what the null says about the standard slope."""
+    if verdict.share is None or verdict.word == verdict.null:
+        return verdict.word
+    return f"{verdict.word} ({'null ' if verdict.null != 'beyond noise' else ''}{verdict.null})"
+
+
+def _null_reason(verdict: Verdict) -> str:
+    if verdict.null_share is None:
+        return "change-matched null not measured"
+    return f"change-matched null: {verdict.null}, it has {percent(verdict.null_share)} of the standard slope"
+
+
+def _agreement_line(found: Agreement, measures: Sequence[str]) -> list[str]:
+    if len(measures) < 2:
+        return []
+    verb = {"agree": "agree", "disagree": "DISAGREE", "undecided": "are not shown to agree"}[found]
+    return [f"the measures {verb} on the sign of the slope ({', '.join(measures)})"]
+
+
+def null_line(run: Run, measure: str) -> str:
+    """Returns the relative slopes of a run's nulls as one phrase: the mean and range over the draws of each."""
+    kinds = {"weights": run.null, "change": run.matched_null}
+    shown = [
+        f"{show(draws[measure].mean_relative_slope, '+.3g')} {_range(draws[measure])} at the same size of {size}"
+        for size, draws in kinds.items()
+        if measure in draws
+    ]
+    return (
+        "relative slope " + ", ".join(shown)
+        if shown
+        else "not measured (DepthProfile measures it with pretrained='cpu')"
+    )
+
+
+def _range(draws: Profiles) -> str:
+    slopes = [p.relative_slope for p in draws if p.relative_slope is not None]
+    return f"[{min(slopes):+.3g} to {max(slopes):+.3g} in {len(slopes)} draws]" if slopes else "[no change]"
 
 
 def run_line(run: Run, group: Group) -> str:

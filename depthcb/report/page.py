@@ -16,6 +16,7 @@ from depthcb.glossary import RUN_COLUMNS, VERDICTS
 from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
 from depthcb.report.groups import (
     Group,
+    Replicates,
     context,
     definition_of,
     groups,
@@ -24,8 +25,10 @@ from depthcb.report.groups import (
     last,
     layer_rows,
     null_slope,
+    replicates,
     run_line,
     title_of,
+    verdict_lines,
 )
 from depthcb.run import Run
 from depthcb.style import MISSING, show, show_interval
@@ -126,9 +129,10 @@ def read_html(path: str | Path) -> list[Run]:
 
 def _sections(runs: Sequence[Run]) -> list[str]:
     found, charts = groups(runs), Charts()
-    verdicts = "".join(map(_verdict_card, found)) or "<p>No run was started.</p>"
+    words = replicates(found)
+    cards = "".join([*map(_verdict_card, words), *map(_group_card, found)]) or "<p>No run was started.</p>"
     return [
-        f"<h2>{'Verdict' if any(group.paired for group in found) else 'Summary'}</h2>{verdicts}",
+        f"<h2>{'Verdict' if words else 'Summary'}</h2>{cards}",
         *(_group_section(group, charts) for group in found),
         f"<h2>Slopes at the last validation</h2>{_slopes_table(found)}" if found else "",
         f"<h2>Settings and provenance</h2>{_settings_table(runs)}" if found else "",
@@ -149,11 +153,19 @@ class Charts:
         return f'<h3>{html.escape(title)}</h3><div class="wide">{chart}</div>'
 
 
-def _verdict_card(group: Group) -> str:
-    meaning = VERDICTS[group.verdict.verdict] if group.verdict else ""
-    lines = [*context(group), *(run_line(run, group) for run in group.runs)]
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines if line)
-    return f'<div class="verdict"><h3>{html.escape(headline(group))}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
+def _verdict_card(found: Replicates) -> str:
+    title, *lines = verdict_lines(found)
+    words = dict.fromkeys(verdict.word for verdict in found.verdicts.values())
+    return _card(title, lines, " ".join(VERDICTS[word] for word in words))
+
+
+def _group_card(group: Group) -> str:
+    return _card(headline(group), [*context(group), *(run_line(run, group) for run in group.runs)])
+
+
+def _card(title: str, lines: Sequence[str], meaning: str = "") -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<div class="verdict"><h3>{html.escape(title)}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
 
 
 def _group_section(group: Group, charts: Charts) -> str:

@@ -12,7 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from depthcb.glossary import LOW_RANK
-from depthcb.report.groups import Group, context, groups, headline, last, layer_rows, run_line, title_of
+from depthcb.report.groups import (
+    Group,
+    context,
+    groups,
+    headline,
+    last,
+    layer_rows,
+    replicates,
+    run_line,
+    title_of,
+    verdict_lines,
+)
 from depthcb.run import Run
 from depthcb.style import BLUE, show, show_interval
 
@@ -28,14 +39,20 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     """
     if not runs:
         console.print(Text("No run was started."))
-    for group in groups(runs):
+    found = groups(runs)
+    for group in found:
         console.print(_layers_table(group))
         for run in group.runs:
             console.print(_hanging(run_line(run, group), console))
         console.print(Text(headline(group), style="bold"))
-        for line in filter(None, context(group)):
+        for line in context(group):
             console.print(_hanging(f"  {line}", console))
         console.print()
+    for seeds in replicates(found):
+        title, *lines = verdict_lines(seeds)
+        console.print(Text(title, style="bold"))
+        for line in lines:
+            console.print(_hanging(f"  {line}", console))
 
 
 def print_bars(run: Run, console: Console) -> None:
@@ -64,7 +81,7 @@ def print_bars(run: Run, console: Console) -> None:
 
 def _hanging(line: str, console: Console) -> Text:
     """Wraps a line with indented continuation lines, so that the start of each run stands out."""
-    return Text(textwrap.fill(line, console.width, subsequent_indent="    "))
+    return Text(textwrap.fill(line, console.width, subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _layers_table(group: Group) -> Table:

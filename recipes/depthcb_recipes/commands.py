@@ -86,7 +86,7 @@ def _demo(args: argparse.Namespace) -> None:
     sizes = chosen(args.sizes, quick=args.quick, backbone=args.backbone, steps=args.steps, precision=args.precision)
     usual = QUICK_MINUTES if args.quick else MINUTES
     minutes = usual if args.minutes is None else args.minutes
-    run_demo(sizes, args.out, Console(), minutes=minutes, started=started)
+    run_demo(sizes, args.out, Console(), minutes=minutes, started=started, replicate=not args.quick)
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -73,6 +73,8 @@ class FitProgress(ProgressBar):
             shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "train/loss"}
             metrics = [f"{key} {value:.4g}" for key, value in shown.items()]
             self._say(", ".join([f"validated after {self._seen} steps", *metrics]))
+            if 0 < trainer.max_steps <= trainer.global_step:
+                self.progress.now(f"{self.name}: last measurements, such as null profiles")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

@@ -18,7 +18,7 @@ from depthcb import EqualStep, LayerStack, UpdateRatioMonitor
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1.0, max_iter=3),
 }
 

@@ -153,6 +153,14 @@ def test_a_fit_whose_end_is_unknown_keeps_its_peak(data, end):
     assert set(curve.rates) == {1e-3}
 
 
+@pytest.mark.parametrize(("optimizer", "decay"), [("adamw", 0.01), ("sgd", 0.0)])
+def test_the_penalty_of_sgd_is_off_by_default(optimizer, decay):
+    module = CausalLM(tiny(), optimizer=optimizer)
+    batches = DataLoader([padded_batch()], batch_size=None)
+    trainer(max_steps=1, limit_val_batches=0).fit(module, batches, batches)
+    assert module.optimizers().param_groups[0]["weight_decay"] == decay
+
+
 def test_vectors_do_not_decay():
     model = tiny()
     model.transformer.wpe.weight.requires_grad_(False)

@@ -24,12 +24,12 @@ from depthcb_recipes.backbones.catalogue import CONFIGS
 from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.demo.sizes import Settings
 from depthcb_recipes.precision import Product, choose, device_of, product, settle, speedup
-from depthcb_recipes.studies.analysis import pairs_table, runs_table
 from depthcb_recipes.studies.commands import settle_precision
 from depthcb_recipes.studies.grid import read_study
 from depthcb_recipes.studies.pool import Pool
 from depthcb_recipes.studies.result import Result, write_result
 from depthcb_recipes.studies.store import Store
+from depthcb_recipes.studies.tables import pairs_table, runs_table
 
 CPU = torch.device("cpu")
 

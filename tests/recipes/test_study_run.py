@@ -16,6 +16,7 @@ from recipes_families import tiny
 from studies import alive, command, drive, figures, gone, smoke
 
 from depthcb.cli import main
+from depthcb.profile import Profile
 from depthcb.run import read_runs
 from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.fit import fit_cli
@@ -58,7 +59,10 @@ def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Pa
     assert equal.realised_spread < 1.001 < equal.wanted_spread
     assert standard.slope != equal.slope
     assert standard.backbone["block"] == "parallel"
-    assert [len(standard.null[m]) for m in ("cka", "cka_normalized")] == [1, 1]
+    assert [len(standard.null[m]) for m in ("cka", "cka_normalized")] == [8, 8]
+    assert [len(standard.matched_null[m]) for m in ("cka", "cka_normalized")] == [8, 8]
+    mean, *matched = [Profile.from_dict(p).mean for p in (standard.profiles["cka"], *standard.matched_null["cka"])]
+    assert matched[0] == pytest.approx(mean, rel=0.1)
     run = next(r for r in read_runs(out) if r.control == "equal-step")
     assert run.profiles["cka"][-1].slope == equal.slope
     for result in (one, other):
@@ -131,7 +135,7 @@ def test_a_run_on_two_processes_starts_alike_and_dies_whole(tmp_path: Path) -> N
     for name, whole in figures(one, tmp_path / "whole").items():
         assert found[name]["initial_weights"] == whole["initial_weights"]
         assert found[name]["objective_distance"] is None, "not measured on sharded parameters"
-        assert all(len(found[name]["null"][m]) == 1 for m in ("cka", "cka_normalized"))
+        assert all(len(found[name]["null"][m]) == 8 for m in ("cka", "cka_normalized"))
         if "equal-step" in name:
             assert found[name]["realised_spread"] < 1.001
 
@@ -151,10 +155,11 @@ def test_what_a_user_reads(made: tuple[Path, Path], tmp_path: Path, capsys: Any)
     claims = capsys.readouterr().out
     verdicts = {line.split()[0]: line.split()[1] for line in claims.splitlines() if line.startswith("C")}
     assert set(verdicts) >= {"C1", "C2", "C3", "C4", "C5"}
-    assert set(verdicts.values()) == {"not"}, "not enough runs"
+    assert set(verdicts.values()) == {"not"}, "not enough"
     assert main(["study", "report", *study]) == 0
     page = (out / "report.html").read_text()
-    assert "not enough runs" in page
+    assert "not enough cells (1 of 11)" in page
+    assert "1 of 4 seeds" in page
     assert re.search(r"default-src 'none'", page)
     assert main(["study", "table", *study, "--export", "pairs.xls"]) == 2
     assert "name a .csv or a .parquet file" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 
 from depthcb_recipes import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
+from depthcb_recipes.backbones.pretraining import pretrain_if_missing
 from depthcb_recipes.backbones.zoo import MINI_ZOO
 from depthcb_recipes.data.corpus import python_corpus
 from depthcb_recipes.objectives.causal_lm import CausalLM
@@ -45,6 +46,7 @@ def other_prose(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_every_objective_on_every_family_lowers_its_validation_loss(kind: str, name: str, other_prose: str) -> None:
+    pretrain_if_missing(name)
     objective, data_of, options = KINDS[kind]
     source = other_prose if kind in ("causal", "masked") else "python"
     data = data_of(name, source, **{"batch_size": 8, "val_rows": 64, **options})

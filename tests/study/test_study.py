@@ -22,10 +22,10 @@ from studies import FIGURES, alive, gone
 
 from depthcb.cli import main
 from depthcb_recipes.studies.commands import fitting, shard
-from depthcb_recipes.studies.grid import RunConfig, read_study
+from depthcb_recipes.studies.grid import VERSION, RunConfig, read_study
 from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
 from depthcb_recipes.studies.process import environment
-from depthcb_recipes.studies.result import RESULT, VERSION, Result, read_result, write_result
+from depthcb_recipes.studies.result import RESULT, Result, read_result, write_result
 from depthcb_recipes.studies.store import Busy, Store, locked, seems_running
 
 HERE = Path(__file__).parent

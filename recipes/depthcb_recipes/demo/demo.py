@@ -1,4 +1,4 @@
-"""The demo: the depth profiles of a standard and an equal-step fit, under AdamW and under SGD with momentum."""
+"""The demo: depth profiles of standard and equal-step fits, under SGD with momentum and, if time allows, AdamW."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthcb import DepthProfile
+from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Probe
 from depthcb.report import print_runs, write_html, write_png
-from depthcb.report.groups import groups
+from depthcb.report.groups import conclusions
 from depthcb.run import CONTROLS, Run, read_runs, write_header
 from depthcb_recipes.data.corpus import corpus_fingerprint, python_corpus
 from depthcb_recipes.data.packed_text import PackedText
 from depthcb_recipes.demo.plan import DEMO_MEASURES, Plan, make_plan
-from depthcb_recipes.demo.sizes import FITS, MINUTES, OPTIMIZERS, Settings
+from depthcb_recipes.demo.sizes import MINUTES, Settings
 from depthcb_recipes.fit_progress import FitProgress
 from depthcb_recipes.machine import release_memory
 from depthcb_recipes.objectives.causal_lm import CausalLM
@@ -40,9 +41,6 @@ from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.result import FINISHED, Result, write_result
 from depthcb_recipes.studies.runner import fit
 
-#: With SGD, coupled decay would dominate the clipped gradient and equalize the step ratios by itself.
-WEIGHT_DECAY: dict[OptimizerName, float] = {"adamw": 0.01, "sgd": 0.0}
-
 
 def run_demo(
     sizes: Settings | Sequence[Settings],
@@ -51,8 +49,9 @@ def run_demo(
     *,
     minutes: float = MINUTES,
     started: float | None = None,
+    replicate: bool = False,
 ) -> list[Run]:
-    """Runs the four fits and writes a report to ``out``; when interrupted, on what was measured so far.
+    """Runs the fits and writes a report to ``out``; when interrupted, on what was measured so far.
 
     Args:
         sizes: What to run; of several, the first that fits the machine's memory and, by its measured speed, the time.
@@ -60,6 +59,7 @@ def run_demo(
         console: Where progress, tables and verdicts are printed.
         minutes: Time budget for the whole demo, by which one of several sizes is chosen.
         started: Start of that time, in seconds of `time.monotonic`; None for now.
+        replicate: Whether to spend the time that is left on more seeds.
 
     Returns:
         The runs, as read from their folders.
@@ -73,11 +73,11 @@ def run_demo(
         _check(settings, out)
     started = time.monotonic() if started is None else started
     with stoppable(lambda: console.print("Interrupted before anything was measured.")) as stop, silent_libraries():
-        plan = make_plan(sizes, console, minutes, started)
+        plan = make_plan(sizes, console, minutes, started, replicate)
         _clear(out, plan.settings)
         stop.last_words = functools.partial(_write_what_there_is, plan, out, console)
         planned = plan.costs.seconds(plan.settings) if plan.costs else None
-        with Progress(FITS * plan.settings.steps, console, planned) as progress:
+        with Progress(plan.settings.fits * plan.settings.steps, console, planned) as progress:
             _run_arms(plan, out, progress)
         return _write_report(plan, out, console)
 
@@ -88,37 +88,43 @@ def _run_arms(plan: Plan, out: Path, progress: Progress) -> None:
     corpus = corpus_fingerprint(python_corpus("code"))
     facts = dataclasses.asdict(settings) | {"precision_reason": plan.precision.reason}
     facts |= {"corpus": "code of the installed Python standard library", "sha256": corpus}
-    text = PackedText(plan.tokenizer, seed=settings.seed)
-    batches = text.probe_batches(rows=settings.probe_rows, block_size=settings.probe_length)
-    probe = Probe.collect(batches, settings.probe_rows)
+    probes = {seed: _probe(plan, seed) for seed in range(settings.seeds)}
     model = copy.deepcopy(plan.pretrained)
     for name, config in arms(settings).items():
         folder = out / name
         folder.mkdir()
         write_header(folder, "demo", "demo", 0, facts)
         model.load_state_dict(plan.pretrained.state_dict())
-        run_arm(name, config, folder, plan, model, probe, progress)
+        run_arm(name, config, folder, plan, model, probes[config.seed], progress)
         release_memory()
 
 
+def _probe(plan: Plan, seed: int) -> Probe:
+    """Returns the probe of the fits with one seed, from the validation documents of their data."""
+    text, settings = PackedText(plan.tokenizer, seed=seed), plan.settings
+    batches = text.probe_batches(rows=settings.probe_rows, block_size=settings.probe_length)
+    return Probe.collect(batches, settings.probe_rows)
+
+
 def arms(settings: Settings) -> dict[str, RunConfig]:
-    """Returns the demo's study: its four runs by the names of their folders.
+    """Returns the demo's study: its runs by the names of their folders, one pair after another.
 
     Args:
         settings: The demo's size.
     """
     return {
-        f"{optimizer}-{control}": RunConfig(
+        f"{optimizer}-{control}" + (f"-seed{seed}" if settings.seeds > 1 else ""): RunConfig(
             settings.backbone,
             "causal_lm",
             optimizer,
             control,
-            settings.seed,
+            seed,
             threads=torch.get_num_threads(),
             null_seeds=settings.null_seeds,
             options=_options(settings, optimizer),
         )
-        for optimizer in OPTIMIZERS
+        for optimizer in settings.optimizers
+        for seed in range(settings.seeds)
         for control in CONTROLS
     }
 
@@ -127,7 +133,6 @@ def _options(settings: Settings, optimizer: OptimizerName) -> dict[str, Any]:
     """Returns the options of ``depthcb fit`` that all runs with one optimizer share."""
     return {
         "model.lr": settings.lr_adamw if optimizer == "adamw" else settings.lr_sgd,
-        "model.weight_decay": WEIGHT_DECAY[optimizer],
         "model.warmup_steps": settings.warmup_steps,
         "data.block_size": settings.block_size,
         "data.batch_size": settings.batch_size,
@@ -151,7 +156,7 @@ def run_arm(
     probe: Probe,
     progress: Progress,
 ) -> None:
-    """Runs one of the four fits and its null, logging to CSV and to an offline W&B run in its folder.
+    """Runs one fit and its null, logging to CSV and to an offline W&B run in its folder.
 
     Args:
         name: The run's name.
@@ -167,16 +172,13 @@ def run_arm(
 
     def before(trainer: pl.Trainer, module: Objective) -> None:
         module.take(model)
-        watch = DepthProfile(probe, measures=DEMO_MEASURES)
+        weights = PretrainedWeights.of(CausalLM(plan.pretrained), copy=False)
+        watch = DepthProfile(probe, measures=DEMO_MEASURES, pretrained=weights)
         trainer.loggers = [*trainer.loggers, _offline_logger(name, config, folder)]
         trainer.callbacks += [watch, FitProgress(name, progress, *each)]  # type: ignore[attr-defined]
 
-    def pretrained(module: Objective) -> Objective:
-        progress.now(f"{name}: null profile")
-        return CausalLM(plan.pretrained).to(module.device)
-
     try:
-        figures = fit(config, folder, plan.precision, before=before, pretrained=pretrained)
+        figures = fit(config, folder, plan.precision, before=before)
     finally:
         wandb.finish()
     write_result(folder, Result(FINISHED, config, figures))
@@ -228,8 +230,7 @@ def _write_report(plan: Plan, out: Path, console: Console) -> list[Run]:
     except ValueError:
         console.print("Nothing was measured yet.")
         return []
-    verdicts = [{"group": g.title, **dataclasses.asdict(g.verdict)} for g in groups(runs) if g.verdict]
-    summary = {**plan.to_dict(), "verdicts": verdicts, "runs": [run.to_dict() for run in runs]}
+    summary = {**plan.to_dict(), **conclusions(runs), "runs": [run.to_dict() for run in runs]}
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     title = f"Depth profile of {plan.settings.backbone}"
     write_png(runs, out / "profiles.png", title)

@@ -23,7 +23,7 @@ from depthcb.similarity import find_measures
 from depthcb_recipes.backbones.catalogue import count_parameters
 from depthcb_recipes.backbones.loading import load_backbone
 from depthcb_recipes.backbones.pretraining import pretrain_if_missing
-from depthcb_recipes.demo.sizes import FITS, SIZES, Costs, Settings, affordable, memory_needed
+from depthcb_recipes.demo.sizes import SIZES, Costs, Settings, affordable, memory_needed, replicated
 from depthcb_recipes.fit_progress import StepClock
 from depthcb_recipes.machine import free_memory, release_memory
 from depthcb_recipes.objectives.causal_lm import CausalLM
@@ -71,7 +71,9 @@ class Plan:
         }
 
 
-def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, started: float) -> Plan:
+def make_plan(
+    sizes: Sequence[Settings], console: Console, minutes: float, started: float, replicate: bool = False
+) -> Plan:
     """Returns a plan for the first size that fits memory and time, or for the smallest if none fits the time.
 
     Args:
@@ -79,6 +81,7 @@ def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, start
         console: Where the choice is printed.
         minutes: Time budget of the whole demo.
         started: Start of the demo, in seconds of `time.monotonic`.
+        replicate: Whether to spend the time that is left on more seeds.
 
     Raises:
         ValueError: Too little memory, or a backbone that cannot be loaded.
@@ -94,7 +97,10 @@ def make_plan(sizes: Sequence[Settings], console: Console, minutes: float, start
         pretrain_if_missing(backbone)
         pretrained, tokenizer = load_backbone(backbone)
         costs = measure(pretrained, own[-1], precision) if len(sizes) > 1 else None
-        found = affordable(own, costs, 60 * minutes - (time.monotonic() - started)) if costs else own[0]
+        left = 60 * minutes - (time.monotonic() - started)
+        found = affordable(own, costs, left) if costs else own[0]
+        if found and costs and replicate:
+            found = replicated(found, costs, left)
         settings = dataclasses.replace(found or own[-1], precision=precision.precision)
         plan = Plan(settings, precision, pretrained, tokenizer, costs, started)
         if found:
@@ -128,10 +134,10 @@ def _tell(plan: Plan, console: Console, minutes: float) -> None:
     s, costs, name, seconds = plan.settings, plan.costs, size_name(plan.settings), plan.seconds_in_all
     what = f"{s.steps} steps of {s.batch_size} x {s.block_size} tokens, {s.probe_rows} probe rows"
     if costs is None or seconds is None:
-        console.print(f"{s.backbone}: {FITS} fits of {what}.", highlight=False, soft_wrap=True)
+        console.print(f"{s.backbone}: {s.fits} fits of {what}.", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"Size {name or 'of your own'}: {FITS} fits of {what}; about {seconds / 60:.1f} min in all (a step takes "
+        f"Size {name or 'of your own'}: {s.fits} fits of {what}; about {seconds / 60:.1f} min in all (a step takes "
         f"{costs.step_seconds(s):.2f} s, a probe pass {costs.probe_seconds(s):.2f} s)."
         + (f" `--sizes {name}` repeats this choice." if name else ""),
         highlight=False,
@@ -192,6 +198,7 @@ def _random_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, t
 
 
 def size_name(settings: Settings) -> str | None:
-    """Returns the name of a size in `SIZES`, ignoring the precision; None if it has none."""
-    plain = dataclasses.replace(settings, precision="auto")
-    return next((name for name, size in SIZES.items() if size == plain), None)
+    """Returns the name of a size in `SIZES`, with its seeds if several; None if it has none."""
+    plain = dataclasses.replace(settings, precision="auto", seeds=1)
+    seeds = f"x{settings.seeds}" if settings.seeds > 1 else ""
+    return next((name + seeds for name, size in SIZES.items() if size == plain), None)

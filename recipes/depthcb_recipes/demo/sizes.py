@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from depthcb.null import DRAWS
 from depthcb.run import CONTROLS
+from depthcb.verdict import FEWEST_PAIRS
 from depthcb_recipes.objectives.objective import OptimizerName
 
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
-FITS = len(OPTIMIZERS) * len(CONTROLS)
+#: With this many seeds the pairs carry a verdict; more are not run.
+MOST_SEEDS = FEWEST_PAIRS
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Settings:
 
     Args:
         backbone: A name for `load_backbone`.
-        steps: Optimizer steps of each of the four fits.
+        steps: Optimizer steps of each fit.
         batch_size: Blocks per step.
         block_size: Tokens per block.
         validate_every: Steps between validations, each of which measures a profile.
@@ -32,7 +34,8 @@ class Settings:
         lr_adamw: Peak learning rate under AdamW.
         lr_sgd: Peak learning rate under SGD with momentum 0.9.
         warmup_steps: Steps until the peak.
-        seed: Seed of data order and dropout, equal in all fits.
+        optimizers: Each has a standard and an equal-step fit for every seed.
+        seeds: Number of seeds of data and dropout: 0, 1, ...
         precision: As `lightning.pytorch.Trainer` takes it, or ``"auto"``.
     """
 
@@ -44,17 +47,23 @@ class Settings:
     val_blocks: int = 16
     probe_rows: int = 64
     probe_length: int = 48
-    null_seeds: int = 2
+    null_seeds: int = DRAWS
     lr_adamw: float = 1e-4
     lr_sgd: float = 0.02
     warmup_steps: int = 4
-    seed: int = 0
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    seeds: int = 1
     precision: str = "auto"
 
     @property
     def tokens(self) -> int:
         """Tokens per training step."""
         return self.batch_size * self.block_size
+
+    @property
+    def fits(self) -> int:
+        """Number of fits."""
+        return len(self.optimizers) * len(CONTROLS) * self.seeds
 
     @property
     def validations(self) -> int:
@@ -74,7 +83,7 @@ def _reductions(full: Settings) -> list[Settings]:
 
 
 _SMOLLM2 = _reductions(Settings())
-_MINILM = _reductions(Settings("minilm", steps=16, block_size=64, validate_every=4, lr_adamw=5e-4, lr_sgd=0.2))
+_MINILM = _reductions(Settings("minilm", steps=16, block_size=64, validate_every=4, lr_sgd=0.2, optimizers=("sgd",)))
 #: The sizes, largest first. Reduced one after another: probe rows, block length, batch size, steps down to 12, and then
 #: the backbone.
 SIZES: dict[str, Settings] = {
@@ -89,6 +98,8 @@ QUICK = _MINILM[0]
 MINUTES, QUICK_MINUTES = 7.0, 1.0
 #: Overhead of a fit and of the report in seconds, beside steps, validations and probe passes: loggers, pictures, page.
 _EACH_FIT, _REPORT = 2.0, 5.0
+#: Passes over the probe besides the draws: the fitted model, and the search for the scale (1 to 6 trials).
+_SEARCH = 4
 #: Mean step of the four fits / the costliest one's (AdamW under the control), which is the one that is timed.
 _MEAN_STEP = 0.85
 #: A fit's first step takes about this many steps longer: optimizer state and the control's copies are allocated.
@@ -121,9 +132,12 @@ def chosen(
         >>> [size.tokens for size in chosen(quick=True)]
         [512, 512, 256, 128, 128]
     """
-    if name is not None and name not in SIZES:
-        raise ValueError(f"--sizes {name} is none of {', '.join(SIZES)}.")
-    sizes = [SIZES[name]] if name else _MINILM if quick else _SMOLLM2 if backbone else list(SIZES.values())
+    base, _, seeds = (name or "").partition("x")
+    if name is not None and (base not in SIZES or not (seeds or "1").isdigit() or seeds == "0"):
+        raise ValueError(f"--sizes {name} is none of {', '.join(SIZES)}, nor one with seeds, such as minilm-1x4.")
+    sizes = _MINILM if quick else _SMOLLM2 if backbone else list(SIZES.values())
+    if name is not None:
+        sizes = [replace(SIZES[base], seeds=int(seeds or 1))]
     changes: dict[str, Any] = {"precision": precision}
     if backbone is not None:
         changes["backbone"] = backbone
@@ -169,7 +183,7 @@ class Costs:
 
     def null_seconds(self, size: Settings) -> float:
         """Seconds per null, with the other overhead of a fit."""
-        return size.null_seeds * self.probe_seconds(size) + _EACH_FIT
+        return (2 * size.null_seeds + _SEARCH) * self.probe_seconds(size) + _EACH_FIT
 
     def fit_seconds(self, size: Settings) -> float:
         """Seconds per fit, with its null."""
@@ -178,7 +192,19 @@ class Costs:
 
     def seconds(self, size: Settings) -> float:
         """Seconds that the rest of the demo takes."""
-        return FITS * self.fit_seconds(size) + _REPORT
+        return size.fits * self.fit_seconds(size) + _REPORT
+
+
+def replicated(size: Settings, costs: Costs, seconds: float) -> Settings:
+    """Returns a size with as many seeds as the time allows, from 1 to the number that a verdict needs.
+
+    Args:
+        size: The size.
+        costs: The measured costs.
+        seconds: The time left.
+    """
+    more = [replace(size, seeds=seeds) for seeds in range(MOST_SEEDS, 1, -1)]
+    return next((other for other in more if costs.seconds(other) <= seconds), size)
 
 
 def affordable(sizes: Sequence[Settings], costs: Costs, seconds: float) -> Settings | None:
@@ -191,7 +217,7 @@ def affordable(sizes: Sequence[Settings], costs: Costs, seconds: float) -> Setti
 
     Example:
         >>> slow = Costs(step=4.5, step_twice=8.0, tokens=256, probe=2.0, tokens_probed=1536)
-        >>> size = affordable(_SMOLLM2, slow, 420)
+        >>> size = affordable(_SMOLLM2, slow, 600)
         >>> size.tokens, size.steps
         (256, 16)
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -57,7 +57,8 @@ class Objective(LightningModule):
         backbone: A name accepted by ``load_backbone``, loaded when the Trainer sets up the model, or a model.
         optimizer: ``"adamw"``, or ``"sgd"`` with momentum.
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD), for matrices only.
+        weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD), for matrices only; None is 0.01 for AdamW and
+            0 for SGD, where the penalty would rule the clipped gradient (cosine of the step with -W 0.85 to 0.96).
         momentum: Momentum of SGD.
         betas: Betas of AdamW.
         warmup_steps: Number of optimizer steps of the warm-up.
@@ -77,7 +78,7 @@ class Objective(LightningModule):
         *,
         optimizer: OptimizerName = "adamw",
         lr: float = 5e-5,
-        weight_decay: float = 0.01,
+        weight_decay: float | None = None,
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 10,
@@ -109,19 +110,6 @@ class Objective(LightningModule):
     def configure_model(self) -> None:
         """Loads the backbone if it was given by name, once, and shards it if the strategy requires it."""
         self._load(self.device_mesh)
-
-    def reloaded(self) -> Self:
-        """Returns the objective at its pretrained weights: loaded again, on the same device, sharded as this one is.
-
-        Raises:
-            ValueError: The backbone was given as a model, which cannot be loaded again.
-        """
-        if "backbone" not in self.hparams:
-            raise ValueError("The backbone was given as a model: only one that was given by its name can be reloaded.")
-        options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        fresh = type(self)(**options)
-        fresh._load(self.device_mesh)
-        return fresh.to(self.device)
 
     def take(self, model: PreTrainedModel) -> None:
         """Uses a model that has been loaded already.
@@ -196,7 +184,8 @@ class Objective(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW or SGD with two parameter groups, and a per-step schedule with warm-up and linear decay."""
         args = self.hparams
-        groups = decay_groups(self, args["weight_decay"])
+        usual = 0.01 if args["optimizer"] == "adamw" else 0.0
+        groups = decay_groups(self, usual if args["weight_decay"] is None else args["weight_decay"])
         optimizer: torch.optim.Optimizer
         if args["optimizer"] == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=args["lr"], betas=tuple(args["betas"]))

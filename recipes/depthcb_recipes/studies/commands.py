@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     status = tasks.add_parser("status", help="how many runs are done", description="Counts the runs by status.")
     _common(status)
-    table = tasks.add_parser("table", help="one row per pair of runs", description="Prints the table, or exports it.")
+    table = tasks.add_parser(
+        "table", help="one row per model and objective", description="Prints it, or exports the pairs of runs."
+    )
     _common(table)
     table.add_argument("--export", type=Path, action="append", default=[], help="also write it: .csv or .parquet")
     _common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims."))
@@ -213,7 +215,7 @@ def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
 
 
 def _tables(configs: Sequence[RunConfig], store: Store) -> Any:
-    from depthcb_recipes.studies.analysis import pairs_table, runs_table
+    from depthcb_recipes.studies.tables import pairs_table, runs_table
 
     results = [result for config in configs if (result := store.result(config)) is not None]
     runs = runs_table([*results, *store.older(configs)])
@@ -227,17 +229,17 @@ def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store)
 
     from depthcb_recipes.studies.page import terminal_table
 
-    _, pairs = _tables(configs, store)
+    runs, pairs = _tables(configs, store)
     for path in args.export:
         if path.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--export {path}: name a .csv or a .parquet file.")
         pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
-    Console(width=max(Console().width, 140)).print(terminal_table(pairs))  # no figure is truncated, in a file either
+    Console(width=max(Console().width, 140)).print(terminal_table(runs))  # no figure is truncated, in a file either
     return 0
 
 
 def _claims(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
-    from depthcb_recipes.studies.analysis import claims
+    from depthcb_recipes.studies.claims import claims
     from depthcb_recipes.studies.page import claim_lines
 
     runs, _ = _tables(configs, store)

@@ -16,10 +16,13 @@ from depthcb.run import CONTROLS, Control
 
 #: The axes of the grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
+#: Version of a run's figures and of its hash: rises when either changes. Files of version 1 do not name theirs. From
+#: version 3 on both nulls are measured.
+VERSION = 3
 #: The option of a fit that a study chooses for all of its runs on a kind of device.
 PRECISION = "trainer.precision"
 #: Integer entries of a study that every run has: default and minimum.
-_NUMBERS = {"threads": (1, 1), "gpus": (0, 0), "null_seeds": (1, 1)}
+_NUMBERS = {"threads": (1, 1), "gpus": (0, 0), "null_seeds": (8, 1)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RunConfig:
         seed: Of newly initialised weights, dropout and data order.
         threads: CPU threads of the run; they are part of the configuration because they change the last digit of sums.
         gpus: GPUs of the run, for the same reason; 0 is the CPU, even on a machine with GPUs.
-        null_seeds: Draws of noise for the null.
+        null_seeds: Draws of noise for each of the two nulls.
         options: Options of ``depthcb fit`` beyond the objective's own configuration.
 
     Example:
@@ -50,19 +53,19 @@ class RunConfig:
     seed: int
     threads: int = 1
     gpus: int = 0
-    null_seeds: int = 1
+    null_seeds: int = 8
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
         """Name of the run's folder; equal configurations have equal hashes, in every study."""
-        return digest(self.to_dict())[:16]
+        return digest(self.to_dict() | {"version": VERSION})[:16]
 
     @property
     def pair(self) -> str:
         """Hash that a standard run and its equal-step twin share; their precision is compared separately."""
         options = {name: value for name, value in self.options.items() if name != PRECISION}
-        return digest(self.to_dict() | {"control": "", "options": options})[:16]
+        return digest(self.to_dict() | {"version": VERSION, "control": "", "options": options})[:16]
 
     @property
     def resumes(self) -> bool:

@@ -13,11 +13,9 @@ from typing import Any
 import yaml
 
 from depthcb_recipes.publish import write_whole
-from depthcb_recipes.studies.grid import RunConfig, digest
+from depthcb_recipes.studies.grid import VERSION, RunConfig, digest
 
 RESULT, CONFIG = "result.json", "run.yaml"
-#: Rises with every change of the fields below or of a configuration's hash. Files of version 1 do not name it.
-VERSION = 2
 FINISHED = "finished"
 
 
@@ -30,6 +28,8 @@ class Figures:
         slope: Locality gradient of the last profile under the first measure.
         profiles: The last profile by measure, as `Profile.to_dict` gives it.
         null: The null's profiles by measure, one per draw of noise, in the same form.
+        matched_null: The same of the change-matched null; empty if no scale was found that changes as much, and in
+            files before version 3.
         wanted_spread: max / min over layers of the step ratios that the optimizer wanted.
         realised_spread: The same of the step ratios after the control.
         lowest_rank: Smallest effective rank of a layer's reference.
@@ -60,6 +60,7 @@ class Figures:
     objective_distance: float | None
     backbone: Mapping[str, Any]
     precision: str | None = None
+    matched_null: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from depthcb import DepthProfile
 from depthcb.errors import NotFiniteError, chain
-from depthcb.null import null_profiles
-from depthcb.run import Run, read_runs, write_null
+from depthcb.run import Run, read_runs
 from depthcb_recipes.backbones.catalogue import CONFIGS, describe
 from depthcb_recipes.backbones.loading import BackboneNotFoundError
 from depthcb_recipes.fit import DEFAULTS, fit_cli
@@ -142,39 +141,12 @@ class Resumable(pl.Callback):
         self._streams = state_dict
 
 
-class Null(pl.Callback):
-    """Measures noise of the size of the fit's net change, tensor by tensor, when the fit ends.
-
-    Args:
-        folder: The run's folder; the null is written beside its record.
-        watch: The callback that measures the fit's own profiles.
-        seeds: Draws of noise.
-        pretrained: Returns the module at its pretrained weights, given the fitted one.
-    """
-
-    def __init__(
-        self, folder: Path, watch: DepthProfile, seeds: int, pretrained: Callable[[Objective], Objective]
-    ) -> None:
-        self.folder, self.watch, self.seeds, self.pretrained = folder, watch, seeds, pretrained
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        watch = self.watch
-        assert isinstance(pl_module, Objective)
-        assert watch.reference is not None
-        assert watch.fixed_probe is not None
-        before, seeds = self.pretrained(pl_module), range(self.seeds)
-        draws = null_profiles(before, pl_module, watch.fixed_probe, watch.reference, watch.measures, seeds=seeds)
-        if trainer.is_global_zero:
-            write_null(self.folder, draws)
-
-
 def fit(
     config: RunConfig,
     folder: Path,
     precision: Precision | None = None,
     *,
     before: Callable[[pl.Trainer, Objective], None] = lambda trainer, module: None,
-    pretrained: Callable[[Objective], Objective] = Objective.reloaded,
 ) -> Figures | None:
     """Fits a network as a run's configuration says, and measures its null.
 
@@ -183,8 +155,6 @@ def fit(
         folder: Where its record goes.
         precision: The precision that was chosen for the run, with its reason; None if it is the run's own choice.
         before: Called with the Trainer and the module before the fit.
-        pretrained: Returns the module at its pretrained weights, given the fitted one; loads it again by default, so
-            that no second copy is in memory during the fit.
 
     Returns:
         The figures; None on all processes of the run but the first.
@@ -203,7 +173,9 @@ def fit(
         raise ValueError(
             "trainer.callbacks has no DepthProfile, which a study's figures come from: add depthcb.DepthProfile."
         )
-    callbacks += [prints, Null(folder, watch, config.null_seeds, pretrained)]
+    watch.recorder.pretrained = watch.recorder.pretrained or "cpu"
+    watch.recorder.null_draws = config.null_seeds
+    callbacks.append(prints)
     checkpoint = folder / "last.ckpt"
     if config.resumes:
         if trainer.world_size > 1:
@@ -272,6 +244,7 @@ def _figures(
         slope=next(iter(profiles.values())).slope,
         profiles={measure: profile.to_dict() for measure, profile in profiles.items()},
         null={measure: [p.to_dict() for p in draws] for measure, draws in run.null.items()},
+        matched_null={measure: [p.to_dict() for p in draws] for measure, draws in run.matched_null.items()},
         wanted_spread=run.wanted_ratio.spread,
         realised_spread=run.step_ratio.spread,
         lowest_rank=min(run.effective_rank),

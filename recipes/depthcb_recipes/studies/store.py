@@ -25,8 +25,8 @@ from filelock import SoftFileLease, Timeout
 
 from depthcb.errors import chain
 from depthcb_recipes.publish import write_whole
-from depthcb_recipes.studies.grid import AXES, PRECISION, RunConfig
-from depthcb_recipes.studies.result import CONFIG, RESULT, VERSION, Result, read_result
+from depthcb_recipes.studies.grid import AXES, PRECISION, VERSION, RunConfig
+from depthcb_recipes.studies.result import CONFIG, RESULT, Result, read_result
 
 LOCK, LOG = "lock", "log.txt"
 #: Seconds without renewal after which another machine may take over a run.
