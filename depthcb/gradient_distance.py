@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -20,127 +24,190 @@ from depthcb.stack import LayerStack
 
 #: A module and a function that returns its mean loss on a batch under one objective.
 Objective = tuple[nn.Module, Callable[[Any, Any], Tensor]]
-#: Two disjoint sets of batches, which give independent estimates of the gradient.
-Halves = tuple[Sequence[Any], Sequence[Any]]
+#: Groups of batches, whose gradients are compared across groups only.
+GROUPS = 6
+#: Memory of the groups' gradients, in bytes, above which they are kept in bfloat16. Its rounding is independent in each
+#: coordinate and cancels in inner products.
+MOST_MEMORY = 2**30
+
 Gradient = list[list[Tensor]]
+FloatArray = npt.NDArray[np.float64]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class ObjectiveDistance:
     """The distance between two objectives at the same weights: 0 for equal, 1 for orthogonal, 2 for opposite gradients.
 
-    None means *unresolved*: batch noise dominates, because the gradients of one objective on the two halves disagree.
+    None means *unresolved*: batch noise dominates, so that one objective's gradients on different batches disagree.
 
     Args:
         overall: The distance over all layers as one vector.
+        interval: Its 95 % interval over batches; None if unresolved.
         per_layer: The distance in each layer, input side first.
         layer_names: Name of each layer's module.
-        self_overall: The distance of the pretraining objective to itself on other data, as a baseline.
-        self_per_layer: The same for each layer; empty if no other data were given.
+        per_layer_intervals: The interval of each layer's distance.
+        batches: Number of batches used.
     """
 
     overall: float | None
+    interval: Interval | None
     per_layer: tuple[float | None, ...]
     layer_names: tuple[str, ...]
-    self_overall: float | None = None
-    self_per_layer: tuple[float | None, ...] = ()
+    per_layer_intervals: tuple[Interval | None, ...] = ()
+    batches: int = 0
+
+    @property
+    def width(self) -> float:
+        """Width of the overall interval; infinite if unresolved."""
+        return math.inf if self.interval is None else self.interval[1] - self.interval[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-serialisable lists and numbers."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def __str__(self) -> str:
-        text = f"objective distance {_shown(self.overall)}"
-        return f"{text}, to itself on other data {_shown(self.self_overall)}" if self.self_per_layer else text
+        if self.overall is None or self.interval is None:
+            return f"objective distance unresolved after {self.batches} batches"
+        low, high = self.interval
+        return f"objective distance {self.overall:.3f} [{low:.3f}, {high:.3f}] after {self.batches} batches"
 
 
 def objective_distance(
     pretraining: Objective,
     new: Objective,
-    halves: Halves,
-    other_halves: Halves | None = None,
+    batches: Iterable[Any],
     *,
     layers: str | list[str] | None = None,
+    width: float = 0.2,
+    most_batches: int = 96,
 ) -> ObjectiveDistance:
     """Computes 1 - cos of the stack's gradients under two objectives on the same texts [paper names it; formula ours].
 
-    With u the gradient of the pretraining loss and v that of the new loss, each on two halves of the texts,
+    The batches are dealt to 6 groups. With u_g the gradient of the pretraining loss on group g and v_g that of the new
+    loss,
 
-        cos = (<u1, v2> + <u2, v1>) / 2 / sqrt(<u1, u2> <v1, v2>)
+        cos = mean <u_g, v_h> / sqrt(mean <u_g, u_h> mean <v_g, v_h>), each over all g != h.
 
-    Each product combines independent batches, so that batch noise does not appear as distance. The estimate may lie
-    outside [0, 2] and is not clamped. Gradients are computed in eval mode in the dtype of the weights, products in
-    float64. Frozen parameters of the stack are included. Models, their gradients and random states are unchanged.
-    Memory: four gradients of the stack.
+    Each product combines independent batches, so that batch noise does not appear as distance. The interval is the
+    delete-one-group jackknife's. The estimate may lie outside [0, 2] and is not clamped. Gradients are computed in eval
+    mode in the dtype of the weights, products in float64. Frozen parameters of the stack are included. Models, their
+    gradients and random states are unchanged. Memory on the CPU: twelve gradients of the stack, in bfloat16 if they
+    would take more than 1 GB.
 
     Args:
         pretraining: The pretrained model with its head, and ``(model, batch) -> mean loss``.
         new: The model under the new objective and its loss: the same module, or another one with the same stack and
             weights.
-        halves: Two equally large sets of batches of the texts; a gradient is the mean over the batches of a half.
-        other_halves: The same for other texts, to measure the pretraining objective's distance to itself.
+        batches: Batches of the texts, at least 6, read as needed.
         layers: The layers, as accepted by `LayerStack.find`.
+        width: Batches are added, 6 at a time, until the overall interval is narrower than this.
+        most_batches: The largest number of batches.
 
     Raises:
-        ValueError: The stacks differ in layers, shapes or weights; parameters are sharded; a half has no batches; or a
-            loss or gradient is not finite.
+        ValueError: The stacks differ in layers, shapes or weights; parameters are sharded; there are fewer than 6
+            batches; or a loss or gradient is not finite.
 
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
         >>> up, down = (lambda m, x: m(x).sum()), (lambda m, x: -m(x).sum())
-        >>> halves = [torch.randn(8, 4)], [torch.randn(8, 4)]
-        >>> round(objective_distance((model, up), (model, down), halves).overall, 6)
-        2.0
+        >>> found = objective_distance((model, up), (model, down), [torch.randn(8, 4) for _ in range(6)])
+        >>> round(found.overall, 6), found.batches
+        (2.0, 6)
     """
+    if most_batches < GROUPS:
+        raise ValueError(f"most_batches={most_batches}: the distance needs at least {GROUPS} batches.")
     stacks = [LayerStack.find(module, layers) for module, _ in (pretraining, new)]
-    _check(stacks, halves, other_halves)
-    u = [_gradient("pretraining", pretraining, stacks[0], half) for half in halves]
-    v = [_gradient("new", new, stacks[1], half) for half in halves]
-    overall, per_layer = _distances(u, v)
-    names = tuple(stacks[0].names)
-    if other_halves is None:
-        return ObjectiveDistance(overall, per_layer, names)
-    del v
-    again = [_gradient("pretraining", pretraining, stacks[0], half) for half in other_halves]
-    return ObjectiveDistance(overall, per_layer, names, *_distances(u, again))
+    _check(stacks)
+    sums = [_GroupSums(stack) for stack in stacks]
+    found: ObjectiveDistance | None = None
+    for rounds, group in enumerate(_rounds(batches, most_batches), start=1):
+        for index, batch in enumerate(group):
+            sums[0].add(index, _gradient("pretraining", pretraining, stacks[0], batch))
+            sums[1].add(index, _gradient("new", new, stacks[1], batch))
+        found = _distance_of(sums[0].layers, sums[1].layers, tuple(stacks[0].names), rounds * GROUPS)
+        if found.width < width:
+            break
+    if found is None:
+        raise ValueError(f"There are fewer than {GROUPS} batches: the objective distance needs more or smaller ones.")
+    return found
 
 
-def _distances(u: list[Gradient], v: list[Gradient]) -> tuple[float | None, tuple[float | None, ...]]:
-    """Returns the distance overall and per layer."""
-    products = [[(_dot(a, d) + _dot(b, c)) / 2, _dot(a, b), _dot(c, d)] for a, b, c, d in zip(*u, *v, strict=True)]
-    whole = [math.fsum(column) for column in zip(*products, strict=True)]
-    return _distance(*whole), tuple(_distance(*layer) for layer in products)
+def _rounds(batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
+    """Yields the batches in complete rounds of one per group."""
+    remaining = iter(batches)
+    for _ in range(most // GROUPS):
+        group = list(itertools.islice(remaining, GROUPS))
+        if len(group) < GROUPS:
+            return
+        yield group
+
+
+class _GroupSums:
+    """Sums of a stack's gradients by group of batches, on the CPU: one (groups, n_l) tensor per layer."""
+
+    def __init__(self, stack: LayerStack) -> None:
+        sizes = [sum(p.numel() for p in layer) for layer in stack.parameters()]
+        dtype = torch.float32 if 2 * GROUPS * 4 * sum(sizes) <= MOST_MEMORY else torch.bfloat16
+        double = any(p.dtype == torch.float64 for layer in stack.parameters() for p in layer)
+        self.layers = [torch.zeros(GROUPS, size, dtype=torch.float64 if double else dtype) for size in sizes]
+
+    def add(self, group: int, gradient: Gradient) -> None:
+        """Adds the gradient of one batch."""
+        for sums, parts in zip(self.layers, gradient, strict=True):
+            sums[group] += torch.cat([part.flatten() for part in parts]).to(sums.device, sums.dtype)
+
+
+def _distance_of(u: Sequence[Tensor], v: Sequence[Tensor], names: tuple[str, ...], batches: int) -> ObjectiveDistance:
+    """Returns the distances with their intervals, given each layer's group sums under both objectives."""
+    per_layer = np.stack([_products(a, b) for a, b in zip(u, v, strict=True)])
+    overall, interval = _with_interval(per_layer.sum(axis=0))
+    layers = [_with_interval(products) for products in per_layer]
+    distances, intervals = zip(*layers, strict=True)
+    return ObjectiveDistance(overall, interval, distances, names, intervals, batches)
+
+
+def _products(u: Tensor, v: Tensor) -> FloatArray:
+    """Returns the (3, G, G) inner products <u_g, v_h>, <u_g, u_h> and <v_g, v_h>, with 0 where g = h."""
+    a, b = u.double(), v.double()
+    found: FloatArray = torch.stack([a @ b.T, a @ a.T, b @ b.T]).numpy()
+    found[:, range(GROUPS), range(GROUPS)] = 0
+    return found
+
+
+def _with_interval(products: FloatArray) -> tuple[float | None, Interval | None]:
+    """Returns the distance and its jackknife interval over the groups, given the (3, G, G) products."""
+    overall = _distance(*products.sum(axis=(1, 2)))
+    without = [_distance(*np.delete(np.delete(products, g, 1), g, 2).sum(axis=(1, 2))) for g in range(GROUPS)]
+    known = [d for d in without if d is not None]
+    if overall is None or len(known) < GROUPS:
+        return overall, None
+    error = math.sqrt((GROUPS - 1) * float(np.var(known)))
+    half = float(stats.t.ppf(0.975, GROUPS - 1)) * error
+    return overall, (overall - half, overall + half)
 
 
 def _distance(across: float, within_u: float, within_v: float) -> float | None:
     if within_u <= 0 or within_v <= 0:
         return None
-    return 1 - across / math.sqrt(within_u * within_v)
+    return 1 - float(across) / math.sqrt(within_u * within_v)
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return math.fsum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-
-def _gradient(name: str, objective: Objective, stack: LayerStack, batches: Sequence[Any]) -> Gradient:
-    """Returns the mean gradient over batches as a list of tensors per layer; zeros for parameters the loss ignores."""
+def _gradient(name: str, objective: Objective, stack: LayerStack, batch: Any) -> Gradient:
+    """Returns the gradient on a batch as a list of tensors per layer; zeros for parameters the loss ignores."""
     module, loss_of = objective
     groups = stack.parameters()
     flat = [p for layer in groups for p in layer]
-    sums = [torch.zeros_like(p) for p in flat]
     with isolated(module), _differentiable(flat), torch.enable_grad():
-        for batch in batches:
-            loss = loss_of(module, tree_map_only(Tensor, lambda t: t.to(flat[0].device), batch))
-            if not loss.isfinite():
-                raise NotFiniteError(
-                    f"The {name} objective's loss is {loss.item()} before any training: check its batches."
-                )
-            for total, part in zip(sums, torch.autograd.grad(loss, flat, allow_unused=True), strict=True):
-                if part is not None:
-                    total += part / len(batches)
-    parts = iter(sums)
+        loss = loss_of(module, tree_map_only(Tensor, lambda t: t.to(flat[0].device), batch))
+        if not loss.isfinite():
+            raise NotFiniteError(
+                f"The {name} objective's loss is {loss.item()} before any training: check its batches."
+            )
+        found = torch.autograd.grad(loss, flat, allow_unused=True)
+    parts = iter(torch.zeros_like(p) if g is None else g for p, g in zip(flat, found, strict=True))
     gradient = [[next(parts) for _ in layer] for layer in groups]
     for layer_name, layer in zip(stack.names, gradient, strict=True):
         if not all(t.isfinite().all() for t in layer):
@@ -162,9 +229,7 @@ def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def _check(stacks: list[LayerStack], halves: Halves, other_halves: Halves | None) -> None:
-    if not all(len(half) for pair in (halves, other_halves or halves) for half in pair):
-        raise ValueError("Each half needs at least one batch: pass two lists of batches.")
+def _check(stacks: list[LayerStack]) -> None:
     if len(stacks[0]) != len(stacks[1]):
         raise ValueError(
             f"The objectives' models have {len(stacks[0])} and {len(stacks[1])} layers: they must share one stack."
@@ -181,7 +246,3 @@ def _check(stacks: list[LayerStack], halves: Halves, other_halves: Halves | None
                 f"Layer {name} has different weights under the new objective: the distance is measured at the "
                 "pretrained weights, before any step."
             )
-
-
-def _shown(distance: float | None) -> str:
-    return "unresolved" if distance is None else f"{distance:.3f}"

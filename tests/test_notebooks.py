@@ -58,7 +58,9 @@ def test_is_it_the_gradient(tmp_path: Path) -> None:
     outputs = execute("02_is_it_the_gradient", tmp_path)
     assert "image/png" in kinds(outputs)
     told = text(outputs)
-    for name in ("adamw-standard", "adamw-equal-step", "sgd-standard", "sgd-equal-step"):
-        assert f"{name:18} relative slope" in told
-        assert f"{name:18} plain" in told
-    assert "SGD: " in told
+    for seed in range(4):
+        for control in ("standard", "equal-step"):
+            assert told.count(f"sgd-{control}-seed{seed}: ") == 2
+        assert f"SGD, seed {seed}: difference" in told
+    assert "SGD, 4 pairs (seeds 0, 1, 2, 3): " in told
+    assert "change-matched null: " in told

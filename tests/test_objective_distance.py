@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from support import TinyLM, seeded, texts
 from torch import Tensor, nn
 
-from depthcb import LayerStack, objective_distance
+from depthcb import LayerStack, gradient_distance, objective_distance
 from depthcb.gradient_distance import _gradient
 
 
@@ -35,30 +37,78 @@ def batches(seed: int, count: int = 2, noise: float = 1.0) -> list[Tensor]:
     return [1 + noise * torch.randn(6, 3, 4, generator=generator) for _ in range(count)]
 
 
+def reference(u: np.ndarray, v: np.ndarray) -> float:
+    """The distance by its definition, for (groups, n) gradients."""
+    pairs = [(g, h) for g in range(len(u)) for h in range(len(u)) if g != h]
+    across, within_u, within_v = (np.mean([x[g] @ y[h] for g, h in pairs]) for x, y in ((u, v), (u, u), (v, v)))
+    return float(1 - across / np.sqrt(within_u * within_v))
+
+
 def test_the_closed_form() -> None:
-    model, halves = Scales(), (batches(1), batches(2))
+    model, data = Scales(), batches(1, 12)
     a, b = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, -1.0, -3.0])
-    found = objective_distance((model, linear(a)), (model, linear(b)), halves)
-    means = [torch.cat(half).double().numpy().mean(axis=0) for half in halves]
-    u, v = ([w.double().numpy()[:, None] * m for m in means] for w in (a, b))
+    found = objective_distance((model, linear(a)), (model, linear(b)), data, width=1e-9, most_batches=13)
+    assert found.batches == 12
+    means = np.stack([x.double().numpy().mean(axis=0) for x in data])
+    means = means[:6] + means[6:]  # batch k is in group k mod 6
+    u, v = (w.double().numpy()[:, None] * means for w in (a, b))
+    flat_u, flat_v = u.reshape(6, -1), v.reshape(6, -1)
+    assert found.overall == pytest.approx(reference(flat_u, flat_v), rel=1e-5)
+    assert found.per_layer == pytest.approx([reference(u[:, i], v[:, i]) for i in range(3)], abs=1e-5)
+    assert found.per_layer == pytest.approx([0, 2, 0], abs=1e-5), "one layer's gradients are parallel or opposite here"
+    without = [reference(np.delete(flat_u, g, 0), np.delete(flat_v, g, 0)) for g in range(6)]
+    half = stats.t.ppf(0.975, 5) * np.sqrt(5 / 6 * np.sum((np.array(without) - np.mean(without)) ** 2))
+    assert found.interval == pytest.approx((found.overall - half, found.overall + half), rel=1e-4)
 
-    def distance(at: Any) -> float:
-        across = ((u[0][at] * v[1][at]).sum() + (u[1][at] * v[0][at]).sum()) / 2
-        return float(1 - across / np.sqrt((u[0][at] * u[1][at]).sum() * (v[0][at] * v[1][at]).sum()))
 
-    assert found.overall == pytest.approx(distance(slice(None)), rel=1e-6)
-    assert found.per_layer == pytest.approx([distance(i) for i in range(3)], abs=1e-6)
-    assert found.per_layer == pytest.approx([0, 2, 0], abs=1e-6), "one layer's gradients are parallel or opposite here"
-
-
-def test_the_same_objective_on_the_same_batches_is_exactly_0() -> None:
+def test_the_same_objective_is_exactly_0() -> None:
     module = seeded(TinyLM)
     loss = lambda m, b: m.loss(b)  # noqa: E731
-    halves = ([batch(0)], [batch(1)])
-    found = objective_distance((module, loss), (module, loss), halves, ([batch(2)], [batch(3)]))
+    found = objective_distance((module, loss), (module, loss), [batch(seed) for seed in range(6)])
     assert found.overall == 0
+    assert found.interval == (0, 0)
     assert found.per_layer == (0,) * 4
-    assert found.self_overall is None or found.self_overall != 0
+    assert found.batches == 6
+
+
+def test_batches_are_added_until_the_interval_is_narrow() -> None:
+    model, a, b = Scales(), torch.ones(3), torch.tensor([1.0, 1.0, -1.0])
+    read: list[int] = []
+
+    def stream() -> Iterator[Tensor]:
+        for seed in range(600):
+            read.append(seed)
+            yield batches(seed, 1, noise=2.0)[0]
+
+    found = objective_distance((model, linear(a)), (model, linear(b)), stream(), width=0.3, most_batches=600)
+    assert found.width < 0.3
+    assert 6 < found.batches == len(read) < 600
+    assert found.overall == pytest.approx(2 / 3, abs=0.2)
+    assert str(found).endswith(f"after {found.batches} batches")
+    most = objective_distance((model, linear(a)), (model, linear(b)), stream(), width=1e-6, most_batches=20)
+    assert most.batches == 18
+    assert most.width > 1e-6
+
+
+def test_the_interval_covers_the_truth() -> None:
+    model, a, b = Scales(), torch.ones(3), torch.tensor([1.0, 1.0, -1.0])
+    hits, runs = 0, 200
+    for seed in range(runs):
+        found = objective_distance((model, linear(a)), (model, linear(b)), batches(seed, 12), width=1e-9)
+        hits += found.interval is not None and found.interval[0] <= 2 / 3 <= found.interval[1]
+    assert 0.9 <= hits / runs <= 0.99
+
+
+def test_gradients_in_bfloat16_give_the_same_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = seeded(WithHead)
+    pretraining, new = (module, lambda m, b: m.loss(b)), (module, lambda m, b: m.label_loss(b))
+    data = [batch(seed) for seed in range(6)]
+    exact = objective_distance(pretraining, new, data)
+    monkeypatch.setattr(gradient_distance, "MOST_MEMORY", 0)
+    rounded = objective_distance(pretraining, new, data)
+    assert rounded.overall != exact.overall
+    assert rounded.overall == pytest.approx(exact.overall, abs=2e-3)
+    assert rounded.per_layer == pytest.approx(exact.per_layer, abs=5e-3)
 
 
 def batch(seed: int) -> dict[str, Tensor]:
@@ -66,44 +116,46 @@ def batch(seed: int) -> dict[str, Tensor]:
 
 
 def test_the_scale_of_a_loss_is_no_distance() -> None:
-    model, halves = Scales(), (batches(1), batches(2))
+    model, data = Scales(), batches(1, 6)
     a, b = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, 1.0, 3.0])
-    one, other = (objective_distance((model, linear(a)), (model, linear(k * b)), halves).overall for k in (1.0, 1000.0))
-    assert one == pytest.approx(other, rel=1e-6)
+    one, other = (objective_distance((model, linear(a)), (model, linear(k * b)), data).overall for k in (1.0, 1000.0))
+    assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_batch_noise_does_not_pass_for_distance() -> None:
-    """Two equal objectives on different samples: the plain cosine distance is biased, this one is 0 on average."""
-    model, weight = Scales(), torch.ones(3)
-    found, plain = [], []
+    """Two losses that differ by noise alone: the plain cosine distance is biased, this one is 0 on average."""
+    model, found, plain = Scales(), [], []
     for seed in range(200):
-        halves = batches(4 * seed, 1, noise=2.5), batches(4 * seed + 1, 1, noise=2.5)
-        others = batches(4 * seed + 2, 1, noise=2.5), batches(4 * seed + 3, 1, noise=2.5)
-        result = objective_distance((model, linear(weight)), (model, linear(weight)), halves, others)
-        if result.self_overall is not None:
-            found.append(result.self_overall)
-        x, y = (torch.cat([torch.cat(h) for h in pair]).mean(0).flatten() for pair in (halves, others))
+        pairs = list(zip(batches(2 * seed, 6, noise=2.0), batches(2 * seed + 1, 6, noise=2.0), strict=True))
+        one, other = (
+            (lambda m, pair: linear(torch.ones(3))(m, pair[0])),
+            (lambda m, pair: linear(torch.ones(3))(m, pair[1])),
+        )
+        result = objective_distance((model, one), (model, other), pairs)
+        if result.overall is not None:
+            found.append(result.overall)
+        x, y = (torch.cat([pair[i] for pair in pairs]).mean(0).flatten() for i in (0, 1))
         plain.append(1 - float(torch.cosine_similarity(x, y, dim=0)))
-    error = np.std(found) / np.sqrt(len(found))
-    assert len(found) > 150
-    assert abs(np.median(found)) < 4 * error
-    assert np.mean(plain) > 0.2
+    assert len(found) > 190
+    assert abs(np.median(found)) < np.mean(plain) / 4
+    assert np.mean(plain) > 0.05
 
 
 def test_noise_that_hides_the_gradient_is_unresolved() -> None:
     model, weight = Scales(), torch.ones(3)
-    opposite = [-b for b in batches(1)]
-    found = objective_distance((model, linear(weight)), (model, linear(weight)), (batches(1), opposite))
+    data = [sign * b for b in batches(1, 3) for sign in (1, -1)]
+    found = objective_distance((model, linear(weight)), (model, linear(weight)), data)
     assert found.overall is None
+    assert found.interval is None
     assert found.per_layer == (None,) * 3
-    assert str(found) == "objective distance unresolved"
+    assert str(found) == "objective distance unresolved after 6 batches"
     assert found.to_dict()["per_layer"] == [None] * 3
 
 
 def test_a_gradient_by_finite_differences() -> None:
     """One weight of every layer, in float64."""
     module = seeded(TinyLM).double()
-    stack, data, loss = LayerStack.find(module), [batch(0), batch(1)], lambda m, b: m.loss(b)
+    stack, data, loss = LayerStack.find(module), batch(0), lambda m, b: m.loss(b)
     gradient = _gradient("pretraining", (module, loss), stack, data)
     module.eval()
     for layer, found in zip(stack.parameters(), gradient, strict=True):
@@ -114,7 +166,7 @@ def test_a_gradient_by_finite_differences() -> None:
         for sign in (1, -1):
             entry[index] = start + sign * step
             with torch.no_grad():
-                sides.append(float(sum(module.loss(b) for b in data)) / 2)
+                sides.append(float(module.loss(data)))
         entry[index] = start
         assert found[at].view(-1)[index].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-6)
 
@@ -139,10 +191,11 @@ def test_nothing_is_left_behind_and_frozen_layers_count() -> None:
     state, kept = torch.get_rng_state(), torch.ones(16, 48)
     module.model.transformer.h[0].attn.c_attn.weight.grad = kept
     pretraining, new = (module, lambda m, b: m.loss(b)), (module, lambda m, b: m.label_loss(b))
-    found = objective_distance(pretraining, new, ([batch(0)], [batch(0)]))
+    data = [batch(0)] * 6
+    found = objective_distance(pretraining, new, data)
     assert all(d is not None and 0.1 < d < 2 for d in found.per_layer)
     with pytest.raises(ValueError, match="new objective's loss is nan"):
-        objective_distance(pretraining, (module, lambda m, b: m.loss(b) * float("nan")), ([batch(0)], [batch(0)]))
+        objective_distance(pretraining, (module, lambda m, b: m.loss(b) * float("nan")), data)
     assert [m.training for m in module.modules()] == flags
     assert [p.requires_grad for p in module.parameters()] == asked
     assert torch.equal(torch.get_rng_state(), state)
@@ -151,14 +204,14 @@ def test_nothing_is_left_behind_and_frozen_layers_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "halves", "message"),
+    ("change", "count", "message"),
     [
-        (lambda m: m, ([], [batch(0)]), "at least one batch"),
-        (lambda m: seeded(lambda: TinyLM(layers=3)), ([batch(0)], [batch(0)]), "4 and 3 layers"),
-        (lambda m: TinyLM(), ([batch(0)], [batch(0)]), r"h\.0 has different weights.*before any step"),
+        (lambda m: m, 5, "fewer than 6 batches: the objective distance needs more or smaller ones"),
+        (lambda m: seeded(lambda: TinyLM(layers=3)), 6, "4 and 3 layers"),
+        (lambda m: TinyLM(), 6, r"h\.0 has different weights.*before any step"),
     ],
 )
-def test_what_is_not_one_model_is_refused(change: Any, halves: Any, message: str) -> None:
+def test_what_is_not_one_model_is_refused(change: Any, count: int, message: str) -> None:
     module, loss = seeded(TinyLM), lambda m, b: m.loss(b)
     with pytest.raises(ValueError, match=message):
-        objective_distance((module, loss), (change(module), loss), halves)
+        objective_distance((module, loss), (change(module), loss), [batch(0)] * count)

@@ -155,7 +155,7 @@ def test_the_wheel_carries_the_tracked_files_of_both_packages(wheel: Path) -> No
     files = carried(wheel)
     assert files == {name.removeprefix("recipes/") for name in tracked("depthcb", "recipes/depthcb_recipes")}
     yaml = {name for name in files if name.endswith(".yaml")}
-    assert {Path(name).parent.name for name in yaml} == {"configs", "studies"}
+    assert {Path(name).parent.name for name in yaml} == {"depthcb_recipes", "configs", "studies"}
     assert {"depthcb/py.typed", "depthcb_recipes/py.typed", "depthcb_recipes/studies/mini-smoke.yaml"} <= files
     assert {name.partition("/")[0] for name in files} == {"depthcb", "depthcb_recipes"}
 

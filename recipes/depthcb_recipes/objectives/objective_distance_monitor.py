@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from depthcb.batches import collect_batches
 from depthcb.callbacks.depth_profile import first_validation_loader
-from depthcb.gradient_distance import ObjectiveDistance, objective_distance
+from depthcb.gradient_distance import GROUPS, ObjectiveDistance, objective_distance
 from depthcb.profile import layer_key
 from depthcb_recipes.backbones.loading import load_backbone, load_tokenizer, pretraining
 from depthcb_recipes.data.packed_text import masking
@@ -24,8 +24,8 @@ from depthcb_recipes.objectives.objective import IGNORED, Batch, Objective
 
 #: Fraction of tokens masked for the loss of a masked language model.
 MASKED = 0.15
-#: If the pretraining objective's distance to itself is further from 0 than this, there were too few batches [ours].
-UNCERTAIN = 0.3
+#: Batches are added until the distance's interval is narrower than this [ours].
+WIDTH = 0.2
 
 
 class ObjectiveDistanceMonitor(Callback):
@@ -38,29 +38,32 @@ class ObjectiveDistanceMonitor(Callback):
     ===================================  ==========================================================================
     ``depth/objective_distance``         1 - cos of the stack's gradients: 0 if parallel, 1 if orthogonal
     ``depth/objective_distance/L00``     the same for layer 0
-    ``depth/objective_distance_self``    the pretraining objective's distance to itself on other texts (noise)
+    ``depth/objective_distance_low``     lower end of its 95 % interval over batches; ``_high`` is the upper end
     ===================================  ==========================================================================
 
-    A distance that is hidden by batch noise is not logged, and a warning is issued. The same warning is issued if the
-    pretraining objective's distance to itself is not close to 0, since gradients near an optimum are mostly noise.
-    Resumed runs do not measure again.
+    Validation batches are added until the interval is narrower than ``width``, or ``most_batches`` are used; a warning
+    then says how wide it is. Gradients near an optimum are mostly noise, so this may take many. Resumed runs do not
+    measure again.
 
     Args:
-        batches: Validation batches in each of the four groups used by the estimate.
+        width: The width of the interval to reach.
+        most_batches: The largest number of validation batches.
 
     Raises:
-        ValueError: If ``batches`` is below 1. At train start: if there are too few validation batches, or the backbone
-            was passed as a model instead of a name, or its pretraining objective is unknown.
+        ValueError: If an argument is out of range. At train start: if there are fewer than 6 validation batches, or the
+            backbone was passed as a model instead of a name, or its pretraining objective is unknown.
 
     Example:
-        >>> ObjectiveDistanceMonitor(batches=4).distance is None
+        >>> ObjectiveDistanceMonitor(most_batches=24).distance is None
         True
     """
 
-    def __init__(self, batches: int = 2) -> None:
-        if batches < 1:
-            raise ValueError(f"batches must be at least 1, not {batches}")
-        self.batches = batches
+    def __init__(self, width: float = WIDTH, most_batches: int = 48) -> None:
+        if not width > 0:
+            raise ValueError(f"width must be positive, not {width}")
+        if most_batches < GROUPS:
+            raise ValueError(f"most_batches must be at least {GROUPS}, not {most_batches}")
+        self.width, self.most_batches = width, most_batches
         #: The measured distance; None before training starts.
         self.distance: ObjectiveDistance | None = None
 
@@ -78,22 +81,20 @@ class ObjectiveDistanceMonitor(Callback):
                 f"ObjectiveDistanceMonitor needs the pretraining objective of {type(pl_module).__name__}'s backbone: "
                 "use an objective of the recipes and give its backbone by name, or call depthcb.objective_distance."
             )
-        quarters = self._quarters(trainer)
         backbone = pl_module.hparams["backbone"]
         own = pretraining_objective(backbone).to(pl_module.device)
-        as_its_own = [[own_batch(own, pl_module, batch, backbone) for batch in quarter] for quarter in quarters]
-        pairs = [list(zip(*both, strict=True)) for both in zip(as_its_own, quarters, strict=True)]
+        pairs = [(own_batch(own, pl_module, batch, backbone), batch) for batch in self._batches(trainer)]
         self.distance = objective_distance(
             (own, lambda module, pair: module.loss(pair[0]).value),
             (pl_module, lambda module, pair: module.loss(pair[1]).value),
-            (pairs[0], pairs[1]),
-            (pairs[2], pairs[3]),
+            pairs,
+            width=self.width,
+            most_batches=self.most_batches,
         )
-        itself = self.distance.self_overall
-        if self.distance.overall is None or itself is None or abs(itself) > UNCERTAIN:
+        if self.distance.width >= self.width:
             rank_zero_warn(
-                f"ObjectiveDistanceMonitor: the {self.distance}. The latter should be about 0, so batch noise "
-                f"dominates: raise batches={self.batches}."
+                f"ObjectiveDistanceMonitor: {self.distance}; its interval should be narrower than {self.width:g}, so "
+                f"batch noise dominates: validate on more rows, or raise most_batches={self.most_batches}."
             )
         for logger in trainer.loggers:
             logger.log_metrics(_row(self.distance), step=0)
@@ -105,15 +106,15 @@ class ObjectiveDistanceMonitor(Callback):
         saved = state_dict["distance"]
         self.distance = None if saved is None else ObjectiveDistance(**saved)
 
-    def _quarters(self, trainer: pl.Trainer) -> list[list[Batch]]:
-        loader, needed = first_validation_loader(trainer), 4 * self.batches
-        batches = [] if loader is None else collect_batches(loader, needed * (loader.batch_size or 1))
-        if len(batches) < needed:
+    def _batches(self, trainer: pl.Trainer) -> list[Batch]:
+        loader = first_validation_loader(trainer)
+        found = [] if loader is None else collect_batches(loader, self.most_batches * (loader.batch_size or 1))
+        if len(found) < GROUPS:
             raise ValueError(
-                f"ObjectiveDistanceMonitor(batches={self.batches}) needs {needed} validation batches, but there are "
-                f"only {len(batches)}: validate on more rows or use smaller batches."
+                f"ObjectiveDistanceMonitor needs at least {GROUPS} validation batches, but there are only "
+                f"{len(found)}: validate on more rows or use smaller batches."
             )
-        return [batches[i : i + self.batches] for i in range(0, needed, self.batches)]
+        return found
 
 
 def pretraining_objective(backbone: str) -> Objective:
@@ -149,5 +150,7 @@ def own_batch(own: Objective, new: Objective, batch: Batch, backbone: str) -> Ba
 def _row(distance: ObjectiveDistance) -> dict[str, float]:
     row: dict[str, Any] = {layer_key(i): d for i, d in enumerate(distance.per_layer)}
     row = {f"depth/objective_distance/{key}": value for key, value in row.items()}
-    row |= {"depth/objective_distance": distance.overall, "depth/objective_distance_self": distance.self_overall}
+    low, high = distance.interval or (None, None)
+    row |= {"depth/objective_distance": distance.overall}
+    row |= {"depth/objective_distance_low": low, "depth/objective_distance_high": high}
     return {key: value for key, value in row.items() if value is not None}

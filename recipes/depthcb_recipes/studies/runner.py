@@ -255,5 +255,6 @@ def _figures(
         initial_weights=prints.initial_weights,
         data_order=prints.data_order,
         objective_distance=distances[0].overall if distances and distances[0] else None,
+        objective_distance_interval=distances[0].interval if distances and distances[0] else None,
         backbone=dataclasses.asdict(describe(config.model)),
     )

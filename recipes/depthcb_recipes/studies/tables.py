@@ -41,6 +41,7 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
         nulls = [Profile.from_dict(p).relative_slope for p in figures.null.get(first.measure, ())]
         matched = [Profile.from_dict(p).relative_slope for p in figures.matched_null.get(first.measure, ())]
         low, high = first.slope_interval or (np.nan, np.nan)
+        distance = figures.objective_distance_interval or (np.nan, np.nan)
         rows.append({
             **{axis: getattr(result.config, axis) for axis in AXES},
             "pair": figures.pair,
@@ -49,7 +50,8 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
             "slope": first.slope, "slope_low": low, "slope_high": high, "relative_slope": first.relative_slope,
             "depth_corrected_slope": first.depth_corrected_slope,
             "width": first.width, "centre": first.centre, "mean": first.mean,
-            "distance": figures.objective_distance, "loss": figures.loss, "loss_before": figures.loss_before,
+            "distance": figures.objective_distance, "distance_low": distance[0], "distance_high": distance[1],
+            "loss": figures.loss, "loss_before": figures.loss_before,
             "spread": figures.wanted_spread, "null": _mean(nulls), "null_low": _extreme(min, nulls),
             "null_high": _extreme(max, nulls), "matched_null": _mean(matched),
             "profiles": profile, "initial_weights": figures.initial_weights, "data_order": figures.data_order,
