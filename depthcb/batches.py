@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
 from depthcb.stack import WRAPPERS
+from depthcb.warn import warn
 
 LABELS = ("labels", "label")
+#: Name of a (B,) integer tensor that gives the document of each example; it is not an input of the model.
+DOCUMENT = "document"
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
@@ -28,7 +32,8 @@ def feed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         parameters = inspect.signature(_unwrapped(model).forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        keywords = {k: v for k, v in batch.items() if (open_ended or k in parameters) and k not in LABELS}
+        inputs = {k: v for k, v in batch.items() if k not in LABELS and not (k == DOCUMENT and is_documents(v))}
+        keywords = {k: v for k, v in inputs.items() if open_ended or k in parameters}
     try:
         return model(**keywords) if keywords else model(batch)
     except TypeError as error:
@@ -38,50 +43,100 @@ def feed(model: nn.Module, batch: Any) -> Any:
         ) from error
 
 
+def is_documents(value: Any) -> bool:
+    """Returns whether a value is a (B,) tensor of document numbers."""
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
+
+
+def documents(batches: Sequence[Any]) -> Tensor | None:
+    """Returns the document of each example of the batches, (n,); None if a batch does not name them."""
+    found = [batch.get(DOCUMENT) if isinstance(batch, Mapping) else None for batch in batches]
+    known = [value for value in found if isinstance(value, Tensor) and is_documents(value)]
+    return torch.cat(known).cpu() if len(known) == len(batches) else None
+
+
 def batch_size(batch: Any) -> int:
     """Returns the number of examples: dimension 0 of the first tensor."""
     return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
 
 
-def collect_batches(source: Any, limit: int) -> list[Any]:
-    """Returns CPU copies of a batch, a list of batches, or items 0 to ``limit`` - 1 of a Dataset or DataLoader.
+def collect_batches(source: Any, limit: int, seed: int = 0) -> list[Any]:
+    """Returns CPU copies of a batch, a list of batches, or a random sample of a Dataset or DataLoader.
+
+    Args:
+        source: The source.
+        limit: Number of examples to draw from a dataset; all batches of a list are used.
+        seed: Seed of the sample.
 
     Raises:
         ValueError: The source is none of these.
     """
-    return [tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), _plain(b)) for b in _split(source, limit)]
+    return [tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), _plain(b)) for b in _split(source, limit, seed)]
 
 
-def _split(source: Any, limit: int) -> list[Any]:
-    if isinstance(source, DataLoader):
-        if isinstance(source.dataset, IterableDataset):
-            return _whole_batches(source, limit)
-        dataset: Any = source.dataset
-        if source.batch_sampler is None:
-            return _whole_batches((source.collate_fn(dataset[i]) for i in range(len(dataset))), limit)
-        return _batched(dataset, limit, source.batch_size or 32, source.collate_fn)
+def _split(source: Any, limit: int, seed: int) -> list[Any]:
     if isinstance(source, (Tensor, Mapping, tuple)):
         return [source]
     if isinstance(source, list):
         # default_collate turns (x, y) pairs into the list [x, y]: tensors of different dtypes or shapes are one batch.
         one = all(isinstance(b, Tensor) for b in source) and len({(b.dtype, b.shape[1:]) for b in source}) > 1
         return [source] if one else source
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return _batched(source, limit, 32, default_collate)
-    raise ValueError(
-        f"probe={type(source).__name__}: pass a batch, a list of batches, a Dataset with a length, or a DataLoader."
-    )
+    if not isinstance(source, DataLoader):
+        indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        if not (indexed or isinstance(source, IterableDataset)):
+            raise ValueError(
+                f"probe={type(source).__name__}: pass a batch, a list of batches, a Dataset with a length, or a "
+                "DataLoader."
+            )
+        source = DataLoader(source, batch_size=32)
+    return _drawn(source, limit, seed)
 
 
-def _batched(dataset: Any, limit: int, size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
-    items = [dataset[i] for i in range(min(len(dataset), limit))]
-    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
+def _drawn(loader: DataLoader[Any], limit: int, seed: int) -> list[Any]:
+    """Returns batches of a random sample of the loader's dataset, made by its collate function.
+
+    The loader itself is never iterated, and its dataset is read in another process: reading may draw random numbers,
+    count, or fill a cache, and training must not notice.
+    """
+    options: dict[str, Any] = {
+        "batch_size": None if loader.batch_sampler is None else loader.batch_size or 32,
+        "collate_fn": loader.collate_fn,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        warn(
+            f"The probe is made of the first {limit} examples of {type(dataset).__name__}, which can only be iterated: "
+            "they are no random sample. Pass probe= with a sample of your own to choose better ones."
+        )
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
+        options["sampler"] = order.sort().values.tolist()
+    worker = {
+        "num_workers": 1,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+    try:
+        return _read(DataLoader(dataset, **options, **worker), limit)
+    except Exception as error:  # whatever keeps a dataset from another process, or is wrong with it in any
+        try:
+            copied = copy.deepcopy(dataset)
+        except Exception:
+            raise error from None
+        batches = _read(DataLoader(copied, **options), limit)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        warn(
+            f"The probe was read from a copy of {type(dataset).__name__} in this process, because it could not be read "
+            f"in another one ({reason}): files and connections that the copies share may have moved."
+        )
+        return batches
 
 
-def _whole_batches(source: Iterable[Any], limit: int) -> list[Any]:
-    """Returns the first batches of an iterable of batches, until they contain ``limit`` examples."""
+def _read(loader: DataLoader[Any], limit: int) -> list[Any]:
+    """Returns the first batches, until they contain ``limit`` examples."""
     batches: list[Any] = []
-    for batch in source:
+    for batch in loader:
         batches.append(batch)
         if sum(batch_size(_plain(b)) for b in batches) >= limit:
             break

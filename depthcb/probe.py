@@ -25,6 +25,7 @@ from depthcb.batches import (
     batch_size,
     check_batch,
     collect_batches,
+    documents,
     feed,
     longest_example,
     perturbed,
@@ -48,7 +49,7 @@ class Recording:
 
     Args:
         rows: (n, d) activations of each of L layers, in fp32, or fp64 for fp64 models.
-        examples: (n,) index of the example that each row belongs to.
+        examples: (n,) number of the example that each row belongs to, or of its document where the batches name it.
         causal: Whether the model is causal, so that position 0 was excluded.
     """
 
@@ -62,7 +63,9 @@ class Probe:
     """Fixed inputs, and how to turn a layer's output into rows.
 
     Args:
-        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or tensors, with examples along dimension 0.
+        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or tensors, with examples along dimension 0. A (B,)
+            integer tensor ``document`` in a dict names the document of each example: intervals are over documents then,
+            because examples from the same one are not independent.
         rows: ``"mean"``, ``"last"`` or ``"first"`` give one row per example: the mean over its non-padding positions,
             or the last or first of them; ``"tokens"`` gives a seeded sample of positions, the same number from each
             example [ours]. For causal models position 0 is excluded, because its massive activations would dominate
@@ -106,16 +109,19 @@ class Probe:
     def collect(cls, source: Any, limit: int, **options: Any) -> Probe:
         """Creates a probe from a batch, a list of batches, a Dataset or a DataLoader.
 
-        From datasets and loaders, takes items 0 to ``limit`` - 1 and collates them with the loader's ``collate_fn``,
-        without iterating the loader or affecting random states. Batches are used in full. A probe is returned as is.
+        Of datasets and loaders, a seeded random sample of ``limit`` examples is read in another process and collated
+        by the loader's ``collate_fn``, without iterating the loader or affecting random states. Of a dataset that can
+        only be iterated, the first ``limit`` examples are taken, with a warning. Batches are used in full. A probe is
+        returned as is.
 
         Raises:
             ValueError: The source is none of these.
         """
         if isinstance(source, cls):
             return source
-        with isolated_rng(options.get("seed", 0)):
-            return cls(tuple(collect_batches(source, limit)), **options)
+        seed = options.get("seed", 0)
+        with isolated_rng(seed):
+            return cls(tuple(collect_batches(source, limit, seed)), **options)
 
     @cached_property
     def hash(self) -> str:
@@ -155,7 +161,9 @@ class Probe:
         rows = [torch.cat(layer) for layer in zip(*parts, strict=True)]
         if len(rows[0]) < MIN_ROWS:
             raise ValueError(f"The probe gives {len(rows[0])} rows: a comparison needs at least {MIN_ROWS}.")
-        return Recording(rows, torch.cat(examples), causal)
+        numbers = torch.cat(examples)
+        of_example = documents(self.batches)
+        return Recording(rows, numbers if of_example is None else of_example[numbers], causal)
 
     def _run(
         self, model: nn.Module, stack: LayerStack, batch: Any, take: Callable[[str, nn.Module, Tensor], Tensor]

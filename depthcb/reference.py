@@ -32,7 +32,7 @@ class Reference:
         sketches: Tensors by kind, one per layer: ``"gram"``, the doubly centred, unnormalised Gram matrix including its
             diagonal (n, n) in float64, whose memory is independent of layer width and training time; ``"rows"`` (n, d)
             only if a measure needs them.
-        examples: (n,) index of the example that each row comes from.
+        examples: (n,) number of the example that each row comes from, or of its document where the probe names it.
         layer_names: Names of the L layers.
         probe_hash: `Probe.hash` of the recorded probe.
         effective_rank: Effective rank of each layer's Gram matrix: the number of directions that CKA sees [ours].
@@ -45,6 +45,11 @@ class Reference:
     probe_hash: str
     effective_rank: tuple[float, ...]
     causal: bool
+
+    @property
+    def distinct(self) -> int:
+        """Number of distinct examples, or documents where the probe names them."""
+        return len(torch.unique(self.examples))
 
     @classmethod
     def record(cls, probe: Probe, model: nn.Module, stack: LayerStack, measures: Sequence[Measure]) -> Reference:
@@ -159,7 +164,10 @@ def _check_finite(name: str, rows: Tensor) -> None:
 
 
 def _halves(examples: Tensor) -> list[Tensor]:
-    """Returns the row indices of 200 random halves, split by whole examples; empty if there are too few examples."""
+    """Returns the row indices of 200 random halves, split by whole examples (or documents); empty if they are too few.
+
+    Halves without repetition: repeated rows would break the U-centring.
+    """
     distinct: Tensor = torch.unique(examples)
     if len(distinct) < EXAMPLES_FOR_INTERVAL:
         return []

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row, run_folder
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
-from depthcb.engine.warn import warn
 from depthcb.null import DRAWS
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Probe, Rows
@@ -24,6 +23,7 @@ from depthcb.profile import Profiles
 from depthcb.reference import Reference
 from depthcb.run import write_null
 from depthcb.similarity import Measure
+from depthcb.warn import warn
 
 
 class DepthProfile(Callback):
@@ -51,8 +51,8 @@ class DepthProfile(Callback):
     A record in the logger's folder can be read by `depthcb.run.read_runs` and ``depthcb report``.
 
     Args:
-        probe: Inputs to measure on: a batch, a list of batches, a Dataset or a DataLoader; None takes items 0, 1, ...
-            of the (first) validation dataset through its loader's ``collate_fn``. A `Probe` is used as is.
+        probe: Inputs to measure on: a batch, a list of batches, a Dataset or a DataLoader; None draws a seeded random
+            sample of the (first) validation dataset, collated by its loader's ``collate_fn``. A `Probe` is used as is.
         layers: The layers, as accepted by `LayerStack.find`; None searches for them.
         measures: Names from `depthcb.similarity.MEASURES`, or custom `depthcb.similarity.Measure` objects; `profiles`
             holds those of the first one.
@@ -246,6 +246,7 @@ class DepthProfile(Callback):
             "measures": {m.name: m.definition for m in self.measures},
             "rows": self.recorder.rows,
             "probe_rows": len(reference.examples),
+            "distinct": reference.distinct,
             "probe_hash": reference.probe_hash,
             "causal": reference.causal,
             "effective_rank": reference.effective_rank,
@@ -303,19 +304,16 @@ def first_validation_loader(trainer: pl.Trainer) -> Any:
 
 
 def _validation_loader(trainer: pl.Trainer) -> DataLoader[Any]:
-    """Returns the validation loader whose dataset provides the probe.
-
-    Iterating the loader itself would advance the random states of training.
-    """
+    """Returns the validation loader whose dataset provides the probe."""
     loader = first_validation_loader(trainer)
     if loader is None:
         raise ValueError(
             "DepthProfile: no validation loader (or limit_val_batches=0) and no probe: pass probe= with a batch, a "
             "dataset or a loader, and let the Trainer validate."
         )
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader):
         raise ValueError(
-            "DepthProfile: the validation data can only be iterated, which would advance its random state: pass probe= "
-            "with a batch or a map-style dataset."
+            f"DepthProfile: the validation data is a {type(loader).__name__}, and iterating it would advance its "
+            "random state: pass probe= with a batch, a dataset or a DataLoader."
         )
     return loader

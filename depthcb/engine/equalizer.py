@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
-from depthcb.engine.warn import warn
 from depthcb.errors import NotFiniteError
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack, half_dtypes
@@ -30,6 +29,7 @@ from depthcb.step_ratio import (
     revert_non_finite,
     step_squares,
 )
+from depthcb.warn import warn
 
 Outside = Literal["leave", "layer"]
 Decay = Literal["inside", "outside"]

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
-from depthcb.engine.warn import warn
 from depthcb.glossary import LOW_RANK
 from depthcb.null import DRAWS, Null, null_profiles
 from depthcb.pretrained import PretrainedWeights
@@ -20,6 +19,10 @@ from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures
 from depthcb.stack import LayerStack, half_dtypes
+from depthcb.warn import warn
+
+#: With fewer distinct examples (or documents) the intervals cover the truth less often than they say [ours].
+FEW_EXAMPLES = 30
 
 
 class ProfileRecorder(StepHooks):
@@ -134,6 +137,7 @@ class ProfileRecorder(StepHooks):
         else:
             self.reference = Reference.record(self.fixed_probe, module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
+            self._warn_few(self.reference)
         self._warn_half()
         self.seconds += time.perf_counter() - start
 
@@ -266,6 +270,13 @@ class ProfileRecorder(StepHooks):
             warn(
                 f"DepthProfile {self.name!r}: plain CKA sees fewer than {LOW_RANK:g} directions (effective rank) in "
                 f"{', '.join(low)}: compare with cka_normalized."
+            )
+
+    def _warn_few(self, reference: Reference) -> None:
+        if reference.distinct < FEW_EXAMPLES:
+            warn(
+                f"DepthProfile {self.name!r}: the probe has only {reference.distinct} distinct examples or documents; "
+                f"with fewer than {FEW_EXAMPLES}, the 95 % intervals are too narrow: pass a larger probe."
             )
 
     def _warn_half(self) -> None:

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from depthcb.adapters import adapted_modules, effective_weights
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
-from depthcb.engine.warn import warn
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
+from depthcb.warn import warn
 
 
 class StepRatioMeter(StepHooks):

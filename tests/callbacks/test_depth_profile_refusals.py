@@ -8,8 +8,7 @@ import pytest
 import torch
 from regression import OneChild, Regression, numbers
 from support import fit
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 
 from depthcb import DepthProfile
 
@@ -22,9 +21,14 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Endless(IterableDataset[Tensor]):
+class Batches:
+    """Something that Lightning takes for a loader."""
+
     def __iter__(self) -> Any:
-        return iter(torch.randn(16, 4))
+        return iter(torch.randn(2, 8, 4))
+
+    def __len__(self) -> int:
+        return 2
 
 
 def broken() -> nn.Module:
@@ -44,7 +48,7 @@ def one_layer() -> nn.Module:
     ("watch", "module", "data", "message"),
     [
         (lambda: DepthProfile(), OneChild, (numbers()[0],), "no validation loader .* and no probe"),
-        (lambda: DepthProfile(), OneChild, (numbers()[0], DataLoader(Endless(), batch_size=8)), "can only be iterated"),
+        (lambda: DepthProfile(), OneChild, (numbers()[0], Batches()), "the validation data is a Batches, and iterating it"),
         (lambda: DepthProfile(probe=torch.randn(3, 4)), OneChild, None, "gives 3 rows: a comparison needs at least 4"),
         (lambda: DepthProfile(layers="model.layers"), OneChild, None, r"'model\.layers' matches no module of Regression"),
         (lambda: DepthProfile(layers=["model.blocks.0"]), OneChild, None, "at least 2 layers"),

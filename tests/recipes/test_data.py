@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from depthcb.probe import Probe
 from depthcb_recipes import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
 from depthcb_recipes.cache import cache_folder
 from depthcb_recipes.data.corpus import python_corpus, split_by_file
-from depthcb_recipes.data.packed_text import blocks, masking
+from depthcb_recipes.data.packed_text import blocks, independent_rows, masking
 from depthcb_recipes.data.text_data import TextData
 
 BOTH = pytest.mark.parametrize("name", ["smollm2", "bert"])
@@ -52,6 +53,35 @@ def test_packing_reads_no_more_than_it_needs(smollm2: Any) -> None:
     made = blocks(endless(), smollm2, 8)
     assert len([next(made) for _ in range(10)]) == 10
     assert len(read) < 300
+
+
+def test_no_document_is_in_two_validation_rows(smollm2: Any) -> None:
+    long = [" ".join(f"w{i}x{j}" for j in range(200)) for i in range(5)]
+    short = [f"short text number {i}" for i in range(40)]
+    texts = [long[0], *short[:20], *long[1:], *short[20:]]
+    rows = list(independent_rows(texts, smollm2, 32, seed=0))
+    assert {len(ids) for ids, _ in rows} == {32}
+    numbers = [number for _, number in rows]
+    assert len(numbers) == len(set(numbers))
+    assert [numbers.index(i) >= 0 for i in (0, 21, 22, 23, 24)] == [True] * 5
+    words = [smollm2.decode(ids) for ids, _ in rows]
+    for text in short:
+        assert sum(f"number {text.split()[-1]}" + smollm2.eos_token in word for word in words) <= 1
+    assert "w0x0 " not in words[0], "not always the start"
+    assert rows == list(independent_rows(texts, smollm2, 32, seed=0))
+    assert rows != list(independent_rows(texts, smollm2, 32, seed=1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_probe_of_64_rows_has_many_documents(masked: bool, bert: Any) -> None:
+    data = PackedText(bert, block_size=64, val_rows=96, masked=masked)
+    batches = list(data.val_dataloader())
+    drawn = Probe.collect(data.val_dataloader(), limit=64)
+    numbers = torch.cat([batch["document"] for batch in drawn.batches])
+    assert len(numbers) == 64
+    assert len(numbers.unique()) >= 48
+    assert "document" not in next(iter(data.train_dataloader()))
+    assert all(batch["document"].dtype == torch.int64 for batch in batches)
 
 
 def test_every_token_of_a_block_is_a_label(smollm2: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, get_args
@@ -20,8 +21,9 @@ from depthcb_recipes.data.text_data import TextData, end_of_text, plain_ids
 class PackedText(TextData):
     """Documents concatenated and split into blocks of equal length, for `CausalLM` and (with masks) `MaskedLM`.
 
-    The Python corpus is read in hash order, so that even a few blocks mix many files. Other datasets keep their order,
-    because their rows are often lines of longer documents. Training masks are redrawn every epoch (of the selected
+    The Python corpus is read in hash order. Its validation rows are independent: each document is in at most one of
+    them, which names it as its ``document``. Other datasets keep their order, because their rows are often lines of
+    longer documents. Training masks are redrawn every epoch (of the selected
     tokens, 80 % become the mask token, 10 % a random token, 10 % stay unchanged); validation masks are fixed.
 
     Args:
@@ -94,7 +96,8 @@ class PackedText(TextData):
         if not self.masked:
             return rows
         batch = masking(self.tokenizer, self.mask_probability, self.seed + 1)(list(rows))
-        return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
+        masked = {name: batch[name].tolist() for name in ("input_ids", "labels")}
+        return Dataset.from_dict(masked | {name: rows[name] for name in rows.column_names if name == "document"})
 
     def probe_batches(
         self, rows: int = 64, batch_size: int = 16, *, block_size: int | None = None, kind: Kind | None = None
@@ -134,6 +137,12 @@ class PackedText(TextData):
     def encode(self, rows: Dataset) -> Iterator[dict[str, list[int]]]:
         return ({"input_ids": block} for block in blocks(rows[self.columns[0]], self.tokenizer, self.block_size))
 
+    def encode_validation(self, rows: Dataset) -> Iterator[dict[str, Any]]:
+        if self.dataset != "python":
+            return self.encode(rows)
+        found = independent_rows(rows[self.columns[0]], self.tokenizer, self.block_size, self.seed)
+        return ({"input_ids": ids, "document": document} for ids, document in found)
+
 
 def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[list[int]]:
     """Tokenises documents, appends the end-of-text token to each and splits the stream into blocks of equal length.
@@ -156,6 +165,35 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
         whole = len(stream) // size * size
         yield from (stream[i : i + size] for i in range(0, whole, size))
         del stream[:whole]
+
+
+def independent_rows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int, seed: int
+) -> Iterator[tuple[list[int], int]]:
+    """Yields rows of equal length such that no document is in two of them, each with the number of its first document.
+
+    Of a document that is long enough, one seeded random part is a row; shorter ones are packed until they fill one.
+
+    Args:
+        texts: Documents, read lazily.
+        tokenizer: As in `blocks`.
+        size: Tokens per row.
+        seed: Seed of the parts.
+    """
+    end, chance = end_of_text(tokenizer), random.Random(seed)
+    packed: list[int] = []
+    first = 0
+    for number, ids in enumerate(plain_ids(tokenizer, texts)):
+        ids = [*ids, end]
+        if len(ids) >= size:
+            start = chance.randrange(len(ids) - size + 1)
+            yield ids[start : start + size], number
+            continue
+        first = first if packed else number
+        packed += ids
+        if len(packed) >= size:
+            yield packed[:size], first
+            packed = []
 
 
 def masking(tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> DataCollatorForLanguageModeling:

@@ -26,7 +26,7 @@ from depthcb_recipes.cache import cache_folder, cached, digest
 from depthcb_recipes.data.corpus import in_hashed_order, split_by_file
 from depthcb_recipes.objectives.objective import IGNORED
 
-_CODING = 1  # increment when the tokenisation of the same rows changes
+_CODING = 2  # increment when the tokenisation of the same rows changes
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Side = Literal[0, 1]  # training, validation
@@ -105,6 +105,10 @@ class TextData(LightningDataModule):
     def encode(self, rows: Dataset) -> Iterable[dict[str, Any]]:
         """Yields tokenised, unpadded rows lazily."""
         raise NotImplementedError
+
+    def encode_validation(self, rows: Dataset) -> Iterable[dict[str, Any]]:
+        """Yields the tokenised rows of the validation split; by default as those of the training split."""
+        return self.encode(rows)
 
     def settle(self, side: Dataset) -> Dataset:
         """Selects the rows to use from one split, which is in hash order."""
@@ -198,11 +202,13 @@ class TextData(LightningDataModule):
 
     def _encoded(self, side: Side) -> Dataset:
         rows, most = self.sides[side], self.val_rows if side else self.train_rows
-        made_by = (_CODING, type(self).__name__, most, self.row_length, self.columns, _tokenizer_state(self.tokenizer))
+        settings = (_CODING, type(self).__name__, side, self.seed, most, self.row_length, self.columns)
+        made_by = (*settings, _tokenizer_state(self.tokenizer))
         path = cache_folder() / "tokenised" / f"{digest([repr(made_by), *_keys(rows)])}.parquet"
 
         def tokenised() -> pa.Table:
-            encoded = list(itertools.islice(self.encode(rows), most))
+            encode = self.encode_validation if side else self.encode
+            encoded = list(itertools.islice(encode(rows), most))
             if not encoded:
                 raise ValueError(
                     f"The {'validation' if side else 'training'} split of {self.dataset!r} yields no rows at a length "
