@@ -15,7 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from depthcb.style import BLUE, PALE, decorate, layer_axis, show, show_interval, thinned, tick_step, tick_text
+from depthcb.style import (
+    BLUE,
+    PALE,
+    decorate,
+    layer_axis,
+    mark_unresolved,
+    show,
+    show_interval,
+    thinned,
+    tick_step,
+    tick_text,
+)
 
 Interval = tuple[float, float]
 
@@ -35,6 +46,8 @@ class Curve(Protocol):
     def rows(self) -> int: ...
     @property
     def change(self) -> tuple[float, ...]: ...
+    @property
+    def unresolved(self) -> tuple[int, ...]: ...
     @property
     def band(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None: ...
     @property
@@ -85,6 +98,9 @@ def draw_curves(ax: Axes, profiles: Sequence[Curve], ink: str = "black") -> None
     if last.band is not None:
         ax.fill_between(x, *last.band, color=BLUE, alpha=0.22, linewidth=0)
     ax.plot(x, last.change, color=BLUE, marker="o", ms=4, lw=1.8)
+    mark_unresolved(ax, last.unresolved, last.change)
+    if last.unresolved:
+        ax.legend(fontsize=8, frameon=False, labelcolor=ink)
     title = f"{last.title} at step {last.step}"
     if earlier:
         left_out = "" if len(earlier) == len(profiles) - 1 else f" of {len(profiles) - 1}"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 FloatArray = npt.NDArray[np.float64]
 
+#: A change below this many times the rounding error is marked in reports [ours].
+RESOLVED = 10.0
 #: Derived numbers, saved together with the stored ones so that a JSON file can be read without depthcb.
 DERIVED = ("slope", "relative_slope", "spearman", "centre", "width", "mean")
 
@@ -41,6 +43,7 @@ class Profile:
         relative_slope_interval: The same for ``relative_slope``.
         half_relative_slopes: The relative slope over each of these halves, None where it is undefined, in an order that
             depends on the examples alone: runs on the same probe are compared half by half.
+        floor: Change of each layer that the rounding error of the forward alone gives, or None if it was not measured.
         title: Display name of the measure; defaults to that in `depthcb.similarity.MEASURES`, else to its name.
         unit: Axis label of the measure; same default.
 
@@ -66,6 +69,7 @@ class Profile:
     slope_interval: Interval | None = None
     relative_slope_interval: Interval | None = None
     half_relative_slopes: tuple[float | None, ...] | None = None
+    floor: tuple[float, ...] | None = None
     title: str = ""
     unit: str = ""
 
@@ -114,6 +118,12 @@ class Profile:
     def slope(self) -> float:
         """The locality gradient [paper]: least-squares slope of change on relative depth [ours]."""
         return slope(self.change)
+
+    @property
+    def unresolved(self) -> tuple[int, ...]:
+        """Layers whose change is below 10 times the rounding error of the forward [ours]; none if it is not known."""
+        floors = self.floor or (0.0,) * len(self.change)
+        return tuple(i for i, (c, f) in enumerate(zip(self.change, floors, strict=True)) if 0 < c < RESOLVED * f)
 
     @property
     def mean(self) -> float:

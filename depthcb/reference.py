@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from depthcb.errors import NotFiniteError
 from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
+from depthcb.rounding import rounding_floor
 from depthcb.similarity import Measure, check_defined, effective_rank, gram
 from depthcb.stack import LayerStack
 
@@ -37,6 +38,8 @@ class Reference:
         probe_hash: `Probe.hash` of the recorded probe.
         effective_rank: Effective rank of each layer's Gram matrix: the number of directions that CKA sees [ours].
         causal: Whether the model was detected as causal, so that position 0 was excluded.
+        floor: By measure, the change of each layer that rounding alone gives, see `depthcb.rounding`; empty if it was
+            not measured.
     """
 
     sketches: dict[str, list[Tensor]]
@@ -45,6 +48,7 @@ class Reference:
     probe_hash: str
     effective_rank: tuple[float, ...]
     causal: bool
+    floor: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def distinct(self) -> int:
@@ -66,7 +70,8 @@ class Reference:
             if not bool(k.any()):
                 raise ValueError(f"Layer {name!r} has the same activations for all probe rows: nothing to compare.")
         ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
-        return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal)
+        floor = rounding_floor(probe, model, stack, recording.causal, measures)
+        return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal, floor)
 
     def profiles(
         self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int, *, intervals: bool = True
@@ -112,6 +117,7 @@ class Reference:
             "step": step,
             "epoch": epoch,
             "rows": len(self.examples),
+            "floor": self.floor.get(measure.name),
         }
         samples = torch.stack(over_halves, dim=1)
         if int((~samples.isnan().any(dim=1)).sum()) < ENOUGH_HALVES:  # all rows of a half may be identical
@@ -127,6 +133,7 @@ class Reference:
             "probe_hash": self.probe_hash,
             "effective_rank": list(self.effective_rank),
             "causal": self.causal,
+            "floor": {measure: list(floors) for measure, floors in self.floor.items()},
         }
 
     @classmethod
@@ -144,6 +151,7 @@ class Reference:
             state["probe_hash"],
             tuple(state["effective_rank"]),
             state["causal"],
+            {measure: tuple(floors) for measure, floors in state.get("floor", {}).items()},  # absent before version 0.2
         )
         for kind, layers in found.sketches.items():
             n, fits = len(found.examples), len(layers) == len(found.layer_names)

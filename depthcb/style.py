@@ -76,6 +76,13 @@ def layer_axis(ax: Axes, layers: int, ink: str = "black") -> None:
     ax.set_xlabel("layer  (0 = input side)", color=ink)
 
 
+def mark_unresolved(ax: Axes, layers: Sequence[int], change: Sequence[float]) -> None:
+    """Crosses out the changes of the given layers, which rounding alone may give."""
+    if layers:
+        values = [change[i] for i in layers]
+        ax.plot(layers, values, "x", color=PALE, ms=9, ls="none", label="below 10 x rounding error: no evidence")
+
+
 def decorate(ax: Axes, ink: str = "black") -> None:
     """Sets the grid, frame and number format of the axes."""
     from matplotlib.ticker import FuncFormatter

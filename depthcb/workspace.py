@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import wandb_workspaces.workspaces as ws
 from pydantic import TypeAdapter
-from wandb_workspaces.reports.v2 import Layout, LinePlot, MediaBrowser  # type: ignore[attr-defined]  # a star import
+from wandb_workspaces.reports.v2 import BarPlot, Layout, LinePlot, MediaBrowser  # type: ignore[attr-defined]  # a star import
 
 from depthcb.glossary import RATIO_UNIT
 from depthcb.similarity import MEASURES
@@ -42,11 +42,19 @@ def workspace(entity: str, project: str) -> ws.Workspace:
         _lines("Equal-step: what the optimizer wanted", r"^equal_step/ratio/L\d+$", RATIO_UNIT, log=True),
         _lines("Equal-step: what each layer got", r"^equal_step/realised/L\d+$", RATIO_UNIT, log=True),
     ]
+    study = [
+        BarPlot(title=title, metrics=[f"study/{key}"], layout=Layout(w=12, h=10))
+        for key, title in (
+            ("slope", "Relative slope of the standard runs"),
+            ("share", "Share of the slope left under equal step"),
+        )
+    ]
     sections = [
         ws.Section("Depth profiles", panels=[*curves, *slopes], is_open=True),
         ws.Section("Change of each layer", panels=layers, is_open=True),
         ws.Section("Step ratios", panels=ratios, is_open=True),
         ws.Section("Shape of the profile", panels=shape),
+        ws.Section("Studies: one run per model and objective", panels=study),
     ]
     grouped = ws.RunsetSettings(groupby=[ws.Config("depthcb_control")])
     return ws.Workspace(entity, project, NAME, sections, ws.WorkspaceSettings(x_axis=STEP), grouped)

@@ -85,7 +85,9 @@ def runs(cells: pd.DataFrame, seeds: int, rng: np.random.Generator) -> pd.DataFr
             own = mean + shared + rng.normal(0, NOISE / np.sqrt(2), len(cells))
             width = cells["width"] + rng.normal(0, 0.02, len(cells))
             parts.append(cells.assign(seed=seed, control=control, relative_slope=own, width=width))
-    return pd.concat(parts, ignore_index=True).assign(matched_null=np.nan, spread=4.0)
+    return pd.concat(parts, ignore_index=True).assign(
+        matched_null=np.nan, null_low=np.nan, null_high=np.nan, floor=np.nan, spread=4.0
+    )
 
 
 # Truths

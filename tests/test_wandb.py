@@ -28,6 +28,7 @@ from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 from depthcb.profile import DERIVED, Profile
 from depthcb.run import read_runs
 from depthcb.workspace import specification, workspace
+from depthcb_recipes.studies.wandb_summary import FIGURES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*legacy license classifiers.*",
@@ -126,7 +127,9 @@ def test_the_workspace_matches_the_keys_of_a_run(offline: tuple[Path, DepthProfi
     folder, _ = offline
     keys = {key for row in history(folder) for key in row}
     found: Counter[str] = Counter()
-    for section in workspace("me", "p").sections:
+    *sections, study = workspace("me", "p").sections
+    assert {m for panel in study.panels for m in panel.metrics} <= {f"study/{figure}" for figure in FIGURES}
+    for section in sections:
         for panel in section.panels:
             regex = getattr(panel, "metric_regex", None)
             for key in panel.media_keys if regex is None else []:

@@ -24,7 +24,7 @@ from depthcb.report.groups import (
     unit_of,
 )
 from depthcb.run import Run
-from depthcb.style import decorate, layer_axis, line_style
+from depthcb.style import decorate, layer_axis, line_style, mark_unresolved
 
 
 def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
@@ -82,6 +82,7 @@ def _draw_change(ax: Axes, group: Group, measure: str) -> None:
         if profile.band is not None:
             ax.fill_between(x, *profile.band, color=color, alpha=0.2, linewidth=0)
         _draw_run(ax, profile.change, i, label(run, group))
+        mark_unresolved(ax, profile.unresolved, profile.change)
         if null:  # offset the dashes, so that nulls that coincide (often at 0) all remain visible
             dashes = (5 * i, (5, 5))
             ax.plot(x, null, color=color, lw=1, ls=dashes, label=f"null of {label(run, group)} (random directions)")

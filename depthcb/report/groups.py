@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from depthcb.glossary import LOW_RANK
-from depthcb.profile import Profile, Profiles
+from depthcb.profile import RESOLVED, Profile, Profiles
 from depthcb.run import Run
 from depthcb.style import MISSING, show, show_interval
 from depthcb.verdict import (
@@ -28,6 +28,9 @@ from depthcb.verdict import (
 
 #: Step ratios use a log axis if max / min exceeds this value.
 LOG_ABOVE = 3.0
+#: Marks a change that rounding alone may give.
+UNRESOLVED = "~"
+UNRESOLVED_NOTE = f"{UNRESOLVED} below {RESOLVED:g} x the rounding error of the forward: no evidence of a change"
 ONE_PAIR = "one pair: this speaks of its probe rows, not of training"
 
 
@@ -254,7 +257,18 @@ def context(group: Group) -> list[str]:
     return [
         ONE_PAIR,
         *_agreement_line(group.agreement, group.measures),
+        *_unresolved_lines(group),
         *(f"null of {run.control}: {null_line(run, measure)}" for run in group.runs),
+    ]
+
+
+def _unresolved_lines(group: Group) -> list[str]:
+    """Names the layers of each run whose change rounding alone may give."""
+    found = [(run.control, profile.unresolved) for run in group.runs if (profile := last(run, group.measures[0]))]
+    return [
+        f"{control}: the change of layers {', '.join(map(str, layers))} is below {RESOLVED:g} x the rounding error"
+        for control, layers in found
+        if layers
     ]
 
 
@@ -361,15 +375,20 @@ def show_rank(value: float | None) -> str:
 def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
     """Returns one row per layer: index, name, change by measure and run, step ratio by run, and effective rank."""
     profiles = [last(run, measure) for measure in measures for run in group.runs]
-    columns: list[Sequence[Any]] = [p.change if p else () for p in profiles]
-    columns += [run.step_ratio.mean for run in group.runs]
+    columns: list[Sequence[Any]] = [shown_change(p) if p else () for p in profiles]
+    columns += [list(map(show, run.step_ratio.mean)) for run in group.runs]
     ranks = max((run.effective_rank for run in group.runs), key=len)
     return [
-        [str(i), name, *(show(_at(column, i)) for column in columns), show_rank(_at(ranks, i))]
+        [str(i), name, *(_at(column, i) or MISSING for column in columns), show_rank(_at(ranks, i))]
         for i, name in enumerate(group.layers)
     ]
 
 
-def _at(column: Sequence[float | None], index: int) -> float | None:
+def shown_change(profile: Profile) -> list[str]:
+    """Formats the change of each layer, with a mark where it is not above the rounding error."""
+    return [show(c) + (f" {UNRESOLVED}" if i in profile.unresolved else "") for i, c in enumerate(profile.change)]
+
+
+def _at(column: Sequence[Any], index: int) -> Any:
     """Returns one value of a column, or None if the column is too short."""
     return column[index] if index < len(column) else None

@@ -15,6 +15,8 @@ import plotly.io
 from depthcb.glossary import RUN_COLUMNS, VERDICTS
 from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
 from depthcb.report.groups import (
+    UNRESOLVED,
+    UNRESOLVED_NOTE,
     Group,
     Replicates,
     context,
@@ -214,7 +216,10 @@ def _layers_table(group: Group) -> str:
     head += [(f"{title_of(group, m)}, {name}", definition_of(group, m)) for m in group.measures for name in names]
     head += [(f"step ratio, {name}", RUN_COLUMNS["step ratio"]) for name in names]
     head += [("effective rank", RUN_COLUMNS["effective rank"])]
-    return html_table(head, layer_rows(group, group.measures), text=2)
+    rows = layer_rows(group, group.measures)
+    marked = any(UNRESOLVED in cell for row in rows for cell in row[2:])
+    note = f'<p class="soft">{html.escape(UNRESOLVED_NOTE)}</p>' if marked else ""
+    return html_table(head, rows, text=2) + note
 
 
 def _slopes_table(found: Sequence[Group]) -> str:

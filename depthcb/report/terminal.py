@@ -13,6 +13,8 @@ from rich.text import Text
 
 from depthcb.glossary import LOW_RANK
 from depthcb.report.groups import (
+    UNRESOLVED,
+    UNRESOLVED_NOTE,
     Group,
     context,
     groups,
@@ -21,11 +23,12 @@ from depthcb.report.groups import (
     layer_rows,
     replicates,
     run_line,
+    shown_change,
     title_of,
     verdict_lines,
 )
 from depthcb.run import Run
-from depthcb.style import BLUE, show, show_interval
+from depthcb.style import BLUE, show_interval
 
 _SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
@@ -71,12 +74,14 @@ def print_bars(run: Run, console: Console) -> None:
     table.add_column(justify="right")
     table.add_column(ratio=1)
     top = max(profile.change) or 1.0
-    for name, change in zip(profile.layer_names, profile.change, strict=True):
-        table.add_row(Text(name), show(change), Bar(top, 0, change, color=BLUE))
+    for name, change, shown in zip(profile.layer_names, profile.change, shown_change(profile), strict=True):
+        table.add_row(Text(name), shown, Bar(top, 0, change, color=BLUE))
     console.print(Text(f"{run.name}, {run.control}: {profile.title} at step {profile.step}", "bold"))
     console.print(table)
     slope = f"slope {profile.slope:+.3g}{show_interval(profile.slope_interval)} per whole depth"
     console.print(Text(f"{slope}, {profile.unit}, {profile.rows} rows"))
+    if profile.unresolved:
+        console.print(Text(UNRESOLVED_NOTE))
 
 
 def _hanging(line: str, console: Console) -> Text:
@@ -98,6 +103,11 @@ def _layers_table(group: Group) -> Table:
     rows = layer_rows(group, measures)
     for _, name, *figures in rows:
         table.add_row(Text(name if len(name) <= 10 else f"…{name[-9:]}"), *figures)
+    notes = []
     if any(row[-1].endswith("!") for row in rows):
-        table.caption = Text(f"! effective rank below {LOW_RANK:g}: this layer's change rests on a few directions")
+        notes.append(f"! effective rank below {LOW_RANK:g}: this layer's change rests on a few directions")
+    if any(UNRESOLVED in cell for row in rows for cell in row[2:]):
+        notes.append(UNRESOLVED_NOTE)
+    if notes:
+        table.caption = Text("\n".join(notes))
     return table

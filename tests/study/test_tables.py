@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from offline import summary
 from planted import BOTH, SMALL, changed, figures, paper, study
 from scipy import stats
 
 from depthcb.profile import Profile
 from depthcb.verdict import compare_pair
+from depthcb_recipes.studies.page import all_cells
 from depthcb_recipes.studies.result import Result
 from depthcb_recipes.studies.tables import cells_table, pairs_table, pooled, runs_table
+from depthcb_recipes.studies.wandb_summary import publish
 
 
 def test_the_table_of_pairs_has_their_figures() -> None:
@@ -111,3 +116,21 @@ def test_slopes_of_models_of_different_depth_are_corrected() -> None:
         assert even.relative_slope == pytest.approx(relative)
         assert even.depth_corrected_slope == pytest.approx(2.0)
     assert runs_table(study(paper, BOTH, seeds=1))["depth_corrected_slope"].notna().all()
+
+
+def test_a_study_is_summarised_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real client, offline: one run per cell, read back by W&B's own reader."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    runs = runs_table(study(paper, {"seq0": ("sequential", 1e8)}, objectives=("causal_lm", "contrastive"), seeds=4))
+    cells = all_cells(runs)
+    assert publish(cells, "my-study", "depthcb-test") == 2
+    found = [summary(folder) for folder in sorted(tmp_path.glob("wandb/offline-run-*"))]
+    assert [f["config"]["objective"] for f in found] == ["causal_lm", "contrastive"]
+    for logged, (_, cell) in zip(found, cells.iterrows(), strict=True):
+        assert logged["summary"]["study/word"] == cell["word"]
+        assert logged["summary"]["study/share"] == pytest.approx(cell["share"])
+        assert logged["summary"]["study/null_low"] == pytest.approx(cell["null_low"])
+        assert logged["summary"]["study/spread"] == pytest.approx(5.0)
+        assert "study/floor" not in logged["summary"], "not measured in these profiles"
+        assert logged["config"]["study"] == "my-study"

@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
     report = tasks.add_parser("report", help="one page on the study", description="Writes one self-contained page.")
     _common(report)
     report.add_argument("--page", type=Path, help="the page (default: report.html in the study's folder)")
+    report.add_argument("--wandb", metavar="PROJECT", help="also log one W&B run per model and objective")
 
 
 def _run_task(args: argparse.Namespace) -> int:
@@ -257,4 +258,9 @@ def _report(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     page = args.page or store.root / "report.html"
     write_study(runs, pairs, page, title=store.root.name)
     print(f"{page} (open it in a browser)")
+    if args.wandb:
+        from depthcb_recipes.studies.page import all_cells
+        from depthcb_recipes.studies.wandb_summary import publish
+
+        print(f"{publish(all_cells(runs), store.root.name, args.wandb)} runs logged to W&B project {args.wandb}")
     return 0

@@ -52,7 +52,8 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
             "width": first.width, "centre": first.centre, "mean": first.mean,
             "distance": figures.objective_distance, "distance_low": distance[0], "distance_high": distance[1],
             "loss": figures.loss, "loss_before": figures.loss_before,
-            "spread": figures.wanted_spread, "null": _mean(nulls), "null_low": _extreme(min, nulls),
+            "spread": figures.wanted_spread, "floor": max(first.floor) if first.floor else np.nan,
+            "null": _mean(nulls), "null_low": _extreme(min, nulls),
             "null_high": _extreme(max, nulls), "matched_null": _mean(matched),
             "profiles": profile, "initial_weights": figures.initial_weights, "data_order": figures.data_order,
             "precision": figures.precision,
@@ -122,7 +123,7 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     cells = standard.groupby(CELL, sort=False).agg(
         family=("family", "first"), block=("block", "first"), size=("size", "first"), layers=("layers", "first"),
         seeds=("seed", "nunique"), width=("width", "mean"), distance=("distance", "mean"),
-        unresolved=("distance", lambda d: int(d.isna().sum())), null=("matched_null", "mean"),
+        null_low=("null_low", "min"), null_high=("null_high", "max"), floor=("floor", "max"),
     )  # fmt: skip
     equal = usable[usable["control"] == "equal-step"]
     both = standard.merge(equal, on=[*CELL, "seed"], suffixes=("", "_equal"))
@@ -131,6 +132,7 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     contrast = both["relative_slope_equal"] - KEEPS * both["relative_slope"]
     cells = cells.join(pooled(both, contrast, "above"))
     cells = cells.join(both.groupby(CELL)["relative_slope_equal"].mean().rename("equal"))
+    cells = cells.join(equal.groupby(CELL)["spread"].median())
     cells = cells.join(both.groupby(CELL).size().rename("pairs"))
     cells["pairs"] = cells["pairs"].fillna(0).astype(int)
     decided = cells["slope_low"] * cells["slope_high"] > 0

@@ -1,0 +1,98 @@
+"""The rounding error of a probe pass: what changes seem to be there although no weight has moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from depthcb.batches import batch_size, feed
+from depthcb.probe import Probe
+from depthcb.similarity import Measure, gram
+from depthcb.stack import LayerStack
+
+#: Share of the probe's examples that is also run in float64, and the smallest number of them.
+SHARE, FEWEST = 0.1, 16
+#: A float64 copy of the parameters may take at most this many bytes.
+MOST_MEMORY = 4 * 2**30
+
+
+def rounding_floor(
+    probe: Probe, model: nn.Module, stack: LayerStack, causal: bool, measures: Sequence[Measure]
+) -> dict[str, tuple[float, ...]]:
+    """Measures the change between the same model in float64 and in its own precision, on a tenth of the probe [ours].
+
+    Args:
+        probe: The probe.
+        model: The model, which is not changed.
+        stack: Its layers.
+        causal: Whether it is causal, as detected on the whole probe.
+        measures: The measures.
+
+    Returns:
+        The floor of each layer by measure; empty if it could not be measured: the parameters are sharded or already
+        float64, would take more than 4 GB in it, or the device or the model does not support it.
+    """
+    parameters = [*model.parameters(), *model.buffers()]
+    floating = [p for p in parameters if p.is_floating_point()]
+    too_large = sum(8 * p.numel() for p in floating) > MOST_MEMORY
+    if too_large or any(isinstance(p, DTensor) or p.dtype == torch.float64 for p in floating):
+        return {}
+    few = _first(probe, max(FEWEST, math.ceil(SHARE * sum(map(batch_size, probe.batches)))))
+    try:
+        rounded = few.record(model, stack, causal).rows
+        exact = dataclasses.replace(few, forward=_InDouble(probe)).record(model, stack, causal).rows
+        found = {
+            m.name: tuple(
+                float(m(gram(a), gram(b.double())) if m.needs == "gram" else m(a, b.double()))
+                for a, b in zip(exact, rounded, strict=True)
+            )
+            for m in measures
+        }
+    except (RuntimeError, TypeError, ValueError):  # no float64 on the device, mixed precisions, too few rows
+        return {}
+    return {name: floors for name, floors in found.items() if all(map(math.isfinite, floors))}
+
+
+def _first(probe: Probe, examples: int) -> Probe:
+    """Returns a probe of the first examples."""
+    batches: list[Any] = []
+    for batch in probe.batches:
+        left = examples - sum(map(batch_size, batches))
+        if left > 0:
+            batches.append(_cut(batch, batch_size(batch), left))
+    return dataclasses.replace(probe, batches=tuple(batches))
+
+
+def _cut(batch: Any, size: int, count: int) -> Any:
+    """Returns the first examples of a batch of ``size``."""
+    return tree_map_only(Tensor, lambda t: t[:count] if t.dim() and len(t) == size else t, batch)
+
+
+class _InDouble:
+    """A probe's ``forward`` that runs the model with float64 weights, without changing it."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.forward = probe.forward or feed
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        runner = _Runner(model, self.forward)
+        tensors = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
+        double = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+        inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+        return torch.func.functional_call(runner, double, (inputs,))
+
+
+class _Runner(nn.Module):
+    def __init__(self, model: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, batch: Any) -> Any:
+        return self.run(self.model, batch)
