@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from depthcb.errors import NotFiniteError
-from depthcb.pretrained import PretrainedWeights, norm
+from depthcb.pretrained import PretrainedWeights, norm, reshard
 from depthcb.probe import Probe
 from depthcb.profile import Profile
 from depthcb.reference import Reference
@@ -79,6 +79,7 @@ def null_profiles(
 
     def measured() -> dict[str, Profile]:
         recording = probe.record(model, stack, reference.causal)
+        reshard(model)
         return reference.profiles(recording, measures, step=0, epoch=0, intervals=False)
 
     target = measured()[measures[0].name].mean

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from depthcb.stack import LayerStack
@@ -39,6 +40,7 @@ class PretrainedWeights:
             copy: Whether to copy them (memory: all parameters and buffers once, on the CPU); False is for a model that
                 is never trained.
         """
+        reshard(model)
         local = {name: _local(tensor) for name, tensor in _tensors(model)}
         return cls({name: tensor.to("cpu", copy=True) if copy else tensor for name, tensor in local.items()})
 
@@ -64,6 +66,7 @@ class PretrainedWeights:
     @contextlib.contextmanager
     def restored_in(self, model: nn.Module) -> Iterator[None]:
         """Puts the pretrained weights into a model; on exit the model has its own again. Memory: one more copy."""
+        reshard(model)
         tensors = _tensors(model)
         own = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
         with torch.no_grad():
@@ -83,6 +86,7 @@ class PretrainedWeights:
             model: The model.
             stack: Its layers.
         """
+        reshard(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found = []
         for layer in stack.parameters():
@@ -90,6 +94,13 @@ class PretrainedWeights:
             moved = sum(norm(p.detach() - b) ** 2 for p, b in zip(layer, before, strict=True))
             found.append((moved / sum(norm(b) ** 2 for b in before)) ** 0.5)
         return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Releases the whole parameters that FSDP2 gathered for a forward, so that the model shows its shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def norm(tensor: Tensor) -> float:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from depthcb import DepthProfile, EqualStep
-from depthcb.null import null_profiles
 from depthcb_recipes import CausalLM, MaskedLM
 
 
@@ -46,7 +45,7 @@ def objective(name: str) -> Any:
 def main(folder: Path, name: str, ranks: int, tensor_parallel: int) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    watch = DepthProfile(next(iter(loader(1, 0))))
+    watch = DepthProfile(next(iter(loader(1, 0))), pretrained="cpu", null_draws=2)
     strategy: Any = "auto"
     if ranks > 1:
         strategy = ModelParallelStrategy(ranks // tensor_parallel, tensor_parallel)
@@ -55,20 +54,19 @@ def main(folder: Path, name: str, ranks: int, tensor_parallel: int) -> None:
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[EqualStep(), watch], num_sanity_val_steps=0, gradient_clip_val=1.0,
     )  # fmt: skip
-    module, pretrained = objective(name), objective(name)
+    module = objective(name)
     trainer.fit(module, loader(ranks, rank), loader(ranks, rank))
-    pretrained._device_mesh = module.device_mesh
-    pretrained.configure_model()
-    assert watch.reference is not None
-    assert watch.fixed_probe is not None
-    draws = null_profiles(pretrained, module, watch.fixed_probe, watch.reference, watch.measures)
+    null = watch.recorder.measure_null()
+    assert null is not None
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
     seen = {
         "weights": [value for p in whole for value in p.detach().double().flatten().tolist()],
         "pieces": sum(isinstance(p, DTensor) for p in module.parameters()),
         "loss": float(trainer.callback_metrics["val/loss"]),
         "change": watch.profiles[-1].change,
-        "null": [draw["cka"].change for draw in draws],
+        "null": [draw["cka"].change for draw in null.draws],
+        "matched_null": [draw["cka"].change for draw in null.matched],
+        "net_change": watch.recorder.net_change,
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 

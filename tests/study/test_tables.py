@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import wandb
 from offline import summary
 from planted import BOTH, SMALL, changed, figures, paper, study
 from scipy import stats
@@ -120,6 +121,7 @@ def test_slopes_of_models_of_different_depth_are_corrected() -> None:
 
 def test_a_study_is_summarised_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the real client, offline: one run per cell, read back by W&B's own reader."""
+    wandb.teardown()  # an earlier test's settings
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     runs = runs_table(study(paper, {"seq0": ("sequential", 1e8)}, objectives=("causal_lm", "contrastive"), seeds=4))
