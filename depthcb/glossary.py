@@ -7,7 +7,7 @@ _HALVES = "over random halves of the probe: it covers the choice of probe rows, 
 RUN_COLUMNS = {
     "layer": "Position in the stack, counted from 0 at the input side, and the module's name.",
     "step ratio": "Norm of the optimizer's step divided by the norm of the layer's weights, ‖ΔW‖ / ‖W‖, averaged over "
-    "the logged steps. Dimensionless.",
+    "the logged steps. A tensor that several layers share counts for the first of them. Dimensionless.",
     "effective rank": "Number of directions of the layer's activations that CKA effectively sees. Below 5 (marked !) "
     "the layer's change rests on a few directions. Unit: directions.",
     "run": "Folder of the run.",
@@ -22,8 +22,10 @@ RUN_COLUMNS = {
     "centre": "Centre of mass of the change in relative depth: 0 is the input side, 1 the output side.",
     "width": "Fraction of the layers that share the change: 1 if all L layers change equally, 1/L if only one changes.",
     "mean": "Mean change over the layers. Unit: that of the measure.",
-    "null relative slope": "Relative slope after adding random noise of the same size to the pretrained weights "
-    "instead of training, averaged over seeds. A run whose slope is no larger is no evidence about training.",
+    "null, same weight change": "Relative slope after adding random noise with the norm of each parameter's net change "
+    "to the pretrained weights instead of training: mean and range over the draws.",
+    "null, same change": "The same with the noise scaled until it changes the representations as much as training did. "
+    "A run whose slope is no larger is no evidence about training.",
 }
 VERDICTS = {
     "undecided": "The pairs do not carry a word: more seeds would narrow the interval.",

@@ -330,22 +330,19 @@ def _agreement_line(found: Agreement, measures: Sequence[str]) -> list[str]:
 
 def null_line(run: Run, measure: str) -> str:
     """Returns the relative slopes of a run's nulls as one phrase: the mean and range over the draws of each."""
-    kinds = {"weights": run.null, "change": run.matched_null}
-    shown = [
-        f"{show(draws[measure].mean_relative_slope, '+.3g')} {_range(draws[measure])} at the same size of {size}"
-        for size, draws in kinds.items()
-        if measure in draws
-    ]
-    return (
-        "relative slope " + ", ".join(shown)
-        if shown
-        else "not measured (DepthProfile measures it with pretrained='cpu')"
-    )
+    kinds = {"weights": run.null.get(measure), "change": run.matched_null.get(measure)}
+    shown = [f"{show_draws(draws)} at the same size of {size}" for size, draws in kinds.items() if draws]
+    if not shown:
+        return "not measured (DepthProfile measures it with pretrained='cpu')"
+    return "relative slope " + ", ".join(shown)
 
 
-def _range(draws: Profiles) -> str:
-    slopes = [p.relative_slope for p in draws if p.relative_slope is not None]
-    return f"[{min(slopes):+.3g} to {max(slopes):+.3g} in {len(slopes)} draws]" if slopes else "[no change]"
+def show_draws(draws: Profiles | None) -> str:
+    """Formats the mean and the range of the null's relative slopes."""
+    slopes = [p.relative_slope for p in draws or () if p.relative_slope is not None]
+    if not slopes:
+        return MISSING
+    return f"{np.mean(slopes):+.3g} [{min(slopes):+.3g} to {max(slopes):+.3g} in {len(slopes)} draws]"
 
 
 def run_line(run: Run, group: Group) -> str:

@@ -26,9 +26,9 @@ from depthcb.report.groups import (
     label,
     last,
     layer_rows,
-    null_slope,
     replicates,
     run_line,
+    show_draws,
     title_of,
     verdict_lines,
 )
@@ -231,10 +231,11 @@ def _slope_row(group: Group, run: Run, measure: str) -> list[str]:
     start, p = [run.name, run.control, title_of(group, measure)], last(run, measure)
     if p is None:
         return [*start[:2], f"{start[2]}: not measured", *[MISSING] * (len(_SLOPES) - 3)]
-    signed = [show(v, "+.3g") for v in (p.slope, p.relative_slope, p.spearman, null_slope(run, measure))]
+    signed = [show(v, "+.3g") for v in (p.slope, p.relative_slope, p.spearman)]
+    nulls = [show_draws(draws.get(measure)) for draws in (run.null, run.matched_null)]
     intervals = [show_interval(i).strip() or MISSING for i in (p.slope_interval, p.relative_slope_interval)]
     shape = [show(p.centre), show(p.width), show(p.mean)]
-    return [*start, signed[0], intervals[0], signed[1], intervals[1], signed[2], *shape, signed[3]]
+    return [*start, signed[0], intervals[0], signed[1], intervals[1], signed[2], *shape, *nulls]
 
 
 def _settings_table(runs: Sequence[Run]) -> str:
