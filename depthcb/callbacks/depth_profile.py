@@ -174,6 +174,7 @@ class DepthProfile(Callback):
         self.recorder.take_weights(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began, self._unpublished = time.perf_counter(), False  # an earlier fit may have left it True
         self._check_resumed_reference(trainer)
         source = None
         if self.recorder.probe is None:
@@ -238,7 +239,6 @@ class DepthProfile(Callback):
             )
 
     def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._unpublished = time.perf_counter(), False  # an earlier fit may have left it True
         reference = self.reference
         assert reference is not None
         settings = {

@@ -58,11 +58,12 @@ def test_every_config_runs_on_another_backbone(name: str, backbone: dict[str, st
     assert fit(name, tmp_path, f"--model.backbone={model}", "--data.val_rows=64", "--data.batch_size=8") == 0
     found = rows(tmp_path)
     seen = {key for row in found for key, value in row.items() if value}
-    assert {"train/loss", "val/loss", "depth/cka/slope", "update_ratio/L00", "depth/objective_distance_self"} <= seen
+    assert {"train/loss", "val/loss", "depth/cka/slope", "update_ratio/L00"} <= seen
     distances = [float(row["depth/objective_distance"]) for row in found if row.get("depth/objective_distance")]
     assert len(distances) <= 1, "once a run"
     if name in ("causal_lm", "masked_lm"):
         assert distances == [0.0], "the objective it was pretrained by"
+        assert {"depth/objective_distance_low", "depth/objective_distance_high"} <= seen
     (kept,) = tmp_path.glob("*/version_0/config.yaml")
     assert yaml.safe_load(kept.read_text())["model"]["init_args"]["backbone"] == model
 

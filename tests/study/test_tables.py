@@ -121,12 +121,14 @@ def test_slopes_of_models_of_different_depth_are_corrected() -> None:
 
 def test_a_study_is_summarised_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the real client, offline: one run per cell, read back by W&B's own reader."""
-    wandb.teardown()  # an earlier test's settings
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     runs = runs_table(study(paper, {"seq0": ("sequential", 1e8)}, objectives=("causal_lm", "contrastive"), seeds=4))
     cells = all_cells(runs)
-    assert publish(cells, "my-study", "depthcb-test") == 2
+    wandb.teardown()  # W&B reads these variables once per process
+    with monkeypatch.context() as context:
+        context.setenv("WANDB_MODE", "offline")
+        context.setenv("WANDB_DIR", str(tmp_path))
+        assert publish(cells, "my-study", "depthcb-test") == 2
+    wandb.teardown()
     found = [summary(folder) for folder in sorted(tmp_path.glob("wandb/offline-run-*"))]
     assert [f["config"]["objective"] for f in found] == ["causal_lm", "contrastive"]
     for logged, (_, cell) in zip(found, cells.iterrows(), strict=True):
