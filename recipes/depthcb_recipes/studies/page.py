@@ -172,9 +172,9 @@ def slopes_chart(pairs: pd.DataFrame) -> go.Figure:
         style = line_style(index)
         fig.add_trace(go.Scatter(x=list(pairs[f"relative_slope_{side}"]), y=labels, mode="markers", name=name,
                                  marker={"color": style.color, "symbol": style.symbol, "size": 8}))  # fmt: skip
-    for side, name in (("standard", "null, standard"), ("equal", "null, equal-step")):
+    for side, name in (("standard", "change-matched null, standard"), ("equal", "change-matched null, equal-step")):
         color = line_style(0 if side == "standard" else 1).color
-        fig.add_trace(go.Scatter(x=list(pairs[f"null_{side}"]), y=labels, mode="markers", name=name,
+        fig.add_trace(go.Scatter(x=list(pairs[f"matched_null_{side}"]), y=labels, mode="markers", name=name,
                                  marker={"color": color, "symbol": "line-ns-open", "size": 8}))  # fmt: skip
     fig.update_xaxes(title={"text": "relative slope (slope / mean change)"}, zeroline=True)
     fig.update_yaxes(range=[len(pairs) - 0.5, -0.5])  # the first pair on top
