@@ -16,7 +16,7 @@ from depthcb.probe import Probe
 from depthcb_recipes import Completions, LabelledText, LabelledTokens, PackedText, TextPairs
 from depthcb_recipes.cache import cache_folder
 from depthcb_recipes.data.corpus import python_corpus, split_by_file
-from depthcb_recipes.data.packed_text import blocks, independent_rows, masking
+from depthcb_recipes.data.packed_text import blocks, document_rows, masking
 from depthcb_recipes.data.text_data import TextData
 
 BOTH = pytest.mark.parametrize("name", ["smollm2", "bert"])
@@ -59,7 +59,7 @@ def test_no_document_is_in_two_validation_rows(smollm2: Any) -> None:
     long = [" ".join(f"w{i}x{j}" for j in range(200)) for i in range(5)]
     short = [f"short text number {i}" for i in range(40)]
     texts = [long[0], *short[:20], *long[1:], *short[20:]]
-    rows = list(independent_rows(texts, smollm2, 32, seed=0))
+    rows = list(document_rows(texts, smollm2, 32, seed=0))
     assert {len(ids) for ids, _ in rows} == {32}
     numbers = [number for _, number in rows]
     assert len(numbers) == len(set(numbers))
@@ -68,8 +68,21 @@ def test_no_document_is_in_two_validation_rows(smollm2: Any) -> None:
     for text in short:
         assert sum(f"number {text.split()[-1]}" + smollm2.eos_token in word for word in words) <= 1
     assert "w0x0 " not in words[0], "not always the start"
-    assert rows == list(independent_rows(texts, smollm2, 32, seed=0))
-    assert rows != list(independent_rows(texts, smollm2, 32, seed=1))
+    assert rows == list(document_rows(texts, smollm2, 32, seed=0))
+    assert rows != list(document_rows(texts, smollm2, 32, seed=1))
+    more = list(document_rows(texts, smollm2, 32, seed=0, most=3))
+    assert [number for _, number in more].count(21) == 3
+    assert len({tuple(ids) for ids, _ in more}) == len(more)
+
+
+def test_more_rows_than_documents_take_more_from_each(smollm2: Any) -> None:
+    data = PackedText(smollm2, block_size=512, val_rows=192)
+    numbers = torch.tensor([row["document"] for row in data.val_data])
+    assert len(numbers) == 192
+    counts = numbers.unique(return_counts=True)[1]
+    assert counts.max() > 1
+    few = PackedText(smollm2, block_size=64, val_rows=96).val_data
+    assert len(set(few["document"])) == 96
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -21,10 +21,10 @@ from depthcb_recipes.data.text_data import TextData, end_of_text, plain_ids
 class PackedText(TextData):
     """Documents concatenated and split into blocks of equal length, for `CausalLM` and (with masks) `MaskedLM`.
 
-    The Python corpus is read in hash order. Its validation rows are independent: each document is in at most one of
-    them, which names it as its ``document``. Other datasets keep their order, because their rows are often lines of
-    longer documents. Training masks are redrawn every epoch (of the selected
-    tokens, 80 % become the mask token, 10 % a random token, 10 % stay unchanged); validation masks are fixed.
+    The Python corpus is read in hash order. Its validation rows name their ``document`` and come from as many different
+    ones as possible: a second row from the same document only if there are too few others. Other datasets keep their
+    order, because their rows are often lines of longer documents. Training masks are redrawn every epoch (of the
+    selected tokens, 80 % become the mask token, 10 % a random token, 10 % stay unchanged); validation masks are fixed.
 
     Args:
         backbone: See `TextData`.
@@ -140,7 +140,12 @@ class PackedText(TextData):
     def encode_validation(self, rows: Dataset) -> Iterator[dict[str, Any]]:
         if self.dataset != "python":
             return self.encode(rows)
-        found = independent_rows(rows[self.columns[0]], self.tokenizer, self.block_size, self.seed)
+        found: list[tuple[list[int], int]] = []
+        texts, before, most = rows[self.columns[0]], -1, 1
+        while before < len(found) < self.val_rows or before < 0:  # as few rows per document as will do
+            before = len(found)
+            made = document_rows(texts, self.tokenizer, self.block_size, self.seed, most)
+            found, most = list(itertools.islice(made, self.val_rows)), 2 * most
         return ({"input_ids": ids, "document": document} for ids, document in found)
 
 
@@ -167,33 +172,36 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
         del stream[:whole]
 
 
-def independent_rows(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int, seed: int
+def document_rows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int, seed: int, most: int = 1
 ) -> Iterator[tuple[list[int], int]]:
-    """Yields rows of equal length such that no document is in two of them, each with the number of its first document.
+    """Yields rows of equal length with few from the same document, each with the number of its (first) document.
 
-    Of a document that is long enough, one seeded random part is a row; shorter ones are packed until they fill one.
+    Of a document that is long enough, ``most`` rows are cut from one seeded random part. Shorter ones are packed, and
+    none of them is in two rows if ``most`` is 1.
 
     Args:
         texts: Documents, read lazily.
         tokenizer: As in `blocks`.
         size: Tokens per row.
         seed: Seed of the parts.
+        most: Largest number of rows per document.
     """
     end, chance = end_of_text(tokenizer), random.Random(seed)
     packed: list[int] = []
     first = 0
     for number, ids in enumerate(plain_ids(tokenizer, texts)):
         ids = [*ids, end]
-        if len(ids) >= size:
-            start = chance.randrange(len(ids) - size + 1)
-            yield ids[start : start + size], number
+        count = min(most, len(ids) // size)
+        if count == most:
+            start = chance.randrange(len(ids) - count * size + 1)
+            yield from ((ids[i : i + size], number) for i in range(start, start + count * size, size))
             continue
         first = first if packed else number
         packed += ids
-        if len(packed) >= size:
+        while len(packed) >= size:
             yield packed[:size], first
-            packed = []
+            packed, first = packed[size:] if most > 1 else [], number
 
 
 def masking(tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> DataCollatorForLanguageModeling:

@@ -26,7 +26,7 @@ from depthcb_recipes.cache import cache_folder, cached, digest
 from depthcb_recipes.data.corpus import in_hashed_order, split_by_file
 from depthcb_recipes.objectives.objective import IGNORED
 
-_CODING = 2  # increment when the tokenisation of the same rows changes
+_CODING = 3  # increment when the tokenisation of the same rows changes
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Side = Literal[0, 1]  # training, validation
