@@ -198,7 +198,13 @@ def longest_example(batch: Any) -> Any:
     """Returns the batch reduced to one example: the first with the most non-padding positions."""
     size, mask = batch_size(batch), attention_mask(batch)
     best = int(mask.sum(dim=1).argmax()) if mask is not None and len(mask) == size else 0
-    return tree_map_only(Tensor, lambda t: t[best : best + 1] if t.dim() and len(t) == size else t, batch)
+    return examples_of(batch, best, best + 1)
+
+
+def examples_of(batch: Any, start: int, stop: int) -> Any:
+    """Returns the batch reduced to the examples from ``start`` to ``stop`` - 1."""
+    size = batch_size(batch)
+    return tree_map_only(Tensor, lambda t: t[start:stop] if t.dim() and len(t) == size else t, batch)
 
 
 def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:

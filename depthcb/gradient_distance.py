@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from depthcb.errors import NotFiniteError
 from depthcb.isolation import isolated
+from depthcb.profile import FloatArray, Interval
 from depthcb.stack import LayerStack
 
 #: A module and a function that returns its mean loss on a batch under one objective.
@@ -31,8 +31,6 @@ GROUPS = 6
 MOST_MEMORY = 2**30
 
 Gradient = list[list[Tensor]]
-FloatArray = npt.NDArray[np.float64]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

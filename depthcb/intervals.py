@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 
-FloatArray = npt.NDArray[np.float64]
+from depthcb.profile import FloatArray, interval_over_halves
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Estimate:
         high: Upper end.
 
     Example:
-        >>> str(Estimate(0.5, 0.4, 0.6)), Estimate(0.5, 0.4, 0.6).inside(0.2, 0.8)
-        ('+0.5 [+0.4, +0.6]', True)
+        >>> str(Estimate(0.5, 0.4, 0.6)), Estimate(0.5, 0.4, 0.6).sign
+        ('+0.5 [+0.4, +0.6]', 1)
     """
 
     value: float
@@ -36,10 +35,6 @@ class Estimate:
     def sign(self) -> int:
         """1 or -1 if the whole interval is on that side of 0, else 0."""
         return (self.low > 0) - (self.high < 0)
-
-    def inside(self, low: float, high: float) -> bool:
-        """Returns whether the whole interval lies between ``low`` and ``high``."""
-        return low < self.low and self.high < high
 
     def __neg__(self) -> Self:
         return type(self)(-self.value, -self.high, -self.low)
@@ -86,5 +81,4 @@ def share_interval(parts: Sequence[float] | FloatArray, wholes: Sequence[float] 
 
 def percentile_interval(value: float, samples: FloatArray) -> Estimate:
     """Returns an estimate with the 2.5 % and 97.5 % points of its values over random halves of the probe."""
-    low, high = np.percentile(samples, (2.5, 97.5))
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, *interval_over_halves(samples))

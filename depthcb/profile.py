@@ -103,8 +103,8 @@ class Profile:
         return cls(
             change=tuple(float(c) for c in change),
             band=(tuple(low), tuple(high)),
-            slope_interval=_interval(slopes[defined]),
-            relative_slope_interval=_interval(relative[defined]) if (means[defined] > 0).all() else None,
+            slope_interval=interval_over_halves(slopes[defined]),
+            relative_slope_interval=interval_over_halves(relative[defined]) if (means[defined] > 0).all() else None,
             half_relative_slopes=tuple(None if math.isnan(r) else r for r in relative.tolist()),
             **fields,
         )
@@ -288,7 +288,8 @@ def _slopes(changes: FloatArray) -> FloatArray:
     return found
 
 
-def _interval(values: FloatArray) -> Interval:
+def interval_over_halves(values: FloatArray) -> Interval:
+    """Returns the 2.5 % and 97.5 % points of values over random halves of the probe."""
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 

@@ -151,7 +151,7 @@ class Reference:
             state["probe_hash"],
             tuple(state["effective_rank"]),
             state["causal"],
-            {measure: tuple(floors) for measure, floors in state.get("floor", {}).items()},  # absent before version 0.2
+            {measure: tuple(floors) for measure, floors in state.get("floor", {}).items()},  # older ones have none
         )
         for kind, layers in found.sketches.items():
             n, fits = len(found.examples), len(layers) == len(found.layer_names)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from depthcb.batches import batch_size, feed
+from depthcb.batches import batch_size, examples_of, feed
 from depthcb.probe import Probe
 from depthcb.similarity import Measure, gram
 from depthcb.stack import LayerStack
@@ -66,13 +66,8 @@ def _first(probe: Probe, examples: int) -> Probe:
     for batch in probe.batches:
         left = examples - sum(map(batch_size, batches))
         if left > 0:
-            batches.append(_cut(batch, batch_size(batch), left))
+            batches.append(examples_of(batch, 0, left))
     return dataclasses.replace(probe, batches=tuple(batches))
-
-
-def _cut(batch: Any, size: int, count: int) -> Any:
-    """Returns the first examples of a batch of ``size``."""
-    return tree_map_only(Tensor, lambda t: t[:count] if t.dim() and len(t) == size else t, batch)
 
 
 class _InDouble:

@@ -163,7 +163,7 @@ class DepthProfile(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
-        if stage == "fit" and self._loading is None:
+        if stage == "fit" and self.recorder.pretrained is not None and self._loading is None:
             hook = pl_module.register_load_state_dict_pre_hook  # a checkpoint is loaded after this and before the fit
             self._loading = hook(lambda module, *_: self.recorder.take_weights(module))  # type: ignore[no-untyped-call]
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from depthcb.callbacks.depth_profile import DepthProfile
-from depthcb.callbacks.logging import is_log_step, logged_step, open_record, rows_of
+from depthcb.callbacks.logging import callbacks_of, is_log_step, logged_step, open_record, rows_of
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.step_ratio import MeanRatios, Target
@@ -122,8 +122,7 @@ class EqualStep(OptimizerStepCallback):
         self.equalizer.log_waiting()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
-        known = (c.recorder.net_change for c in callbacks if isinstance(c, DepthProfile))
+        known = (c.recorder.net_change for c in callbacks_of(trainer) if isinstance(c, DepthProfile))
         net = next((changes for changes in known if changes is not None), None)
         if net is None or net is self._seen:  # not measured at this validation
             return

@@ -99,9 +99,14 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     return Path(local) / str(loggers[0].name) / (version if isinstance(version, str) else f"version_{version}")
 
 
-def _control(trainer: pl.Trainer) -> str:
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Returns the Trainer's own list of callbacks."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
-    controls = [c.control for c in callbacks if isinstance(c, OptimizerStepCallback) and c.control]
+    return callbacks
+
+
+def _control(trainer: pl.Trainer) -> str:
+    controls = [c.control for c in callbacks_of(trainer) if isinstance(c, OptimizerStepCallback) and c.control]
     return controls[0] if controls else "standard"
 
 

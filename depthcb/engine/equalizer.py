@@ -302,9 +302,7 @@ class StepEqualizer(StepHooks):
 
     def _warn_decay(self, done: list[int], sums: Tensor) -> None:
         """Warns once of each layer whose step mostly shrinks it; takes the sums of `LoggedStep`."""
-        decays = any(
-            group["weight_decay"] for o in self._optimizers for group in o.param_groups if "weight_decay" in group
-        )
+        decays = any(group.get("weight_decay") for o in self._optimizers for group in o.param_groups)
         if self.decay == "outside" or not decays:
             return
         cosines = (sums[2] / (sums[0] * sums[1]).sqrt()).tolist()

@@ -17,7 +17,7 @@ from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
-from depthcb.similarity import Measure, find_measures
+from depthcb.similarity import Measure, find_measures, gram
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.warn import warn
 
@@ -107,8 +107,8 @@ class ProfileRecorder(StepHooks):
     def take_weights(self, module: nn.Module) -> None:
         """Takes the module's weights as the pretrained ones if they are to be kept and there are none yet."""
         if self.pretrained is not None and self.weights is None:
-            given = isinstance(self.pretrained, PretrainedWeights)
-            self.weights = self.pretrained if given else PretrainedWeights.of(module)  # type: ignore[assignment]
+            given = self.pretrained
+            self.weights = given if isinstance(given, PretrainedWeights) else PretrainedWeights.of(module)
 
     def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer] = (), source: Any = None) -> None:
         """Collects the probe and records the module as the reference, unless there already is one.
@@ -252,11 +252,9 @@ class ProfileRecorder(StepHooks):
         if self.weights is None:
             return
         with self.weights.restored_in(self._module):
-            again = Reference.record(probe, self._module, self._stack, self.measures)
-        for name, before, now in zip(
-            self._stack.names, reference.sketches["gram"], again.sketches["gram"], strict=True
-        ):
-            if not torch.allclose(before, now, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+            again = probe.record(self._module, self._stack, reference.causal).rows
+        for name, before, rows in zip(self._stack.names, reference.sketches["gram"], again, strict=True):
+            if not torch.allclose(before, gram(rows).cpu(), rtol=1e-3, atol=1e-3 * float(before.abs().max())):
                 raise ValueError(
                     f"DepthProfile {self.name!r}: the weights that this module had before the checkpoint was loaded "
                     f"don't give the checkpoint's reference in layer {name!r}, so they are not the pretrained ones: "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from depthcb.glossary import LOW_RANK
+from depthcb.intervals import Estimate
 from depthcb.profile import RESOLVED, Profile, Profiles
 from depthcb.run import Run
 from depthcb.style import MISSING, show, show_interval
@@ -70,7 +72,7 @@ class Group:
         """Whether it is a pair of finished runs with profiles and step ratios."""
         return self.paired and all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs)
 
-    @property
+    @cached_property
     def comparison(self) -> PairComparison | None:
         """The comparison of a complete pair by the first measure; None without intervals or without any change."""
         if not self.complete:
@@ -106,7 +108,7 @@ class Replicates:
         seeds = ", ".join(_seed(pair.runs[0]) for pair in self.pairs)
         return f"{_optimizer(self.pairs[0].runs[0])}, {len(self.pairs)} pairs (seeds {seeds})"
 
-    @property
+    @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """The verdict by each measure, the deciding one first; empty with too few pairs, or if nothing changed."""
         measures = self.pairs[0].measures
@@ -142,8 +144,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
-    seeds = Counter(_key(pair[0], seedless=True) for pair in pairs)
-    found = [Group(pair, paired=True, replicated=seeds[_key(pair[0], seedless=True)] > 1) for pair in pairs]
+    keys = [_key(pair[0], seedless=True) for pair in pairs]
+    found = [Group(pair, paired=True, replicated=keys.count(key) > 1) for pair, key in zip(pairs, keys, strict=True)]
     return [*found, *([Group(rest)] if rest else [])]
 
 
@@ -181,7 +183,7 @@ def _seed(run: Run) -> str:
 
 def _sign(profile: Profile | None) -> int:
     interval = profile.relative_slope_interval if profile else None
-    return 0 if interval is None else (interval[0] > 0) - (interval[1] < 0)
+    return 0 if interval is None else Estimate(0.0, *interval).sign
 
 
 def _relative_slope(profile: Profile | None) -> float | None:
@@ -379,6 +381,11 @@ def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
         [str(i), name, *(_at(column, i) or MISSING for column in columns), show_rank(_at(ranks, i))]
         for i, name in enumerate(group.layers)
     ]
+
+
+def has_unresolved(rows: Sequence[Sequence[str]]) -> bool:
+    """Returns whether `layer_rows` marked a change that rounding alone may give."""
+    return any(UNRESOLVED in cell for row in rows for cell in row[2:])
 
 
 def shown_change(profile: Profile) -> list[str]:

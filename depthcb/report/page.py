@@ -15,13 +15,13 @@ import plotly.io
 from depthcb.glossary import RUN_COLUMNS, VERDICTS
 from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
 from depthcb.report.groups import (
-    UNRESOLVED,
     UNRESOLVED_NOTE,
     Group,
     Replicates,
     context,
     definition_of,
     groups,
+    has_unresolved,
     headline,
     label,
     last,
@@ -217,8 +217,7 @@ def _layers_table(group: Group) -> str:
     head += [(f"step ratio, {name}", RUN_COLUMNS["step ratio"]) for name in names]
     head += [("effective rank", RUN_COLUMNS["effective rank"])]
     rows = layer_rows(group, group.measures)
-    marked = any(UNRESOLVED in cell for row in rows for cell in row[2:])
-    note = f'<p class="soft">{html.escape(UNRESOLVED_NOTE)}</p>' if marked else ""
+    note = f'<p class="soft">{html.escape(UNRESOLVED_NOTE)}</p>' if has_unresolved(rows) else ""
     return html_table(head, rows, text=2) + note
 
 

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from depthcb.glossary import LOW_RANK
 from depthcb.report.groups import (
-    UNRESOLVED,
     UNRESOLVED_NOTE,
     Group,
     context,
     groups,
+    has_unresolved,
     headline,
     last,
     layer_rows,
@@ -106,7 +106,7 @@ def _layers_table(group: Group) -> Table:
     notes = []
     if any(row[-1].endswith("!") for row in rows):
         notes.append(f"! effective rank below {LOW_RANK:g}: this layer's change rests on a few directions")
-    if any(UNRESOLVED in cell for row in rows for cell in row[2:]):
+    if has_unresolved(rows):
         notes.append(UNRESOLVED_NOTE)
     if notes:
         table.caption = Text("\n".join(notes))

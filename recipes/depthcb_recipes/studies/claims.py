@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from depthcb.profile import FloatArray
 from depthcb.style import show
-from depthcb_recipes.studies.tables import cells_table
-
-FloatArray = npt.NDArray[np.float64]
+from depthcb_recipes.studies.tables import cells_table, has_slope
 
 #: Claims are tested one-sided at this level [ours].
 LEVEL = 0.025
@@ -121,7 +119,7 @@ def _c1(cells: pd.DataFrame, runs: pd.DataFrame) -> Claim:
     standard = runs[(runs["control"] == "standard") & runs["relative_slope"].notna()]
     nulls = cells["null_word"].value_counts()
     notes = (
-        f"{positive} of {total} cells, the interval of {_holds_zero(cells)} holds 0",
+        f"{positive} of {total} cells, the interval of {int((~has_slope(cells)).sum())} holds 0",
         f"{int((standard['relative_slope'] > 0).sum())} of {len(standard)} runs; the paper: 189 of 190",
         "change-matched null: " + ", ".join(f"{word} in {count} cells" for word, count in nulls.items()),
     )
@@ -186,7 +184,7 @@ def _part(group: pd.DataFrame, keeps: bool, freedom: int) -> tuple[float, float]
     Returns:
         The p-values for and against the expectation; None if at most half of the cells have a standard slope.
     """
-    known = group[group["slope_low"] * group["slope_high"] > 0]
+    known = group[has_slope(group)]
     if 2 * len(known) <= len(group):
         return None
     mean, error = known["above"].mean(), np.sqrt((known["above_se"] ** 2).sum()) / len(known)
@@ -343,10 +341,6 @@ def variance_difference(
     pivots = (squares / chi) @ weights
     low, high = np.percentile(pivots, (2.5, 97.5))
     return float(squares / freedom @ weights), float(low), float(high), float((pivots <= 0).mean())
-
-
-def _holds_zero(cells: pd.DataFrame) -> int:
-    return int((~(cells["slope_low"] * cells["slope_high"] > 0)).sum())
 
 
 def _spread_note(runs: pd.DataFrame) -> list[str]:

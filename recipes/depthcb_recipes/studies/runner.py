@@ -16,6 +16,7 @@ import yaml
 from torch.distributed.tensor import DTensor
 
 from depthcb import DepthProfile
+from depthcb.callbacks.logging import callbacks_of
 from depthcb.errors import NotFiniteError, chain
 from depthcb.run import Run, read_runs
 from depthcb_recipes.backbones.catalogue import CONFIGS, describe
@@ -167,7 +168,7 @@ def fit(
     cli.precision_record.choice = precision or cli.precision
     before(trainer, module)
     prints = Fingerprints()
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # its callback connector sets it
+    callbacks = callbacks_of(trainer)
     watch = next((c for c in callbacks if isinstance(c, DepthProfile)), None)
     if watch is None:
         raise ValueError(

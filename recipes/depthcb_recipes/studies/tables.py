@@ -135,11 +135,10 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     cells = cells.join(equal.groupby(CELL)["spread"].median())
     cells = cells.join(both.groupby(CELL).size().rename("pairs"))
     cells["pairs"] = cells["pairs"].fillna(0).astype(int)
-    decided = cells["slope_low"] * cells["slope_high"] > 0
+    decided = has_slope(cells)
     cells["share"] = (cells["equal"] / cells["slope"]).where(decided)
     cells["above"] *= sign  # signed so that the standard slope is positive, as the share is
-    ends = cells[["above_low", "above_high"]].mul(sign, axis=0)
-    cells["above_low"], cells["above_high"] = ends.min(axis=1), ends.max(axis=1)
+    cells["above_low"], cells["above_high"] = _signed_ends(cells, "above", sign)
     cells["keeps"] = "open"
     cells.loc[decided & (cells["above_low"] > 0), "keeps"] = "keeps"
     cells.loc[decided & (cells["above_high"] < 0), "keeps"] = "does not"
@@ -147,6 +146,11 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     pairs = dict(iter(both.groupby(CELL)))
     cells["word"] = [_word(pairs.get(key, both[:0])) for key in cells.index]
     return cells.reset_index()
+
+
+def has_slope(cells: pd.DataFrame) -> pd.Series:
+    """Returns whether the interval of each cell's standard slope excludes 0."""
+    return cells["slope_low"] * cells["slope_high"] > 0
 
 
 def pooled(rows: pd.DataFrame, values: pd.Series, name: str) -> pd.DataFrame:
@@ -159,7 +163,7 @@ def pooled(rows: pd.DataFrame, values: pd.Series, name: str) -> pd.DataFrame:
             ``name_se`` is the standard error.
 
     Returns:
-        A frame indexed by cell, with ``attrs["freedom"]``: the degrees of freedom of the pooled variance.
+        A frame indexed by cell.
     """
     grouped = values.groupby([rows[key] for key in CELL], sort=False)
     mean, count = grouped.mean(), grouped.size()
@@ -167,9 +171,7 @@ def pooled(rows: pd.DataFrame, values: pd.Series, name: str) -> pd.DataFrame:
     variance = float(((values - grouped.transform("mean")) ** 2).sum()) / freedom if freedom else np.nan
     error = np.sqrt(variance / count)
     half = error * stats.t.ppf(0.975, freedom) if freedom else error
-    table = pd.DataFrame({name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half})
-    table.attrs["freedom"] = freedom
-    return table
+    return pd.DataFrame({name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half})
 
 
 def _null_words(standard: pd.DataFrame, decided: pd.Series, sign: pd.Series) -> pd.Series:
@@ -179,11 +181,17 @@ def _null_words(standard: pd.DataFrame, decided: pd.Series, sign: pd.Series) -> 
     if known.empty:
         return words
     beyond = pooled(known, known["matched_null"] - NULL_EXPLAINS * known["relative_slope"], "null").reindex(words.index)
-    ends = beyond[["null_low", "null_high"]].mul(sign, axis=0)
+    low, high = _signed_ends(beyond, "null", sign)
     words[beyond["null"].notna()] = "undecided"
-    words[decided & (ends.min(axis=1) > 0)] = "no more than noise"
-    words[decided & (ends.max(axis=1) < 0)] = "beyond noise"
+    words[decided & (low > 0)] = "no more than noise"
+    words[decided & (high < 0)] = "beyond noise"
     return words
+
+
+def _signed_ends(table: pd.DataFrame, name: str, sign: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Returns the ends of each cell's interval, signed so that its standard slope is positive."""
+    ends = table[[f"{name}_low", f"{name}_high"]].mul(sign, axis=0)
+    return ends.min(axis=1), ends.max(axis=1)
 
 
 def _word(pairs: pd.DataFrame) -> str:
