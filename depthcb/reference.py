@@ -122,6 +122,9 @@ class Reference:
         samples = torch.stack(over_halves, dim=1)
         if int((~samples.isnan().any(dim=1)).sum()) < ENOUGH_HALVES:  # all rows of a half may be identical
             return Profile(tuple(change), **fields)
+        if len(self.examples) > self.distinct:
+            # Rows of one document resemble each other and are a larger part of a half's pairs, which shifts its change.
+            samples += torch.tensor(change, dtype=torch.float64) - samples.nanmean(dim=0)
         return Profile.from_halves(change, samples.numpy(), **fields)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from scipy import stats
 import depthcb_recipes
 from depthcb_recipes.backbones.catalogue import CONFIGS
 from depthcb_recipes.objectives.classification import Classification
-from depthcb_recipes.studies.claims import NEW_HEAD, Claim, claims, variance_difference, within_models
+from depthcb_recipes.studies.claims import NEW_HEAD, Claim, _distance_note, claims, variance_difference, within_models
 from depthcb_recipes.studies.result import Result
 from depthcb_recipes.studies.tables import runs_table
 
@@ -112,6 +112,23 @@ def test_the_permutation_test_counts_all_orders_of_the_objectives() -> None:
     assert found[0] == pytest.approx(every[0])
     assert found[1] == pytest.approx(np.mean([value >= every[0] - 1e-9 for value in every]))
     assert found[2] == 5
+
+
+def test_the_correlation_with_uncertain_distances_is_a_range() -> None:
+    names, objectives = ["a", "b", "c"], [f"o{i}" for i in range(5)]
+    facts = [(m, o, float(i), float(i)) for m in names for i, o in enumerate(objectives)]
+    cells = pd.DataFrame(facts, columns=["model", "objective", "slope", "distance"])
+
+    def noted(width: float) -> list[str]:
+        return _distance_note(
+            cells.assign(distance_low=cells["distance"] - width, distance_high=cells["distance"] + width)
+        )
+
+    assert noted(0.0) == ["with the distances drawn from their intervals: +1.00 to +1.00"]
+    low, high = (float(end) for end in noted(100.0)[0].split(": ")[1].split(" to "))  # far wider than the differences
+    expected = 1.96 / np.sqrt(3 * 4)  # three models of five ranks without correlation
+    assert (low, high) == pytest.approx((-expected, expected), abs=0.15)
+    assert noted(float("nan")) == []
 
 
 def test_variance_components_are_the_textbooks() -> None:

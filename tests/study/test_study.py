@@ -192,7 +192,7 @@ def test_a_killed_driver_leaves_nothing_running_and_the_next_one_finishes(runner
             os.kill(workers.pop(), signal.SIGKILL)  # only a worker was killed: its run is repeated
         driver.kill()
         driver.wait()
-        assert gone(out, within=0.5), "what a killed driver started lives on"
+        assert gone(out, within=5.0), "what a killed driver started lives on"
         for folder, file in finished.items():
             assert (folder / RESULT).stat().st_ino == file, "a finished run was made again"
         finished |= {path.parent: path.stat().st_ino for path in out.glob(f"runs/*/{RESULT}")}
@@ -300,7 +300,7 @@ def test_ending_a_run_ends_what_it_started(runner: str, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     run.kill()
-    assert gone(out, within=0.5)
+    assert gone(out, within=5.0)
 
 
 def test_a_folder_that_cannot_be_read_is_named(runner: str, tmp_path: Path, capsys: Any) -> None:

@@ -35,6 +35,8 @@ NEW_HEAD = ("sequence_classification", "token_classification")
 LITTLE_SPREAD = 1.5
 #: Draws for C5's interval.
 DRAWS = 20_000
+#: Draws of the distances from their intervals, for C4's note.
+DISTANCE_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def _c4(cells: pd.DataFrame, runs: pd.DataFrame) -> Claim:
     verdict = f"not enough objectives ({objectives} of {FEWEST_OBJECTIVES})"
     if not few:
         verdict = "supported" if p <= LEVEL else "not supported" if p >= 1 - LEVEL else "undecided"
-    notes = (f"exact permutation over {objectives} objectives: p = {p:.3g}", *notes)
+    notes = (f"exact permutation over {objectives} objectives: p = {p:.3g}", *_distance_note(cells), *notes)
     return dataclasses.replace(claim, verdict=verdict, estimate=correlation, p=None if few else p, notes=notes)
 
 
@@ -268,6 +270,18 @@ def within_models(cells: pd.DataFrame) -> tuple[float, float, int] | None:
         The correlation, its exact p-value over permutations of the objectives (the same one in all models), and the
         number of objectives; None with fewer than 3. Models without some objective are left out.
     """
+    tables = _complete(cells)
+    if tables is None:
+        return None
+    slopes, distances = map(_standard_ranks, tables)
+    orders = np.array(list(itertools.permutations(range(slopes.shape[1]))))
+    values = np.einsum("mo,pmo->p", slopes, np.moveaxis(distances[:, orders], 1, 0)) / len(slopes)
+    observed = float((slopes * distances).sum() / len(slopes))
+    return observed, float((values >= observed - 1e-12).mean()), slopes.shape[1]
+
+
+def _complete(cells: pd.DataFrame) -> tuple[FloatArray, FloatArray] | None:
+    """Returns the slopes and distances (models, objectives) of models with all objectives; None with fewer than 3."""
     slopes, distances = (
         cells.pivot_table(index="model", columns="objective", values=column).dropna()
         for column in ("slope", "distance")
@@ -275,11 +289,22 @@ def within_models(cells: pd.DataFrame) -> tuple[float, float, int] | None:
     models = slopes.index.intersection(distances.index)
     if slopes.shape[1] < 3 or not len(models) or slopes.shape[1] != distances.shape[1]:
         return None
-    a, b = (_standard_ranks(table.loc[models].to_numpy()) for table in (slopes, distances))
-    orders = np.array(list(itertools.permutations(range(a.shape[1]))))
-    values = np.einsum("mo,pmo->p", a, np.moveaxis(b[:, orders], 1, 0)) / len(models)
-    observed = float((a * b).sum() / len(models))
-    return observed, float((values >= observed - 1e-12).mean()), a.shape[1]
+    return slopes.loc[models].to_numpy(), distances.loc[models].to_numpy()
+
+
+def _distance_note(cells: pd.DataFrame) -> list[str]:
+    """Says where the correlation would lie if each distance were drawn from its interval."""
+    cells = cells[cells["distance"].notna()]
+    tables = _complete(cells.assign(distance=cells["distance_high"] - cells["distance_low"]))
+    values = _complete(cells)
+    if tables is None or values is None or len(tables[1]) != len(values[1]):
+        return []  # some distance has no interval
+    slopes, distances = _standard_ranks(values[0]), values[1]
+    errors = tables[1] / (2 * stats.norm.ppf(0.975))
+    drawn = np.random.default_rng(0).normal(distances, errors, (DISTANCE_DRAWS, *distances.shape))
+    correlations = [float((slopes * _standard_ranks(draw)).sum() / len(slopes)) for draw in drawn]
+    low, high = np.percentile(correlations, (2.5, 97.5))
+    return [f"with the distances drawn from their intervals: {low:+.2f} to {high:+.2f}"]
 
 
 def _standard_ranks(values: FloatArray) -> FloatArray:

@@ -53,7 +53,8 @@ CELL_COLUMNS = {
     "strengthens, by the whole interval of the share left; emerges; no more than noise; undecided.",
     "null": "Whether the change-matched null explains the slope: it has more than 0.8 of it, over draws and seeds.",
     "width": "Share of the layers over which the standard runs' change is spread.",
-    "distance": "Objective distance at initialisation: 1 - cos of the gradients of pretraining and of the fit.",
+    "distance": "Objective distance at initialisation: 1 - cos of the gradients of pretraining and of the fit, mean "
+    "over the seeds, with the mean interval over the batches that it was measured on.",
 }
 
 
@@ -89,7 +90,8 @@ def _cell_row(cell: Any) -> list[str]:
     return [
         *(str(cell[key]) for key in ("model", "family", "block", "size", "objective", "optimizer", "seeds")),
         show(cell["slope"], "+.2f") + _ends(cell, "slope"), show(corrected, "+.2f"), show(cell["share"], "+.2f"),
-        cell["keeps"], cell["word"], cell["null_word"], show(cell["width"], ".2f"), show(cell["distance"], ".2f"),
+        cell["keeps"], cell["word"], cell["null_word"], show(cell["width"], ".2f"),
+        show(cell["distance"], ".2f") + _ends(cell, "distance"),
     ]  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     cells = standard.groupby(CELL, sort=False).agg(
         family=("family", "first"), block=("block", "first"), size=("size", "first"), layers=("layers", "first"),
         seeds=("seed", "nunique"), width=("width", "mean"), distance=("distance", "mean"),
+        distance_low=("distance_low", "mean"), distance_high=("distance_high", "mean"),
         null_low=("null_low", "min"), null_high=("null_high", "max"), floor=("floor", "max"),
     )  # fmt: skip
     equal = usable[usable["control"] == "equal-step"]

@@ -11,7 +11,8 @@ import wandb
 FACTS = ("model", "family", "block", "size", "layers", "objective", "optimizer")
 FIGURES = (
     "slope", "slope_low", "slope_high", "equal", "share", "above", "above_low", "above_high", "keeps", "word",
-    "null_low", "null_high", "null_word", "floor", "spread", "width", "distance", "seeds", "pairs",
+    "null_low", "null_high", "null_word", "floor", "spread", "width", "distance", "distance_low",
+    "distance_high", "seeds", "pairs",
 )  # fmt: skip
 
 
