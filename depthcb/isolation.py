@@ -1,22 +1,31 @@
-"""Context managers that restore random states, train/eval flags, buffers and precision settings on exit."""
+"""Context managers that restore random states, the state of modules and precision settings on exit."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+#: Attributes that every module has.
+_OWN = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Runs code in fp32 eval mode without gradients; restores flags, buffers, random states and precision on exit."""
+    """Runs code in fp32 eval mode without gradients; restores flags, module state, random states and precision on exit.
+
+    The state of a module is its buffers and attributes, and what they hold: values, tensors and random generators, also
+    in lists, dicts and sets. A torchmetrics metric, a counter or a cache in a module is thus as it was.
+    """
     flags = [(m, m.training) for m in model.modules()]
-    buffers = [(m, n, b, b.clone()) for m, _ in flags for n, b in m._buffers.items() if b is not None]
     # nn.TransformerEncoder's fused kernels skip forward hooks, and reject padded inputs when a hook is registered.
     fused = torch.backends.mha.get_fastpath_enabled()
     precision = [(b, b.fp32_precision) for b in _fp32_backends()]
@@ -28,6 +37,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
             scope.enter_context(torch.autocast(device, enabled=False))
         if any(_compiled(m) for m, _ in flags):  # compiled code would silently skip the forward hooks
             scope.enter_context(torch.compiler.set_stance("force_eager"))
+        state = [_state(m) for m, _ in flags]
         try:
             for module, _ in flags:
                 module.training = False  # not .eval(), because some modules override it with side effects
@@ -37,14 +47,91 @@ def isolated(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for put_back in state:
+                put_back()
             for module, flag in flags:
                 module.training = flag
             for backend, value in precision:
                 backend.fp32_precision = value
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seeds all random states, with those of generators that the model's modules hold: a forward draws the same again.
+
+    Inside of `isolated`, which puts the generators back.
+    """
+    with isolated_rng(seed):
+        for module in model.modules():
+            for value in _held(_attributes(module)):
+                if isinstance(value, torch.Generator):
+                    value.manual_seed(seed)
+                elif isinstance(value, np.random.Generator):
+                    value.bit_generator.state = type(value.bit_generator)(seed).state
+                elif isinstance(value, (np.random.RandomState, random.Random)):
+                    value.seed(seed)
+        yield
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+def _held(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yields an object, and those in it if it is a container; each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    if type(value) in (*_CONTAINERS, tuple):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from _held(item, seen)
+
+
+def _state(module: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts back the buffers and attributes of a module, and what they hold."""
+    kind, attributes, buffers = type(module), _attributes(module), dict(module._buffers)
+    contents = [put_back for value in _held([attributes, buffers]) if (put_back := _contents(value)) is not None]
+
+    def put_back_all() -> None:
+        if type(module) is not kind:  # a lazy module has got its weights
+            return
+        module._buffers.update(buffers)
+        for name in _attributes(module).keys() - attributes.keys():
+            del vars(module)[name]
+        vars(module).update(attributes)
+        for put_back in contents:
+            put_back()
+
+    return put_back_all
+
+
+def _contents(value: Any) -> Callable[[], Any] | None:
+    """Returns a function that puts back what an object holds; None for objects that are taken to hold nothing."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return functools.partial(_rewrite, value, value.clone())
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    if type(value) in _CONTAINERS:
+        return functools.partial(_refill, value, dict(value) if isinstance(value, dict) else list(value))
+    return None
+
+
+def _rewrite(tensor: Tensor, before: Tensor) -> None:
+    if not torch.equal(tensor, before):
+        tensor.copy_(before)
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(items)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Runs a model on fixed inputs without side effects and records one vector per row and layer.
 
 `Probe.record` runs the model once per batch with a forward hook on every layer. All state that the run could change is
-restored: hooks, train/eval flags, random states and precision flags. The forward runs in fp32 (no autocast, no TF32),
-because in bf16 a single outlier channel can hide the change of all others.
+restored: hooks, train/eval flags, random states, attributes of modules and precision flags. Random states are seeded
+alike for every run, so that a forward that draws (patch masks, noise) gives the same for the same weights. It runs in
+fp32 (no autocast, no TF32), because in bf16 a single outlier channel can hide the change of all others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from depthcb.batches import (
     perturbed,
     positions_input,
 )
-from depthcb.isolation import isolated, isolated_rng
+from depthcb.isolation import isolated, isolated_rng, seeded
 from depthcb.similarity.cka import MIN_ROWS
 from depthcb.stack import LayerStack
 
@@ -78,6 +79,7 @@ class Probe:
             (without labels), and a tensor or the first element of a tuple by position. Floating-point inputs are cast
             to the dtype of the model's weights.
         seed: Seed of the token sample.
+        forward_seed: Seed of the random states, and of generators in the model, in each forward.
 
     Raises:
         ValueError: There is no batch, a batch contains no tensor, or ``rows`` is unknown.
@@ -96,6 +98,7 @@ class Probe:
     max_tokens: int = 256
     forward: Forward | None = None
     seed: int = 0
+    forward_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
@@ -198,6 +201,7 @@ class Probe:
             for name, layer in zip(stack.names, stack.modules, strict=True):
                 handle = layer.register_forward_hook(lambda m, args, out, name=name: hook(name, m, args, out))
                 hooks.callback(handle.remove)
+            hooks.enter_context(seeded(model, self.forward_seed))
             (self.forward or feed)(model, tree_map_only(Tensor, placed, batch))
         unreached = [name for name in stack.names if name not in found]
         if unreached:

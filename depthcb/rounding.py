@@ -37,7 +37,8 @@ def rounding_floor(
 
     Returns:
         The floor of each layer by measure; empty if it could not be measured: the parameters are sharded or already
-        float64, would take more than 4 GB in it, or the device or the model does not support it.
+        float64, would take more than 4 GB in it, the device or the model does not support it, or its forward draws
+        random numbers, which are others in float64.
     """
     parameters = [*model.parameters(), *model.buffers()]
     floating = [p for p in parameters if p.is_floating_point()]
@@ -47,6 +48,9 @@ def rounding_floor(
     few = _first(probe, max(FEWEST, math.ceil(SHARE * sum(map(batch_size, probe.batches)))))
     try:
         rounded = few.record(model, stack, causal).rows
+        redrawn = dataclasses.replace(few, forward_seed=few.forward_seed + 1).record(model, stack, causal).rows
+        if not all(map(torch.equal, rounded, redrawn)):
+            return {}
         exact = dataclasses.replace(few, forward=_InDouble(probe)).record(model, stack, causal).rows
         found = {
             m.name: tuple(
