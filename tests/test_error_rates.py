@@ -20,9 +20,9 @@ from depthcb import EqualStep, LayerStack
 from depthcb.null import null_profiles
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Probe, Recording
-from depthcb.profile import FloatArray, Profile
+from depthcb.profile import FloatArray, Profile, Profiles
 from depthcb.reference import Reference
-from depthcb.similarity import find_measures
+from depthcb.similarity import find_measures, gram
 from depthcb.verdict import Verdict, compare_pair, judge
 from depthcb_recipes import MaskedLM, PackedText
 from depthcb_recipes.backbones.loading import load_backbone
@@ -39,9 +39,7 @@ PROMISED = 0.93
 
 def reference_of(rows: Sequence[Tensor], examples: Tensor) -> Reference:
     layers = tuple(f"layer {i}" for i in range(len(rows)))
-    recording = Recording(list(rows), examples, False)
-    grams = [r.double() - r.double().mean(dim=0) for r in recording.rows]
-    return Reference({"gram": [g @ g.mT for g in grams]}, examples, layers, "", (9.0,) * len(rows), False)
+    return Reference({"gram": [gram(r) for r in rows]}, examples, layers, "", (9.0,) * len(rows), False)
 
 
 def profile(before: Sequence[Tensor], after: Sequence[Tensor], examples: Tensor, **options: bool) -> Profile:
@@ -154,8 +152,9 @@ class Noised:
         recording = self.probe.record(model, LayerStack.find(model), self.reference.causal)
         own = self.reference.profiles(recording, CKA, 0, 0)["cka"]
         null = null_profiles(model, self.pretrained, self.probe, self.reference, CKA)
-        slopes = [draw["cka"].relative_slope for draw in null.matched]
-        return own, float(np.mean([s for s in slopes if s is not None]))
+        slope = Profiles(draw["cka"] for draw in null.matched).mean_relative_slope
+        assert slope is not None
+        return own, slope
 
 
 def splits(slopes: FloatArray, nulls: FloatArray) -> Iterator[Verdict]:
