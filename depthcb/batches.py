@@ -1,46 +1,22 @@
-"""Probe inputs: collecting batches, inspecting them, and passing them to a model."""
+"""Probe inputs: collecting batches and inspecting them."""
 
 from __future__ import annotations
 
 import copy
-import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from depthcb.stack import WRAPPERS
 from depthcb.warn import warn
 
 LABELS = ("labels", "label")
 #: Name of a (B,) integer tensor that gives the document of each example; it is not an input of the model.
 DOCUMENT = "document"
-
-
-def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls a model on a batch: a dict by keyword, a tuple by its first element, a tensor as is.
-
-    Raises:
-        ValueError: The model does not accept the batch.
-    """
-    if isinstance(batch, (tuple, list)):
-        return feed(model, batch[0])
-    keywords: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(_unwrapped(model).forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        inputs = {k: v for k, v in batch.items() if k not in LABELS and not (k == DOCUMENT and is_documents(v))}
-        keywords = {k: v for k, v in inputs.items() if open_ended or k in parameters}
-    try:
-        return model(**keywords) if keywords else model(batch)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called on a probe batch of type {type(batch).__name__} ({error}): pass "
-            "forward=(model, batch) -> output."
-        ) from error
 
 
 def is_documents(value: Any) -> bool:
@@ -56,8 +32,40 @@ def documents(batches: Sequence[Any]) -> Tensor | None:
 
 
 def batch_size(batch: Any) -> int:
-    """Returns the number of examples: dimension 0 of the first tensor."""
-    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    """Returns the number of examples: the most frequent length of the tensors, else that of the first list of strings.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    lengths = [len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    if lengths:
+        return Counter(lengths).most_common(1)[0][0]
+    if isinstance(batch, Mapping):
+        batch = next((value for value in batch.values() if isinstance(value, (list, tuple))), ())
+    if isinstance(batch, (list, tuple)) and batch:
+        return len(batch)
+    raise ValueError(f"A probe batch of type {type(batch).__name__} contains no tensor with a batch dimension.")
+
+
+def moved_to(batch: Any, device: torch.device) -> Any:
+    """Returns a batch on a device."""
+    batch = apply_to_collection(batch, Tensor, lambda t: t.to(device))
+    return batch.to(device) if hasattr(batch, "to") and not isinstance(batch, Tensor) else batch
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields the tensors, strings and numbers in nested containers, dataclasses and other objects."""
+    if isinstance(value, (Tensor, str, bytes, int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        for item in vars(value).values():
+            yield from leaves(item)
 
 
 def collect_batches(source: Any, limit: int, seed: int = 0) -> list[Any]:
@@ -71,7 +79,8 @@ def collect_batches(source: Any, limit: int, seed: int = 0) -> list[Any]:
     Raises:
         ValueError: The source is none of these.
     """
-    return [tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), _plain(b)) for b in _split(source, limit, seed)]
+    split = [_plain(batch) for batch in _split(source, limit, seed)]
+    return [copy.deepcopy(apply_to_collection(b, Tensor, lambda t: t.detach().cpu().clone())) for b in split]
 
 
 def _split(source: Any, limit: int, seed: int) -> list[Any]:
@@ -138,7 +147,7 @@ def _read(loader: DataLoader[Any], limit: int) -> list[Any]:
     batches: list[Any] = []
     for batch in loader:
         batches.append(batch)
-        if sum(batch_size(_plain(b)) for b in batches) >= limit:
+        if sum(map(batch_size, batches)) >= limit:
             break
     return batches
 
@@ -150,42 +159,15 @@ def _plain(batch: Any) -> Any:
     return type(batch)(map(_plain, batch)) if type(batch) in (tuple, list) else batch
 
 
-def attention_mask(batch: Any) -> Tensor | None:
-    """Returns the ``attention_mask`` of a batch as (B, T) booleans on the CPU, True for non-padding; None without one.
-
-    Raises:
-        ValueError: The mask is not a (batch, positions) tensor.
-    """
-    mask = dict(_named_inputs(batch)).get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask of the probe has shape {shape}: padding is read from a (batch, positions) mask."
-        )
-    return mask.cpu() != 0
-
-
-def positions_input(batch: Any) -> Tensor | None:
-    """Returns ``input_ids``, else the first (B, T, ...) tensor that is neither mask nor label, else None."""
-    tensors = [
-        (name, value)
-        for name, value in _named_inputs(batch)
-        if isinstance(value, Tensor) and value.dim() > 1 and "mask" not in name and name not in LABELS
-    ]
-    return dict(reversed(tensors)).get("input_ids", tensors[0][1] if tensors else None)
-
-
 def check_batch(batch: Any) -> None:
     """Raises an error if a batch is not valid.
 
     Raises:
-        ValueError: It contains no tensor, or its ``input_ids`` are not (batch, positions).
+        ValueError: It contains no examples, or its ``input_ids`` are not (batch, positions).
     """
-    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
-        raise ValueError(f"A probe batch of type {type(batch).__name__} contains no tensor with a batch dimension.")
-    ids = dict(_named_inputs(batch)).get("input_ids")
+    batch_size(batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if ids is not None and (not isinstance(ids, Tensor) or ids.dim() < 2):
         found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(
@@ -194,43 +176,7 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def longest_example(batch: Any) -> Any:
-    """Returns the batch reduced to one example: the first with the most non-padding positions."""
-    size, mask = batch_size(batch), attention_mask(batch)
-    best = int(mask.sum(dim=1).argmax()) if mask is not None and len(mask) == size else 0
-    return examples_of(batch, best, best + 1)
-
-
 def examples_of(batch: Any, start: int, stop: int) -> Any:
     """Returns the batch reduced to the examples from ``start`` to ``stop`` - 1."""
     size = batch_size(batch)
-    return tree_map_only(Tensor, lambda t: t[start:stop] if t.dim() and len(t) == size else t, batch)
-
-
-def perturbed(batch: Any, inputs: Tensor, position: int) -> Any:
-    """Returns the batch with one position perturbed: another token of the batch, or 1 - x for floating inputs."""
-    changed = inputs.clone()
-    if inputs.is_floating_point():
-        changed[:, position] = 1 - inputs[:, position]
-    else:
-        old = inputs[:, position]
-        others = inputs[inputs != old.flatten()[0]]
-        changed[:, position] = others[0] if len(others) else torch.where(old > 0, old - 1, old + 1)
-    return tree_map_only(Tensor, lambda t: changed if t is inputs else t, batch)
-
-
-def _named_inputs(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (name, value) of all entries of a batch's nested dicts; of a tuple only those of its first element."""
-    if isinstance(batch, (tuple, list)) and not name:
-        yield from _named_inputs(batch[0]) if batch else ()
-        return
-    yield name, batch
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _named_inputs(value, str(key))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    for wrapper in WRAPPERS:
-        model = getattr(model, wrapper, model)
-    return model
+    return apply_to_collection(batch, Tensor, lambda t: t[start:stop] if t.dim() and len(t) == size else t)

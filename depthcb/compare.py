@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from depthcb.probe import Forward, Probe, Rows
+from depthcb.probe import Forward, Mask, Probe, Rows
 from depthcb.profile import Profile
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures
@@ -24,6 +24,9 @@ def depth_profile(
     rows: Rows = "mean",
     probe_rows: int = 256,
     forward: Forward | None = None,
+    causal: bool | None = None,
+    axes: str | None = None,
+    mask: Mask | None = None,
 ) -> dict[str, Profile]:
     """Returns one profile per measure of how far each layer of ``model`` has moved from ``reference_model``.
 
@@ -36,6 +39,9 @@ def depth_profile(
         rows: How rows are formed; see `Probe`.
         probe_rows: Maximum number of examples taken from a dataset, and of token rows.
         forward: ``(model, batch) -> anything``: how to run the model on a batch.
+        causal: Whether the models are causal; None finds it. See `Probe`.
+        axes: The dimensions of the layers' outputs, such as ``"TBD"``; None finds them. See `Probe`.
+        mask: ``batch -> (examples, positions) tensor`` that is 0 at padding, or False; None finds it. See `Probe`.
 
     Raises:
         ValueError: The models differ in number of layers, or the probe cannot be measured.
@@ -49,7 +55,8 @@ def depth_profile(
         (0.0, 0.0, 0.0)
     """
     chosen = find_measures(measures)
-    fixed = Probe.collect(probe, probe_rows, rows=rows, max_tokens=probe_rows, forward=forward)
+    options: dict[str, Any] = {"rows": rows, "forward": forward, "causal": causal, "axes": axes, "mask": mask}
+    fixed = Probe.collect(probe, probe_rows, max_tokens=probe_rows, **options)
     stacks = [LayerStack.find(m, layers) for m in (reference_model, model)]
     if len(stacks[0]) != len(stacks[1]):
         raise ValueError(f"The models have {len(stacks[0])} and {len(stacks[1])} layers: their depths can't be paired.")

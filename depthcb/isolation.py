@@ -16,6 +16,7 @@ from torch import Tensor, nn
 #: Attributes that every module has.
 _OWN = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 @contextlib.contextmanager
@@ -28,10 +29,10 @@ def isolated(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
     # nn.TransformerEncoder's fused kernels skip forward hooks, and reject padded inputs when a hook is registered.
     fused = torch.backends.mha.get_fastpath_enabled()
-    precision = [(b, b.fp32_precision) for b in _fp32_backends()]
     devices = {p.device.type for p in model.parameters()} or {"cpu"}
     with contextlib.ExitStack() as scope:
         scope.enter_context(isolated_rng())
+        scope.enter_context(_ieee_precision())
         scope.enter_context(torch.no_grad())
         for device in devices:
             scope.enter_context(torch.autocast(device, enabled=False))
@@ -41,8 +42,6 @@ def isolated(model: nn.Module) -> Iterator[None]:
         try:
             for module, _ in flags:
                 module.training = False  # not .eval(), because some modules override it with side effects
-            for backend, _ in precision:
-                backend.fp32_precision = "ieee"
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
@@ -51,25 +50,28 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 put_back()
             for module, flag in flags:
                 module.training = flag
-            for backend, value in precision:
-                backend.fp32_precision = value
+
+
+def generators_of(model: nn.Module) -> list[Any]:
+    """Returns the random generators that the modules of a model hold, of torch, NumPy or Python."""
+    held = (value for module in model.modules() for value in _held(_attributes(module)))
+    return [value for value in held if isinstance(value, _GENERATORS)]
 
 
 @contextlib.contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seeds all random states, with those of generators that the model's modules hold: a forward draws the same again.
+def seeded(generators: Sequence[Any], seed: int) -> Iterator[None]:
+    """Seeds all random states and these generators: what runs in it draws the same random numbers again.
 
     Inside of `isolated`, which puts the generators back.
     """
     with isolated_rng(seed):
-        for module in model.modules():
-            for value in _held(_attributes(module)):
-                if isinstance(value, torch.Generator):
-                    value.manual_seed(seed)
-                elif isinstance(value, np.random.Generator):
-                    value.bit_generator.state = type(value.bit_generator)(seed).state
-                elif isinstance(value, (np.random.RandomState, random.Random)):
-                    value.seed(seed)
+        for generator in generators:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = type(generator.bit_generator)(seed).state
+            else:
+                generator.seed(seed)
         yield
 
 
@@ -157,12 +159,35 @@ def _compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _fp32_backends() -> Sequence[Any]:
+@contextlib.contextmanager
+def _ieee_precision() -> Iterator[None]:
+    """Computes fp32 in fp32, not in TF32 or bf16.
+
+    torch has two generations of switches and raises an error where code reads the older one while they differ, as
+    torch.backends.cudnn.flags does: both are set.
+    """
     backends: Any = torch.backends
-    return (
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-    )
+    newer = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    newer += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    before = [backend.fp32_precision for backend in newer]
+    older = _older_switches()
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+        for backend in newer:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            backends.cudnn.allow_tf32 = older[1]
+        for backend, value in zip(newer, before, strict=True):
+            backend.fp32_precision = value
+
+
+def _older_switches() -> tuple[str, bool] | None:
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the user set newer ones alone, so that no code can read these
+        return None

@@ -78,7 +78,7 @@ def null_profiles(
     stack = LayerStack.find(model, layers)
 
     def measured() -> dict[str, Profile]:
-        recording = probe.record(model, stack, reference.causal)
+        recording = probe.record(model, stack, reference.layout)
         reshard(model)
         return reference.profiles(recording, measures, step=0, epoch=0, intervals=False)
 

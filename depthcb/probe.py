@@ -9,7 +9,9 @@ fp32 (no autocast, no TF32), because in bf16 a single outlier channel can hide t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,31 +19,38 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from depthcb.batches import (
-    attention_mask,
-    batch_size,
-    check_batch,
-    collect_batches,
-    documents,
-    feed,
-    longest_example,
-    perturbed,
-    positions_input,
+from depthcb.batches import batch_size, check_batch, collect_batches, documents, leaves, moved_to
+from depthcb.feeding import Call, Execute, call_of, containers, feed, run_call
+from depthcb.isolation import generators_of, isolated, isolated_rng, seeded
+from depthcb.layout import (
+    Edit,
+    Layout,
+    Look,
+    Take,
+    arranged,
+    check_axes,
+    feature_dimension,
+    find_layout,
+    fitting,
+    has_weights,
+    masks_in,
+    real_positions,
+    seen_by,
 )
-from depthcb.isolation import isolated, isolated_rng, seeded
 from depthcb.similarity.cka import MIN_ROWS
 from depthcb.stack import LayerStack
 
 Rows = Literal["mean", "tokens", "last", "first"]
 Forward = Callable[[nn.Module, Any], Any]
+#: ``batch -> (examples, positions) tensor``, 0 where a position is padding; False if there is none.
+Mask = Callable[[Any], Tensor] | Literal[False]
+Feed = Callable[[nn.Module, LayerStack, Any], Call | None]
 #: Qualified names of ``forward`` in a class that does not define it: nn.Module's and Lightning's defaults.
 NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
-#: Relative change below which a position counts as unaffected by perturbing another one.
-UNMOVED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,17 @@ class Recording:
     Args:
         rows: (n, d) activations of each of L layers, in fp32, or fp64 for fp64 models.
         examples: (n,) number of the example that each row belongs to, or of its document where the batches name it.
-        causal: Whether the model is causal, so that position 0 was excluded.
+        layout: How the layers' outputs were read.
     """
 
     rows: list[Tensor]
     examples: Tensor
-    causal: bool
+    layout: Layout
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is causal, so that position 0 was excluded."""
+        return self.layout.causal
 
 
 @dataclass(frozen=True)
@@ -64,22 +78,29 @@ class Probe:
     """Fixed inputs, and how to turn a layer's output into rows.
 
     Args:
-        batches: The inputs, on the CPU: dicts, ``(x, ...)`` tuples or tensors, with examples along dimension 0. A (B,)
-            integer tensor ``document`` in a dict names the document of each example: intervals are over documents then,
-            because examples from the same one are not independent.
+        batches: The inputs, on the CPU: whatever the model or ``forward`` takes. A (B,) integer tensor ``document`` in
+            a dict names the document of each example: intervals are over documents then, because examples from the
+            same one are not independent.
         rows: ``"mean"``, ``"last"`` or ``"first"`` give one row per example: the mean over its non-padding positions,
             or the last or first of them; ``"tokens"`` gives a seeded sample of positions, the same number from each
             example [ours]. For causal models position 0 is excluded, because its massive activations would dominate
-            every measure. Positions are dimension 1 of (B, T, d) outputs, and padding is read from a (B, T)
-            ``attention_mask`` in the batch. Feature maps (B, C, H, W) are averaged or sampled over H x W (outputs of
-            blocks without a convolution are read as (B, H, W, C)), and (B, C, T) outputs of blocks that end in an
-            ``nn.Conv1d`` over T.
+            every measure.
         max_tokens: Maximum number of rows sampled by ``"tokens"``.
-        forward: ``(model, batch) -> anything``: how to run the model on a batch. By default a dict is passed by keyword
-            (without labels), and a tensor or the first element of a tuple by position. Floating-point inputs are cast
-            to the dtype of the model's weights.
+        forward: ``(model, batch) -> anything``: how to run the model on a batch. By default a dict is passed by
+            keyword, and a tensor or the first element of a tuple by position. Floating-point inputs are cast to the
+            dtype of the model's weights.
         seed: Seed of the token sample.
-        forward_seed: Seed of the random states, and of generators in the model, in each forward.
+        forward_seed: Seed of the random states, and of generators in the model, in the forward of the first batch; each
+            further batch adds 1.
+        causal: Whether later positions depend on earlier ones only; None finds it by changing single positions of the
+            first layer's input.
+        axes: The dimensions of the layers' outputs, one letter each, such as ``"TBD"``: B for examples, T for
+            positions, D for features; None finds them: features by the layers' weights, examples by their number.
+        mask: ``batch -> (examples, positions) tensor`` that is 0 where a position is padding, or False if there is no
+            padding; None finds the model's ``attention_mask`` that belongs to the layers.
+        transfer: ``batch -> batch``: what happens to a batch on the way to the model, such as the move to its device.
+        feed: ``(model, stack, batch) -> Call``: how the model is called on a batch where ``forward`` is not given;
+            None from it means the default.
 
     Raises:
         ValueError: There is no batch, a batch contains no tensor, or ``rows`` is unknown.
@@ -99,10 +120,17 @@ class Probe:
     forward: Forward | None = None
     seed: int = 0
     forward_seed: int = 0
+    causal: bool | None = None
+    axes: str | None = None
+    mask: Mask | None = None
+    transfer: Callable[[Any], Any] | None = None
+    feed: Feed | None = None
 
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
             raise ValueError(f"rows={self.rows!r} is unknown: use one of {get_args(Rows)}.")
+        if self.axes is not None:
+            check_axes(self.axes)
         if not self.batches:
             raise ValueError("The probe has no batch: pass inputs, or a dataset that is not empty.")
         for batch in self.batches:
@@ -131,19 +159,24 @@ class Probe:
         """SHA-256 of the inputs and of the settings that determine the rows."""
         digest = hashlib.sha256(repr((self.rows, self.rows == "tokens" and (self.max_tokens, self.seed))).encode())
         for batch in self.batches:
-            for leaf in tree_leaves(batch):
+            for leaf in leaves(batch):
                 if isinstance(leaf, Tensor):
                     digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
                     digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                elif isinstance(leaf, str):
+                    digest.update(leaf.encode())
         return digest.hexdigest()
 
-    def record(self, model: nn.Module, stack: LayerStack, causal: bool | None = None) -> Recording:
+    def record(
+        self, model: nn.Module, stack: LayerStack, layout: Layout | None = None, execute: Execute = run_call
+    ) -> Recording:
         """Runs ``model`` on every batch and records the rows of each layer of ``stack``.
 
         Args:
             model: The model to run; if it does not define ``forward``, its child that holds the layers is run.
             stack: The layers of the model.
-            causal: Whether the model is causal; None detects it.
+            layout: How to read the layers' outputs; None finds it on the first batch.
+            execute: ``(model, call) -> anything``: runs a call.
 
         Raises:
             ValueError: A layer is not reached, is reached several times or has an unsupported output; layers are
@@ -151,93 +184,164 @@ class Probe:
                 whose first position sees one token only.
         """
         with isolated(model):
-            model = model if self.forward else _with_forward(model, stack)
-            causal = self._is_causal(model, stack) if causal is None else causal
-            if causal and self.rows == "first":
+            generators = generators_of(model)
+            passes = [_Pass(model, stack, execute, generators, self.forward_seed + i) for i in range(len(self.batches))]
+            if layout is None or not layout.axes:  # older checkpoints have none
+                layout = self._layout(passes[0])
+            if layout.causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
             parts, examples, start = [], [], 0
-            for batch in self.batches:
-                extract = _RowExtractor(self, batch, causal, start)
-                parts.append(self._run(model, stack, batch, extract))
+            for run, batch in zip(passes, self.batches, strict=True):
+                placed, call = self._call(run, batch)
+                extract = _RowExtractor(self, layout, stack.names, self._real(placed, call, layout), run.masks, start)
+                parts.append(run(call, extract).outputs)
                 examples.append(extract.examples)
-                start += batch_size(batch)
+                start += extract.size
         rows = [torch.cat(layer) for layer in zip(*parts, strict=True)]
         if len(rows[0]) < MIN_ROWS:
             raise ValueError(f"The probe gives {len(rows[0])} rows: a comparison needs at least {MIN_ROWS}.")
         numbers = torch.cat(examples)
         of_example = documents(self.batches)
-        return Recording(rows, numbers if of_example is None else of_example[numbers], causal)
+        return Recording(rows, numbers if of_example is None else of_example[numbers], layout)
 
-    def _run(
-        self, model: nn.Module, stack: LayerStack, batch: Any, take: Callable[[str, nn.Module, Tensor], Tensor]
-    ) -> list[Tensor]:
-        """Runs one forward; returns the result of ``take`` for each layer's output."""
-        found: dict[str, Tensor] = {}
-        last: tuple[str, Any, Tensor | None] = ("", None, None)
-
-        def hook(name: str, layer: nn.Module, args: Any, output: Any) -> None:
-            nonlocal last
-            activation = _activation(name, output)
-            if name in found:
-                raise ValueError(
-                    f"Layer {name!r} ran several times in one forward, so its depth is ambiguous: name other layers."
-                )
-            layer_input = args[0] if args and isinstance(args[0], Tensor) else None
-            if layer_input is not None and layer_input is last[1] and last[2] is not layer_input:
-                raise ValueError(
-                    f"Layers {last[0]!r} and {name!r} read the same input: they are parallel, not sequential. Use "
-                    "layers= to name layers that follow each other."
-                )
-            last = name, layer_input, _first_tensor(output)
-            found[name] = take(name, layer, activation)
-
+    def _call(self, run: _Pass, batch: Any) -> tuple[Any, Call]:
+        """Returns a batch as the model gets it, and the call."""
+        model, stack = run.model, run.stack
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        batch = copy.deepcopy(batch)  # the model, or a hook of the user's, may work in place
+        with seeded(run.generators, run.seed):
+            batch = self.transfer(batch) if self.transfer else moved_to(batch, weight.device)
+            batch = apply_to_collection(batch, Tensor, lambda t: t.to(weight.dtype) if t.is_floating_point() else t)
+            if self.forward is not None:
+                forward = self.forward
+                return batch, Call(lambda payload: forward(model, payload), batch)
+            call = self.feed(model, stack, batch) if self.feed else None
+        return batch, call or feed(_with_forward(model, stack), batch)
 
-        def placed(t: Tensor) -> Tensor:
-            # Copied, because the first module may work in place and the probe must not change.
-            return t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype, copy=True)
+    def _layout(self, run: _Pass) -> Layout:
+        batch, call = self._call(run, self.batches[0])
+        given = self._given(batch)
+        size = batch_size(batch)
+        return find_layout(run, call, size, run.stack.names, axes=self.axes, causal=self.causal, given=given)
 
+    def _real(self, batch: Any, call: Call, layout: Layout) -> Tensor | None:
+        """Returns (B, T) booleans of the positions that are no padding; None if all are real."""
+        given = self._given(batch)
+        if given is None:
+            return real_positions(call, layout.mask)
+        return None if given is False else given
+
+    def _given(self, batch: Any) -> Tensor | Literal[False] | None:
+        """Returns what ``mask`` says of a batch."""
+        return seen_by(self.mask(batch)) if callable(self.mask) else self.mask
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Runs a model and looks at its layers."""
+
+    model: nn.Module
+    stack: LayerStack
+    execute: Execute
+    generators: list[Any]
+    seed: int
+    #: `Look.masks` of the last call.
+    masks: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def __call__(self, call: Call, take: Take, edit: Edit | None = None) -> Look:
+        """Runs a call.
+
+        Raises:
+            ValueError: A layer is not reached, several times, or reads the same input as another one.
+        """
+        watched = _Watched(self.stack, take, edit)
+        self.masks.clear()
         with contextlib.ExitStack() as hooks:
-            for name, layer in zip(stack.names, stack.modules, strict=True):
-                handle = layer.register_forward_hook(lambda m, args, out, name=name: hook(name, m, args, out))
-                hooks.callback(handle.remove)
-            hooks.enter_context(seeded(model, self.forward_seed))
-            (self.forward or feed)(model, tree_map_only(Tensor, placed, batch))
-        unreached = [name for name in stack.names if name not in found]
+            for module in containers(self.model, self.stack):
+                hooks.callback(module.register_forward_pre_hook(self._keep_masks, with_kwargs=True).remove)
+            watched.attach(hooks)
+            hooks.enter_context(seeded(self.generators, self.seed))
+            self.execute(self.model, call)
+        return watched.look(list(self.masks))
+
+    def _keep_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with contextlib.suppress(TypeError, ValueError):  # arguments that don't fit the signature, or none to be read
+            self.masks.extend(masks_in(call_of(module, args, kwargs)))
+
+
+class _Watched:
+    """The hooks of one forward."""
+
+    def __init__(self, stack: LayerStack, take: Take, edit: Edit | None) -> None:
+        self.stack, self.take, self.edit = stack, take, edit
+        self.kept: dict[int, Tensor] = {}
+        self.shapes: dict[int, torch.Size] = {}
+        self.within: dict[int, list[tuple[torch.Size, int]]] = {}
+        self.first_input: Tensor | None = None
+        self.last: tuple[str, Any, Tensor | None] = ("", None, None)
+
+    def attach(self, hooks: contextlib.ExitStack) -> None:
+        first = self.stack.modules[0]
+        hooks.callback(first.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        for index, layer in enumerate(self.stack.modules):
+            for module in layer.modules():
+                if has_weights(module):
+                    inside = functools.partial(self._inside, index)
+                    hooks.callback(module.register_forward_hook(inside).remove)
+            hooks.callback(layer.register_forward_hook(functools.partial(self._after, index)).remove)
+
+    def look(self, masks: list[Tensor]) -> Look:
+        unreached = [name for i, name in enumerate(self.stack.names) if i not in self.kept]
         if unreached:
             raise ValueError(
                 f"The forward never reached layer {', '.join(unreached)}: check layers=, or pass a "
                 "forward=(model, batch) -> output that runs them."
             )
-        return [found[name] for name in stack.names]
+        order = range(len(self.stack))
+        features = [[d for shape, d in self.within.get(i, []) if shape == self.shapes[i]] for i in order]
+        return Look(
+            [self.shapes[i] for i in order],
+            [self.kept[i] for i in order],
+            self.first_input,
+            [dims[-1] if dims else None for dims in features],
+            masks,
+        )
 
-    def _is_causal(self, model: nn.Module, stack: LayerStack) -> bool:
-        """Returns whether perturbing the last position affects no other, while perturbing the first affects others.
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keeps the first layer's input, and edits it."""
+        value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        if self.first_input is None and value is not None:
+            self.first_input = value.detach().clone()
+            if self.edit is not None:
+                edited = self.edit(value)
+                return tuple(edited if v is value else v for v in args), {
+                    k: edited if v is value else v for k, v in kwargs.items()
+                }
+        return None
 
-        Returns False if the layers' outputs don't have the positions of the inputs.
-        """
-        batch = longest_example(self.batches[0])
-        mask, inputs = attention_mask(batch), positions_input(batch)
-        if inputs is None or inputs.dim() < 2:
-            return False
-        fits = mask is not None and mask.shape == inputs.shape[:2]
-        real = mask[0].nonzero().flatten() if mask is not None and fits else torch.arange(inputs.shape[1])
-        if len(real) < 2:
-            return False
-        first, last = int(real[0]), int(real[-1])
+    def _inside(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        dimension = None if tensor is None else feature_dimension(module, tensor)
+        if tensor is not None and dimension is not None:
+            self.within.setdefault(index, []).append((tensor.shape, dimension))
 
-        def activations(position: int | None) -> list[Tensor]:
-            changed = batch if position is None else perturbed(batch, inputs, position)
-            return self._run(model, stack, changed, lambda _, __, output: output)
-
-        before = activations(None)
-        if any(a.dim() != 3 or a.shape[1] != inputs.shape[1] for a in before):
-            return False
-        end, start = activations(last), activations(first)
-        pairs = list(zip(before, end, start, strict=True))
-        ignores_later = all(_moved(a[:, :last], b[:, :last]) <= UNMOVED for a, b, _ in pairs)
-        uses_earlier = any(_moved(a[:, first + 1 :], c[:, first + 1 :]) > UNMOVED for a, _, c in pairs)
-        return ignores_later and uses_earlier
+    def _after(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
+        name = self.stack.names[index]
+        activation = _activation(name, output)
+        if index in self.kept:
+            raise ValueError(
+                f"Layer {name!r} ran several times in one forward, so its depth is ambiguous: name other layers, or "
+                "pass a forward=(model, batch) -> output that runs each once."
+            )
+        layer_input = args[0] if args and isinstance(args[0], Tensor) else None
+        if layer_input is not None and layer_input is self.last[1] and self.last[2] is not layer_input:
+            raise ValueError(
+                f"Layers {self.last[0]!r} and {name!r} read the same input: they are parallel, not sequential. Use "
+                "layers= to name layers that follow each other."
+            )
+        self.last = name, layer_input, first_tensor(output)
+        self.shapes[index] = activation.shape
+        self.kept[index] = self.take(index, activation)
 
 
 @dataclass
@@ -245,39 +349,40 @@ class _RowExtractor:
     """Extracts the rows of one batch from each layer's output, the same rows for all layers."""
 
     probe: Probe
-    batch: Any
-    causal: bool
+    layout: Layout
+    names: tuple[str, ...]
+    real: Tensor | None
+    inner: list[Tensor]
     start: int
+    size: int = 0
     examples: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
-    def __call__(self, name: str, layer: nn.Module, output: Tensor) -> Tensor:
-        size = batch_size(self.batch)
-        if output.dim() not in (2, 3, 4) or len(output) != size:
+    def __call__(self, index: int, output: Tensor) -> Tensor:
+        axes = self.layout.axes[index]
+        if len(axes) != output.dim():
             raise ValueError(
-                f"Layer {name!r} returns shape {tuple(output.shape)} for a batch of {size}: it must have 2 to 4 "
-                "dimensions, with examples along dimension 0."
+                f"Layer {self.names[index]!r} returns shape {tuple(output.shape)}, but its dimensions were {axes!r} in "
+                "the first batch: use a probe whose batches are alike."
             )
-        if output.dim() == 4:
-            conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in layer.modules())
-            output = output.flatten(2).mT if conv else output.flatten(1, 2)
-        elif output.dim() == 3 and _ends_in_conv1d(layer, output.shape[1]):
-            output = output.mT
+        output = arranged(output, axes)
+        self.size = len(output)
         if output.dim() == 2:
-            self.examples = self.start + torch.arange(size)
+            self.examples = self.start + torch.arange(self.size)
             return output
-        return self._rows(output, self._real(name, output))
+        return self._rows(output, self._real(self.names[index], output))
 
     def _real(self, name: str, output: Tensor) -> Tensor:
         """Returns (B, T) booleans: the positions to include."""
-        mask = attention_mask(self.batch)
+        shape = (output.shape[0], output.shape[1])
+        mask = fitting(self.real, self.inner, shape)
         if mask is None:
-            mask = torch.ones(output.shape[:2], dtype=torch.bool)
-        elif mask.shape != output.shape[:2]:
+            assert self.real is not None
             raise ValueError(
-                f"Layer {name!r} returns {output.shape[1]} positions, attention_mask has {mask.shape[1]}: pass "
-                "forward= or a probe without the mask."
+                f"Layer {name!r} returns {shape[1]} positions, {self.layout.mask or 'the mask'} has "
+                f"{self.real.shape[1]}: pass mask=batch -> ({shape[0]}, {shape[1]}) tensor of the real positions, or "
+                "mask=False if all count."
             )
-        if self.causal:
+        if self.layout.causal:
             mask = mask & (mask.cumsum(dim=1) > 1)  # all but the first non-padding position, also with left padding
         if not bool(mask.any(dim=1).all()):
             empty = self.start + int((~mask.any(dim=1)).nonzero()[0])
@@ -311,7 +416,7 @@ class _RowExtractor:
 
 def _activation(name: str, output: Any) -> Tensor:
     """Returns a copy of a layer's output, or of the first tensor in its output tuple, dict or dataclass."""
-    item = _first_tensor(output)
+    item = first_tensor(output)
     if item is None:
         raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor: name other layers.")
     if isinstance(item, DTensor):
@@ -320,7 +425,8 @@ def _activation(name: str, output: Any) -> Tensor:
     return item.detach().to(torch.float64 if item.dtype == torch.float64 else torch.float32, copy=True)
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """Returns the first tensor of a layer's output, which may be a tuple, dict or dataclass; None if there is none."""
     if isinstance(output, Mapping):
         output = list(output.values())
     elif dataclasses.is_dataclass(output):
@@ -341,14 +447,3 @@ def _with_forward(model: nn.Module, stack: LayerStack) -> nn.Module:
     if len(children) > 1:
         raise ValueError(f"{type(model).__name__} has no forward: pass forward=(model, batch) -> output.")
     return _with_forward(model.get_submodule(children.pop()), stack)
-
-
-def _ends_in_conv1d(layer: nn.Module, channels: int) -> bool:
-    """Returns whether a layer's last weight is an nn.Conv1d with ``channels`` outputs, so that it returns (B, C, T)."""
-    weighted = [m for m in layer.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
-    return bool(weighted) and isinstance(weighted[-1], nn.Conv1d) and weighted[-1].out_channels == channels
-
-
-def _moved(before: Tensor, after: Tensor) -> float:
-    """Returns the largest difference relative to the largest value; 0 for empty tensors."""
-    return float((after - before).abs().max() / before.abs().max().clamp(min=1e-30)) if before.numel() else 0.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from depthcb.errors import NotFiniteError
+from depthcb.layout import Layout
 from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
 from depthcb.rounding import rounding_floor
@@ -37,7 +38,7 @@ class Reference:
         layer_names: Names of the L layers.
         probe_hash: `Probe.hash` of the recorded probe.
         effective_rank: Effective rank of each layer's Gram matrix: the number of directions that CKA sees [ours].
-        causal: Whether the model was detected as causal, so that position 0 was excluded.
+        layout: How the layers' outputs were read.
         floor: By measure, the change of each layer that rounding alone gives, see `depthcb.rounding`; empty if it was
             not measured.
     """
@@ -47,8 +48,13 @@ class Reference:
     layer_names: tuple[str, ...]
     probe_hash: str
     effective_rank: tuple[float, ...]
-    causal: bool
+    layout: Layout
     floor: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is causal, so that position 0 was excluded."""
+        return self.layout.causal
 
     @property
     def distinct(self) -> int:
@@ -70,8 +76,8 @@ class Reference:
             if not bool(k.any()):
                 raise ValueError(f"Layer {name!r} has the same activations for all probe rows: nothing to compare.")
         ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
-        floor = rounding_floor(probe, model, stack, recording.causal, measures)
-        return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.causal, floor)
+        floor = rounding_floor(probe, model, stack, recording.layout, measures)
+        return cls(sketches, recording.examples, stack.names, probe.hash, ranks, recording.layout, floor)
 
     def profiles(
         self, recording: Recording, measures: Sequence[Measure], step: int, epoch: int, *, intervals: bool = True
@@ -136,6 +142,8 @@ class Reference:
             "probe_hash": self.probe_hash,
             "effective_rank": list(self.effective_rank),
             "causal": self.causal,
+            "axes": list(self.layout.axes),
+            "mask": self.layout.mask,
             "floor": {measure: list(floors) for measure, floors in self.floor.items()},
         }
 
@@ -153,7 +161,7 @@ class Reference:
             tuple(state["layer_names"]),
             state["probe_hash"],
             tuple(state["effective_rank"]),
-            state["causal"],
+            Layout(bool(state["causal"]), tuple(state.get("axes", ())), state.get("mask", "")),
             {measure: tuple(floors) for measure, floors in state.get("floor", {}).items()},  # older ones have none
         )
         for kind, layers in found.sketches.items():

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
-from depthcb.batches import batch_size, examples_of, feed
+from depthcb.batches import batch_size, examples_of
+from depthcb.feeding import Call
+from depthcb.layout import Layout
 from depthcb.probe import Probe
 from depthcb.similarity import Measure, gram
 from depthcb.stack import LayerStack
@@ -24,7 +25,7 @@ MOST_MEMORY = 4 * 2**30
 
 
 def rounding_floor(
-    probe: Probe, model: nn.Module, stack: LayerStack, causal: bool, measures: Sequence[Measure]
+    probe: Probe, model: nn.Module, stack: LayerStack, layout: Layout, measures: Sequence[Measure]
 ) -> dict[str, tuple[float, ...]]:
     """Measures the change between the same model in float64 and in its own precision, on a tenth of the probe [ours].
 
@@ -32,7 +33,7 @@ def rounding_floor(
         probe: The probe.
         model: The model, which is not changed.
         stack: Its layers.
-        causal: Whether it is causal, as detected on the whole probe.
+        layout: How to read its layers' outputs.
         measures: The measures.
 
     Returns:
@@ -47,11 +48,11 @@ def rounding_floor(
         return {}
     few = _first(probe, max(FEWEST, math.ceil(SHARE * sum(map(batch_size, probe.batches)))))
     try:
-        rounded = few.record(model, stack, causal).rows
-        redrawn = dataclasses.replace(few, forward_seed=few.forward_seed + 1).record(model, stack, causal).rows
+        rounded = few.record(model, stack, layout).rows
+        redrawn = dataclasses.replace(few, forward_seed=few.forward_seed + 1).record(model, stack, layout).rows
         if not all(map(torch.equal, rounded, redrawn)):
             return {}
-        exact = dataclasses.replace(few, forward=_InDouble(probe)).record(model, stack, causal).rows
+        exact = few.record(model, stack, layout, _in_double).rows
         found = {
             m.name: tuple(
                 float(m(gram(a), gram(b.double())) if m.needs == "gram" else m(a, b.double()))
@@ -74,24 +75,22 @@ def _first(probe: Probe, examples: int) -> Probe:
     return dataclasses.replace(probe, batches=tuple(batches))
 
 
-class _InDouble:
-    """A probe's ``forward`` that runs the model with float64 weights, without changing it."""
+def _in_double(model: nn.Module, call: Call) -> Any:
+    """Runs a call with float64 weights, without changing the model."""
+    runner = _Runner(model, call)
+    tensors = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
+    double = {name: _doubled(tensor) for name, tensor in tensors.items()}
+    return torch.func.functional_call(runner, double, (call.mapped(_doubled).payload,))
 
-    def __init__(self, probe: Probe) -> None:
-        self.forward = probe.forward or feed
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        runner = _Runner(model, self.forward)
-        tensors = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
-        double = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-        inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
-        return torch.func.functional_call(runner, double, (inputs,))
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 class _Runner(nn.Module):
-    def __init__(self, model: nn.Module, run: Any) -> None:
+    def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
-        self.model, self.run = model, run
+        self.model, self.call = model, call
 
-    def forward(self, batch: Any) -> Any:
-        return self.run(self.model, batch)
+    def forward(self, payload: Any) -> Any:
+        return self.call.run(payload)

@@ -149,7 +149,7 @@ class Noised:
             for p in (p for layer in LayerStack.find(model).modules for p in layer.parameters()):
                 noise = torch.randn(p.shape, generator=generator)
                 p += noise * 0.01 * p.norm() / noise.norm()
-        recording = self.probe.record(model, LayerStack.find(model), self.reference.causal)
+        recording = self.probe.record(model, LayerStack.find(model), self.reference.layout)
         own = self.reference.profiles(recording, CKA, 0, 0)["cka"]
         null = null_profiles(model, self.pretrained, self.probe, self.reference, CKA)
         slope = Profiles(draw["cka"] for draw in null.matched).mean_relative_slope

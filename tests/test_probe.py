@@ -185,6 +185,9 @@ class Touchy(nn.Module):
         assert not torch.is_autocast_enabled("cpu")
         assert not torch.is_grad_enabled()
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        with torch.backends.cudnn.flags(enabled=False):  # as torch's CTC loss does
+            pass
         return self.blocks(x) + torch.rand(1) + random.random() + np.random.rand()
 
 
@@ -199,6 +202,7 @@ def test_nothing_is_left_behind() -> None:
             recording = record(model, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
     assert recording.rows[0].dtype == torch.float32

@@ -34,9 +34,16 @@ def test_bad_probes_are_refused(batch: Any, options: dict[str, Any], message: st
 
 def test_a_mask_of_another_length_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    batch = {"x": torch.ones(4, 5, 3), "attention_mask": torch.ones(4, 6)}
-    with pytest.raises(ValueError, match="returns 5 positions, attention_mask has 6"):
+    batch = {"x": torch.rand(4, 5, 3), "attention_mask": torch.ones(4, 6)}
+    everything = record(model, batch, forward=lambda m, b: m(b["x"])).rows[1]
+    batch["attention_mask"][0, 4:] = 0
+    with pytest.raises(ValueError, match=r"returns 5 positions, attention_mask has 6: pass mask=batch -> \(4, 5\)"):
         record(model, batch, forward=lambda m, b: m(b["x"]))
+    found = record(model, batch, forward=lambda m, b: m(b["x"]), mask=lambda b: b["attention_mask"][:, :5]).rows[1]
+    torch.testing.assert_close(found[1:], everything[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], model(batch["x"])[0, :4].mean(dim=0))
+    assert torch.equal(record(model, batch, forward=lambda m, b: m(b["x"]), mask=False).rows[1], everything)
 
 
 def test_a_mask_that_says_nothing_of_padding_is_refused() -> None:

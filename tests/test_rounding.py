@@ -17,6 +17,7 @@ from support import TinyLM
 from torch import Tensor, nn
 
 from depthcb import LayerStack, report
+from depthcb.layout import Layout
 from depthcb.probe import Probe
 from depthcb.profile import RESOLVED, Profile
 from depthcb.reference import Reference
@@ -109,7 +110,7 @@ class Refuses(nn.Module):
 )
 def test_what_cannot_be_measured_is_left_out(model: nn.Module, batch: Tensor) -> None:
     probe, stack = Probe((batch,)), LayerStack.find(model)
-    assert rounding_floor(probe, model, stack, False, CHOSEN) == {}
+    assert rounding_floor(probe, model, stack, Layout(False, ("BD",) * len(stack)), CHOSEN) == {}
     assert (
         Reference.record(probe, model, stack, CHOSEN).profiles(probe.record(model, stack), CHOSEN, 0, 0)["cka"].floor
         is None

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.data import DataLoader
 
 from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row, run_folder
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
+from depthcb.feeding import Call, validation_call
 from depthcb.null import DRAWS
 from depthcb.pretrained import PretrainedWeights
-from depthcb.probe import Forward, Probe, Rows
+from depthcb.probe import Forward, Mask, Probe, Rows
 from depthcb.profile import Profiles
 from depthcb.reference import Reference
 from depthcb.run import write_null
 from depthcb.similarity import Measure
+from depthcb.stack import LayerStack
 from depthcb.warn import warn
 
 
@@ -60,8 +65,13 @@ class DepthProfile(Callback):
         every_n_validations: Measure at every n-th validation.
         name: Prefix of the logged keys; must be unique if a Trainer has several profiles.
         probe_rows: Maximum number of examples taken from a dataset, and of token rows.
-        forward: ``(pl_module, batch) -> anything``: how to run the module on a probe batch. By default
-            ``pl_module(...)``, or the child that holds the layers if the module does not define ``forward``.
+        forward: ``(pl_module, batch) -> anything``: how to run the module on a probe batch. By default as its
+            ``validation_step`` does, where that can be told; else ``pl_module(...)``, or the child that holds the
+            layers if the module does not define ``forward``. Batches go through the batch transfer hooks of the module
+            and the data module in any case.
+        causal: Whether later positions depend on earlier ones only; None finds it. See `Probe`.
+        axes: The dimensions of the layers' outputs, such as ``"TBD"``; None finds them. See `Probe`.
+        mask: ``batch -> (examples, positions) tensor`` that is 0 at padding, or False; None finds it. See `Probe`.
         pretrained: ``"cpu"`` keeps a copy of the pretrained weights in main memory (all parameters and buffers once),
             taken before any checkpoint is loaded. The null profiles are then measured at the end of the fit, which
             takes about 2 x ``null_draws`` + 7 passes over the probe and one more copy of the weights for that time, and
@@ -91,6 +101,9 @@ class DepthProfile(Callback):
         name: str = "depth",
         probe_rows: int = 256,
         forward: Forward | None = None,
+        causal: bool | None = None,
+        axes: str | None = None,
+        mask: Mask | None = None,
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
     ) -> None:
@@ -100,7 +113,18 @@ class DepthProfile(Callback):
         self.every_n_validations = every_n_validations
         #: The underlying recorder, which works without a Trainer.
         self.recorder = ProfileRecorder(
-            probe, layers, measures, rows, name, probe_rows, forward, pretrained=pretrained, null_draws=null_draws
+            probe,
+            layers,
+            measures,
+            rows,
+            name,
+            probe_rows,
+            forward,
+            causal,
+            axes,
+            mask,
+            pretrained=pretrained,
+            null_draws=null_draws,
         )
         self._loading: Any = None
         self.reset()
@@ -181,7 +205,9 @@ class DepthProfile(Callback):
             source = _validation_loader(trainer)
         elif trainer.val_dataloaders is None:
             warn(f"DepthProfile {self.name!r}: this Trainer never validates, so no profile is measured.")
-        with _logging_disabled(pl_module):
+        self.recorder.transfer = functools.partial(_transferred, trainer, pl_module)
+        self.recorder.feed = _fed
+        with _probing(trainer, pl_module):
             self.recorder.prepare(pl_module, source=source)
         self._open_record(trainer, pl_module)
 
@@ -191,7 +217,7 @@ class DepthProfile(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        with _logging_disabled(pl_module):
+        with _probing(trainer, pl_module):
             profiles = self.recorder.measure(logged_step(trainer), trainer.current_epoch)
         shown = f"{self.name}/{self.measures[0].name}/slope"
         for key, value in self.recorder.row(profiles).items():
@@ -214,7 +240,8 @@ class DepthProfile(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.profiles and not self._drawn:
             self._log_pictures(trainer)
-        null = self.recorder.measure_null()
+        with _probing(trainer, pl_module):
+            null = self.recorder.measure_null()
         folder = run_folder(trainer)
         if null is not None and folder is not None:
             write_null(folder, null)
@@ -279,18 +306,32 @@ class DepthProfile(Callback):
 
 
 @contextlib.contextmanager
-def _logging_disabled(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Disables ``self.log`` while the probe runs."""
+def _probing(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Lets hooks and steps of the module run with the probe at any time: as in validation, but logging nothing."""
     attributes: dict[str, Any] = vars(pl_module)
-    before = dict(attributes)
+    before, stage = dict(attributes), trainer.state.stage
     attributes |= {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
+    trainer.state.stage = RunningStage.VALIDATING
     try:
         yield
     finally:
+        trainer.state.stage = stage
         for name in ("log", "log_dict"):
             del attributes[name]
             if name in before:
                 attributes[name] = before[name]
+
+
+def _transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Returns a batch as a validation step gets it: converted, moved, and through the user's batch hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _fed(module: nn.Module, stack: LayerStack, batch: Any) -> Call | None:
+    """Returns the call of the model in the module's validation step, if it has one of its own."""
+    return validation_call(module, stack, batch) if is_overridden("validation_step", module) else None
 
 
 def first_validation_loader(trainer: pl.Trainer) -> Any:

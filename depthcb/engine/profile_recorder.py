@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.glossary import LOW_RANK
+from depthcb.layout import check_axes
 from depthcb.null import DRAWS, Null, null_profiles
 from depthcb.pretrained import PretrainedWeights
-from depthcb.probe import Forward, Probe, Rows
+from depthcb.probe import Feed, Forward, Mask, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures, gram
@@ -39,6 +41,9 @@ class ProfileRecorder(StepHooks):
         name: Prefix of the logged keys.
         probe_rows: Maximum number of examples taken from a dataset, and of token rows.
         forward: ``(module, batch) -> anything``: how to run the module on a probe batch.
+        causal: Whether the model is causal; None finds it. See `Probe`.
+        axes: The dimensions of the layers' outputs, such as ``"TBD"``; None finds them. See `Probe`.
+        mask: ``batch -> (examples, positions) tensor`` that is 0 at padding, or False; None finds it. See `Probe`.
         every: Measure every n-th step; ignored in a Trainer.
         pretrained: ``"cpu"`` keeps a copy of the pretrained weights, for `measure_null` and net changes; see
             `depthcb.DepthProfile`.
@@ -68,6 +73,9 @@ class ProfileRecorder(StepHooks):
         name: str = "depth",
         probe_rows: int = 256,
         forward: Forward | None = None,
+        causal: bool | None = None,
+        axes: str | None = None,
+        mask: Mask | None = None,
         every: int = 1,
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
@@ -81,6 +89,12 @@ class ProfileRecorder(StepHooks):
         self.probe, self.layers, self.name, self.every = probe, layers, name, every
         self.rows: Rows = rows
         self.probe_rows, self.forward = probe_rows, forward
+        self.causal, self.axes, self.mask = causal, axes, mask
+        if axes is not None:
+            check_axes(axes)
+        #: How batches reach the module, see `Probe`; set by trainers with batch hooks and validation steps.
+        self.transfer: Callable[[Any], Any] | None = None
+        self.feed: Feed | None = None
         #: Wall-clock time spent on measuring so far, in seconds.
         self.seconds = 0.0
         self.reset()
@@ -128,9 +142,18 @@ class ProfileRecorder(StepHooks):
             raise ValueError("DepthProfile: there is no probe: pass probe= with a batch, a dataset or a loader.")
         self._module, self._stack = module, LayerStack.find(module, self.layers)
         self.take_weights(module)
-        self.fixed_probe = Probe.collect(
-            source, self.probe_rows, rows=self.rows, max_tokens=self.probe_rows, forward=self.forward
+        probe = Probe.collect(
+            source,
+            self.probe_rows,
+            rows=self.rows,
+            max_tokens=self.probe_rows,
+            forward=self.forward,
+            causal=self.causal,
+            axes=self.axes,
+            mask=self.mask,
         )
+        transfer, ways = probe.transfer or self.transfer, probe.feed or self.feed
+        self.fixed_probe = dataclasses.replace(probe, transfer=transfer, feed=ways)
         if self.reference is not None:
             self._check_reference(self.reference, self.fixed_probe)
             self._check_weights(self.reference, self.fixed_probe)
@@ -163,7 +186,7 @@ class ProfileRecorder(StepHooks):
         assert self.reference is not None
         assert self.fixed_probe is not None
         start = time.perf_counter()
-        recording = self.fixed_probe.record(self._module, self._stack, self.reference.causal)
+        recording = self.fixed_probe.record(self._module, self._stack, self.reference.layout)
         profiles = self.reference.profiles(recording, self.measures, step, epoch)
         for measure, profile in profiles.items():
             self.profiles_by_measure[measure].append(profile)
@@ -252,7 +275,7 @@ class ProfileRecorder(StepHooks):
         if self.weights is None:
             return
         with self.weights.restored_in(self._module):
-            again = probe.record(self._module, self._stack, reference.causal).rows
+            again = probe.record(self._module, self._stack, reference.layout).rows
         for name, before, rows in zip(self._stack.names, reference.sketches["gram"], again, strict=True):
             if not torch.allclose(before, gram(rows).cpu(), rtol=1e-3, atol=1e-3 * float(before.abs().max())):
                 raise ValueError(

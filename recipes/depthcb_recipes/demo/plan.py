@@ -183,7 +183,7 @@ def measure(pretrained: PreTrainedModel, size: Settings, precision: Precision) -
     stack, measures = LayerStack.find(model), find_measures(DEMO_MEASURES)
     reference = Reference.record(probe, model.base_model, stack, measures)
     start = time.perf_counter()
-    reference.profiles(probe.record(model.base_model, stack, reference.causal), measures, step=0, epoch=0)
+    reference.profiles(probe.record(model.base_model, stack, reference.layout), measures, step=0, epoch=0)
     probed = time.perf_counter() - start
     del model, trainer, stack
     release_memory()
