@@ -129,7 +129,8 @@ def validation_call(module: nn.Module, stack: LayerStack, batch: Any) -> Call | 
     """Returns the call by which ``module.validation_step`` runs the layers on a batch; None where that cannot be told.
 
     The step runs up to its first call of a module that contains all layers. It cannot be told if there is none, if the
-    step fails before it, if the call is on another number of examples, or if the parameters are sharded.
+    step fails before it, if the call is on another number of examples (which may be in the first two dimensions), or if
+    the parameters are sharded.
 
     Args:
         module: A module with a ``validation_step(batch, batch_idx)``.
@@ -153,7 +154,8 @@ def validation_call(module: nn.Module, stack: LayerStack, batch: Any) -> Call | 
         try:
             step(batch, 0, *([0] if len(inspect.signature(step).parameters) > 2 else []))
         except _Reached as found:
-            if found.call is None or batch_size(found.call.payload) != batch_size(batch):
+            size = batch_size(batch)
+            if found.call is None or not any(size in tensor.shape[:2] for tensor in found.call.named.values()):
                 return None
             return _guarded(found.call, module, batch)
         except Exception:  # what the step needs besides the batch is not there

@@ -17,6 +17,7 @@ from studies import SMOKE, command
 from torch import Tensor, nn
 
 from depthcb import EqualStep, LayerStack
+from depthcb.layout import Layout
 from depthcb.null import null_profiles
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Probe, Recording
@@ -37,14 +38,18 @@ DOCUMENTS = 30
 PROMISED = 0.93
 
 
+def layout(rows: Sequence[Tensor]) -> Layout:
+    return Layout(False, ("BD",) * len(rows))
+
+
 def reference_of(rows: Sequence[Tensor], examples: Tensor) -> Reference:
     layers = tuple(f"layer {i}" for i in range(len(rows)))
-    return Reference({"gram": [gram(r) for r in rows]}, examples, layers, "", (9.0,) * len(rows), False)
+    return Reference({"gram": [gram(r) for r in rows]}, examples, layers, "", (9.0,) * len(rows), layout(rows))
 
 
 def profile(before: Sequence[Tensor], after: Sequence[Tensor], examples: Tensor, **options: bool) -> Profile:
     reference = reference_of(before, examples)
-    return reference.profiles(Recording(list(after), examples, False), CKA, 0, 0, **options)["cka"]
+    return reference.profiles(Recording(list(after), examples, layout(after)), CKA, 0, 0, **options)["cka"]
 
 
 def coverage(recordings: Sequence[Sequence[Tensor]], documents: Tensor, samples: int) -> dict[str, float]:
