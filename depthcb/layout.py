@@ -199,7 +199,7 @@ def _examples(run: Run, call: Call, look: Look, index: int, dims: list[int], siz
     """
 
     def output(of: Call = call, edit: Edit | None = None) -> Tensor:
-        return run(of, lambda i, o: o if i == index else o.new_empty(0), edit).outputs[index]
+        return run(of, lambda i, o: o.clone() if i == index else o.new_empty(0), edit).outputs[index]
 
     before, left = output(), []
     for dim in dims:

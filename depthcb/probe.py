@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -186,7 +186,8 @@ class Probe:
         with isolated(model):
             generators = generators_of(model)
             passes = [_Pass(model, stack, execute, generators, self.forward_seed + i) for i in range(len(self.batches))]
-            if layout is None or not layout.axes:  # older checkpoints have none
+            known = layout is not None and bool(layout.axes)  # older checkpoints have none
+            if layout is None or not known:
                 layout = self._layout(passes[0])
             if layout.causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
@@ -194,7 +195,7 @@ class Probe:
             for run, batch in zip(passes, self.batches, strict=True):
                 placed, call = self._call(run, batch)
                 extract = _RowExtractor(self, layout, stack.names, self._real(placed, call, layout), run.masks, start)
-                parts.append(run(call, extract).outputs)
+                parts.append(run.rows(call, extract) if known else run(call, extract).outputs)
                 examples.append(extract.examples)
                 start += extract.size
         rows = [torch.cat(layer) for layer in zip(*parts, strict=True)]
@@ -254,54 +255,84 @@ class _Pass:
         Raises:
             ValueError: A layer is not reached, several times, or reads the same input as another one.
         """
-        watched = _Watched(self.stack, take, edit)
+        watched = _Watched(self.stack, take)
+        with self._hooks(watched) as hooks:
+            watched.look_inside(hooks, edit)
+            self.execute(self.model, call)
+        return watched.look(list(self.masks))
+
+    def rows(self, call: Call, take: Take) -> list[Tensor]:
+        """Returns what ``take`` keeps of each layer's output on a call whose layout is known; ends after the last one.
+
+        Raises:
+            ValueError: A layer is not reached, or reads the same input as another one.
+        """
+        watched = _Watched(self.stack, take)
+        # A forward of sharded parameters cannot be left half-way.
+        watched.leaves = not any(isinstance(p, DTensor) for p in self.model.parameters())
+        with self._hooks(watched), contextlib.suppress(_Recorded):
+            self.execute(self.model, call)
+        return watched.outputs()
+
+    @contextlib.contextmanager
+    def _hooks(self, watched: _Watched) -> Iterator[contextlib.ExitStack]:
         self.masks.clear()
         with contextlib.ExitStack() as hooks:
             for module in containers(self.model, self.stack):
                 hooks.callback(module.register_forward_pre_hook(self._keep_masks, with_kwargs=True).remove)
-            watched.attach(hooks)
+            for index, layer in enumerate(self.stack.modules):
+                hooks.callback(layer.register_forward_hook(functools.partial(watched.after, index)).remove)
             hooks.enter_context(seeded(self.generators, self.seed))
-            self.execute(self.model, call)
-        return watched.look(list(self.masks))
+            yield hooks
 
     def _keep_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with contextlib.suppress(TypeError, ValueError):  # arguments that don't fit the signature, or none to be read
             self.masks.extend(masks_in(call_of(module, args, kwargs)))
 
 
-class _Watched:
-    """The hooks of one forward."""
+class _Recorded(BaseException):
+    """Ends a forward after its last layer; not an Exception, which the model might catch."""
 
-    def __init__(self, stack: LayerStack, take: Take, edit: Edit | None) -> None:
-        self.stack, self.take, self.edit = stack, take, edit
+
+class _Watched:
+    """What is seen of the layers in one forward."""
+
+    def __init__(self, stack: LayerStack, take: Take) -> None:
+        self.stack, self.take, self.leaves = stack, take, False
+        self.edit: Edit | None = None
         self.kept: dict[int, Tensor] = {}
         self.shapes: dict[int, torch.Size] = {}
         self.within: dict[int, list[tuple[torch.Size, int]]] = {}
         self.first_input: Tensor | None = None
         self.last: tuple[str, Any, Tensor | None] = ("", None, None)
 
-    def attach(self, hooks: contextlib.ExitStack) -> None:
+    def look_inside(self, hooks: contextlib.ExitStack, edit: Edit | None) -> None:
+        """Keeps, and edits, the first layer's input; notes the dimension of the features."""
+        self.edit = edit
         first = self.stack.modules[0]
         hooks.callback(first.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         for index, layer in enumerate(self.stack.modules):
             for module in layer.modules():
                 if has_weights(module):
+                    # Before the layer's own hook, which may be on the same module.
                     inside = functools.partial(self._inside, index)
-                    hooks.callback(module.register_forward_hook(inside).remove)
-            hooks.callback(layer.register_forward_hook(functools.partial(self._after, index)).remove)
+                    hooks.callback(module.register_forward_hook(inside, prepend=True).remove)
 
-    def look(self, masks: list[Tensor]) -> Look:
+    def outputs(self) -> list[Tensor]:
         unreached = [name for i, name in enumerate(self.stack.names) if i not in self.kept]
         if unreached:
             raise ValueError(
                 f"The forward never reached layer {', '.join(unreached)}: check layers=, or pass a "
                 "forward=(model, batch) -> output that runs them."
             )
-        order = range(len(self.stack))
+        return [self.kept[i] for i in range(len(self.stack))]
+
+    def look(self, masks: list[Tensor]) -> Look:
+        outputs, order = self.outputs(), range(len(self.stack))
         features = [[d for shape, d in self.within.get(i, []) if shape == self.shapes[i]] for i in order]
         return Look(
             [self.shapes[i] for i in order],
-            [self.kept[i] for i in order],
+            outputs,
             self.first_input,
             [dims[-1] if dims else None for dims in features],
             masks,
@@ -325,7 +356,7 @@ class _Watched:
         if tensor is not None and dimension is not None:
             self.within.setdefault(index, []).append((tensor.shape, dimension))
 
-    def _after(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
+    def after(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
         name = self.stack.names[index]
         activation = _activation(name, output)
         if index in self.kept:
@@ -342,6 +373,8 @@ class _Watched:
         self.last = name, layer_input, first_tensor(output)
         self.shapes[index] = activation.shape
         self.kept[index] = self.take(index, activation)
+        if self.leaves and len(self.kept) == len(self.stack):
+            raise _Recorded
 
 
 @dataclass
@@ -368,7 +401,7 @@ class _RowExtractor:
         self.size = len(output)
         if output.dim() == 2:
             self.examples = self.start + torch.arange(self.size)
-            return output
+            return _copied(output)
         return self._rows(output, self._real(self.names[index], output))
 
     def _real(self, name: str, output: Tensor) -> Tensor:
@@ -392,13 +425,15 @@ class _RowExtractor:
     def _rows(self, output: Tensor, real: Tensor) -> Tensor:
         if self.probe.rows == "mean":
             self.examples = self.start + torch.arange(len(real))
+            if bool(real.all()):
+                return output.mean(dim=1, dtype=_dtype(output))
             weights = real.to(output.device)[..., None]
             # Select rather than multiply, because padding may contain NaN.
-            return torch.where(weights, output, 0).sum(dim=1) / weights.sum(dim=1)
+            return torch.where(weights, output, 0).sum(dim=1, dtype=_dtype(output)) / weights.sum(dim=1)
         pairs = [(i, p) for i, mask in enumerate(real) for p in self._positions(self.start + i, mask)]
         which, where = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(dim=1)
         self.examples = self.start + which
-        return output[which.to(output.device), where.to(output.device)]
+        return _copied(output[which.to(output.device), where.to(output.device)])
 
     def _positions(self, example: int, mask: Tensor) -> list[int]:
         real: list[int] = mask.nonzero().flatten().tolist()
@@ -415,14 +450,20 @@ class _RowExtractor:
 
 
 def _activation(name: str, output: Any) -> Tensor:
-    """Returns a copy of a layer's output, or of the first tensor in its output tuple, dict or dataclass."""
+    """Returns a layer's output, or the first tensor in its output tuple, dict or dataclass."""
     item = first_tensor(output)
     if item is None:
         raise ValueError(f"Layer {name!r} returns {type(output).__name__} without a tensor: name other layers.")
-    if isinstance(item, DTensor):
-        item = item.full_tensor()
-    # Copied, because the next module may work in place, such as nn.ReLU(inplace=True).
-    return item.detach().to(torch.float64 if item.dtype == torch.float64 else torch.float32, copy=True)
+    return (item.full_tensor() if isinstance(item, DTensor) else item).detach()
+
+
+def _dtype(output: Tensor) -> torch.dtype:
+    return torch.float64 if output.dtype == torch.float64 else torch.float32
+
+
+def _copied(output: Tensor) -> Tensor:
+    """Returns a copy, because the next module may work in place, such as nn.ReLU(inplace=True)."""
+    return output.to(_dtype(output), copy=True)
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Reference:
         """Number of distinct examples, or documents where the probe names them."""
         return len(torch.unique(self.examples))
 
+    @cached_property
+    def halves(self) -> Tensor:
+        """Halves of the rows, see `halves_of`."""
+        return halves_of(self.examples)
+
     @classmethod
     def record(cls, probe: Probe, model: nn.Module, stack: LayerStack, measures: Sequence[Measure]) -> Reference:
         """Records ``model`` as the reference.
@@ -100,13 +106,13 @@ class Reference:
             raise ValueError(
                 f"The reference model is {kinds[0]}, the current one {kinds[1]}: use the same attention mask for both."
             )
-        halves = _halves(self.examples) if intervals else []
+        halves = self.halves if intervals else self.halves[:, :0]
         for name, rows in zip(self.layer_names, recording.rows, strict=True):
             _check_finite(name, rows)
         now = {kind: [_sketch(kind, r) for r in recording.rows] for kind in {m.needs for m in measures}}
         return {m.name: self._profile(m, now[m.needs], halves, step, epoch) for m in measures}
 
-    def _profile(self, measure: Measure, now: list[Tensor], halves: list[Tensor], step: int, epoch: int) -> Profile:
+    def _profile(self, measure: Measure, now: list[Tensor], halves: Tensor, step: int, epoch: int) -> Profile:
         change, over_halves = [], []
         for name, before, after in zip(self.layer_names, self.sketches[measure.needs], now, strict=True):
             before = before.to(after.device)
@@ -182,30 +188,43 @@ def _check_finite(name: str, rows: Tensor) -> None:
         raise NotFiniteError(f"Layer {name!r} has NaN or infinite activations on the probe: its change is undefined.")
 
 
-def _halves(examples: Tensor) -> list[Tensor]:
-    """Returns the row indices of 200 random halves, split by whole examples (or documents); empty if they are too few.
+def halves_of(examples: Tensor) -> Tensor:
+    """Returns 200 random halves of the rows, by whole examples, as the columns of a 0/1 matrix (n, 200).
 
-    Halves without repetition: repeated rows would break the U-centring.
+    None if there are too few examples. Without repetition: repeated rows would break the U-centring.
+
+    Args:
+        examples: (n,) number of the example (or document) of each row.
     """
-    distinct: Tensor = torch.unique(examples)
-    if len(distinct) < EXAMPLES_FOR_INTERVAL:
-        return []
-    generator = torch.Generator().manual_seed(0)
-    chosen = [distinct[torch.randperm(len(distinct), generator=generator)[: len(distinct) // 2]] for _ in range(HALVES)]
-    return [torch.isin(examples, half).nonzero().flatten() for half in chosen]
+    distinct, of_row = torch.unique(examples, return_inverse=True)
+    count, generator = len(distinct), torch.Generator().manual_seed(0)
+    halves = torch.zeros(count, HALVES if count >= EXAMPLES_FOR_INTERVAL else 0, dtype=torch.float64)
+    for half in halves.mT:
+        half[torch.randperm(count, generator=generator)[: count // 2]] = 1
+    return halves[of_row]
 
 
-def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: list[Tensor]) -> Tensor:
-    """Returns the change (H,) recomputed on each half of the rows, with halves of equal size batched."""
-    if not halves:
-        return torch.empty(0, dtype=torch.float64)
-    changes = torch.empty(len(halves), dtype=torch.float64)
-    for size in {len(half) for half in halves}:
-        members = [i for i, half in enumerate(halves) if len(half) == size]
+def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: Tensor) -> Tensor:
+    """Returns the change (h,) recomputed on each half of the rows, with halves of equal size batched.
+
+    Args:
+        measure: The measure.
+        before: (n, n) or (n, d) of the reference.
+        after: The same for the current model.
+        halves: (n, h), see `Reference.halves`.
+    """
+    changes = torch.empty(halves.shape[1], dtype=torch.float64)
+    if not len(changes):
+        return changes
+    if measure.over_subsets is not None:
+        return measure.over_subsets(before, after, halves.to(before.device)).cpu()
+    sizes = halves.sum(dim=0).long()
+    for size in set(sizes.tolist()):
+        members = (sizes == size).nonzero().flatten()
+        rows = halves[:, members].mT.nonzero()[:, 1].view(len(members), size)
         at_once = max(1, CHUNK // (size * (size if measure.needs == "gram" else before.shape[-1])))
         for start in range(0, len(members), at_once):
-            part = members[start : start + at_once]
-            index = torch.stack([halves[i] for i in part]).to(after.device)
+            index = rows[start : start + at_once].to(after.device)
             cut = (index[:, :, None], index[:, None, :]) if measure.needs == "gram" else (index,)
-            changes[part] = measure(before[cut], after[cut]).cpu()
+            changes[members[start : start + at_once]] = measure(before[cut], after[cut]).cpu()
     return changes

@@ -17,7 +17,7 @@ from depthcb import LayerStack
 from depthcb.engine import ProfileRecorder
 from depthcb.probe import Probe
 from depthcb.profile import Profile
-from depthcb.reference import Reference, _halves
+from depthcb.reference import Reference, halves_of
 from depthcb.similarity import find_measures
 
 
@@ -157,9 +157,9 @@ def test_halves_are_drawn_over_documents() -> None:
     assert plain.examples.tolist() == list(range(48))
     reference = Reference.record(Probe(tuple(batches)), model, stack, measures)
     assert reference.distinct == 16
-    for half in _halves(reference.examples):
+    for half in reference.halves.mT.bool():
         assert sorted(set(document[half].tolist())) == sorted(document[half].tolist()[::3])
-        assert len(half) == 24
+        assert int(half.sum()) == 24
 
 
 def test_a_document_that_is_an_input_is_one() -> None:
@@ -196,7 +196,7 @@ def test_intervals_by_document_cover_the_truth() -> None:
         shared = np.repeat(rng.normal(0, 1, (40, 1)), 3, axis=0) + 0.3 * rng.normal(0, 1, (120, 1))
         changes = 1 + weights + 0.5 * shared * weights + 0.1 * rng.normal(0, 1, (120, 6))
         for kind, numbers in (("documents", torch.arange(120) // 3), ("rows", torch.arange(120))):
-            halves = np.stack([changes[half.numpy()].mean(axis=0) for half in _halves(numbers)])
+            halves = np.stack([changes[half].mean(axis=0) for half in halves_of(numbers).mT.bool().numpy()])
             profile = Profile.from_halves(
                 changes.mean(axis=0).tolist(), halves, layer_names=tuple("abcdef"), measure="cka"
             )

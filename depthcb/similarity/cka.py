@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from depthcb.errors import NotFiniteError
 from depthcb.similarity.gram import doubly_centred, gram, half_squared_distance, u_centred, unit_norm, unit_rows
 from depthcb.similarity.measure import register
+from depthcb.similarity.subsets import cka_normalized_over_subsets, cka_over_subsets
 
 MIN_ROWS = 4  # the U-centred estimator divides by n - 3
 
@@ -63,6 +64,7 @@ def cka_normalized_change(reference: Tensor, current: Tensor, *, debiased: bool 
     unit="1 - CKA  (0 = unchanged)",
     definition="1 - linear CKA between the layer's activations on the probe in the pretrained and the current model, "
     "debiased (U-centred Gram matrices of all rows). 0 is unchanged, about 1 unrelated. Dimensionless.",
+    over_subsets=cka_over_subsets,
 )
 def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
     """Computes `cka_change` (...) from Gram matrices (..., n, n), centred or not; NaN where a side's rows are equal."""
@@ -77,6 +79,7 @@ def cka_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = 
     unit="1 - CKA, rows normalised",
     definition="The same with every row centred and scaled to unit norm first, so that no single large direction can "
     "dominate it. Dimensionless.",
+    over_subsets=cka_normalized_over_subsets,
 )
 def cka_normalized_change_of_grams(reference: Tensor, current: Tensor, *, debiased: bool = True) -> Tensor:
     """Computes `cka_normalized_change` from Gram matrices; see `cka_change_of_grams`."""

@@ -1,0 +1,134 @@
+"""CKA over many subsets of the rows at once, by matrix products instead of one Gram matrix per subset.
+
+With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B with zero diagonals is
+With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without diagonals is
+is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
+relative precision, as in `half_squared_distance`.
+
+Functions take Gram matrices (n, n) in float64, doubly centred over all rows, and the subsets as the columns of a 0/1
+matrix (n, h); they return changes (h,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depthcb.similarity.gram import DEGENERATE
+
+
+def cka_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
+    """Computes `cka_change_of_grams` of the sub-Grams of each subset; NaN where a side's rows are equal."""
+    m = subsets.sum(dim=0)
+    a, b = (k - torch.diag(k.diagonal()) for k in (reference, current))
+    scale = (a * b).sum() / (a * a).sum()
+    e = b - scale * a  # as far as possible orthogonal to a, so that a change of scale does not hide what else changed
+    of_a, of_e = subsets * (a @ subsets), subsets * (e @ subsets)
+
+    def inner(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+        return _u_inner((subsets * ((x * y) @ subsets)).sum(dim=0), of_x, of_y, m)
+
+    aa, ae, ee = inner(a, a, of_a, of_a), inner(a, e, of_a, of_e), inner(e, e, of_e, of_e)
+    bb = scale**2 * aa + 2 * scale * ae + ee
+    sizes = [(subsets * ((k * k) @ subsets)).sum(dim=0) for k in (reference, current)]
+    defined = (aa > DEGENERATE**2 * sizes[0]) & (bb > DEGENERATE**2 * sizes[1])
+    return torch.where(defined, _change(aa, ae, ee, bb, scale * aa + ae), torch.nan)
+
+
+def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
+    """Computes `cka_normalized_change_of_grams` of the sub-Grams of each subset; NaN where a row has no direction.
+
+    Centred and scaled within its subset, entry ij is N_ij = w_i w_j G_ij with G = K - a 1' - 1 a', on the current side
+    N' = N + E. With G' = G + H and w' = w + p, v = w + p / 2: E_ij = (p_i v_j + v_i p_j) G_ij + w'_i w'_j H_ij, whose
+    diagonal is 0, because that of N and of N' is 1.
+    """
+    m = subsets.sum(dim=0)
+    before, moved = _Centred(reference, subsets), _Centred(current - reference, subsets)
+    squares = before.diagonal
+    after = squares + moved.diagonal
+    defined = _directed(squares, subsets) & _directed(after, subsets)
+    w = subsets / squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    # w' = w (1 + d/s)^(-1/2), where d is the change of the squared norms s: accurate for a tiny d.
+    relative = torch.where(subsets > 0, moved.diagonal / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
+    p = w * torch.expm1(-torch.log1p(relative.clamp(min=-1)) / 2)
+    now, v = w + p, w + p / 2
+    gg, gh, hh = _Product(before, before), _Product(before, moved), _Product(moved, moved)
+    nn = gg.of(w * w) - m
+    ne = 2 * gg(w * p, w * v) + gh.of(w * now)
+    ee = 2 * gg(p * p, v * v) + 2 * gg.of(p * v) + 4 * gh(p * now, v * now) + hh.of(now * now)
+    of_n = w * (before @ w) - subsets
+    of_e = p * (before @ v) + v * (before @ p) + now * (moved @ now)
+    nn, ne, ee = _u_inner(nn, of_n, of_n, m), _u_inner(ne, of_n, of_e, m), _u_inner(ee, of_e, of_e, m)
+    return torch.where(defined & (nn > 0), _change(nn, ne, ee, nn + 2 * ne + ee, nn + ne), torch.nan)
+
+
+def _u_inner(total: Tensor, of_a: Tensor, of_b: Tensor, m: Tensor) -> Tensor:
+    """Returns the U-centred inner products (h,) of two sides with zero diagonals.
+
+    Args:
+        total: (h,) sums of the elementwise product.
+        of_a: (n, h) row sums of one side, 0 outside of the subset.
+        of_b: (n, h) row sums of the other side.
+        m: (h,) sizes of the subsets.
+    """
+    correction = of_a.sum(dim=0) * of_b.sum(dim=0) / ((m - 1) * (m - 2))
+    return total - 2 / (m - 2) * (of_a * of_b).sum(dim=0) + correction
+
+
+def _change(aa: Tensor, ae: Tensor, ee: Tensor, bb: Tensor, ab: Tensor) -> Tensor:
+    """Returns 1 - cos(A, B) of B = c A + E from inner products, as sin^2 / (1 + cos): accurate for tiny changes."""
+    cos = ab / (aa * bb).sqrt()
+    sin2 = (ee - ae * ae / aa).clamp(min=0) / bb
+    return torch.where(cos > 0, sin2 / (1 + cos), 1 - cos)
+
+
+def _directed(squares: Tensor, subsets: Tensor) -> Tensor:
+    """Returns for which subsets (h,) no row is at their mean."""
+    inside = torch.where(subsets > 0, squares, torch.inf).amin(dim=0)
+    return inside > DEGENERATE * (squares * subsets).amax(dim=0)
+
+
+class _Centred:
+    """K - a 1' - 1 a' for each subset: a Gram matrix doubly centred within the subset."""
+
+    def __init__(self, k: Tensor, subsets: Tensor) -> None:
+        m = subsets.sum(dim=0)
+        means = (k @ subsets) / m
+        self.k, self.a = k, means - (subsets * means).sum(dim=0) / m / 2
+
+    @property
+    def diagonal(self) -> Tensor:
+        """(n, h)."""
+        return self.k.diagonal()[:, None] - 2 * self.a
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.k @ x - self.a * x.sum(dim=0) - (self.a * x).sum(dim=0)
+
+
+@dataclass
+class _Product:
+    """Quadratic forms sum over ij of x_i y_j G_ij H_ij for each subset."""
+
+    g: _Centred
+    h: _Centred
+
+    def __post_init__(self) -> None:
+        self.both = self.g.k * self.h.k
+
+    def of(self, x: Tensor) -> Tensor:
+        """Returns the form for y = x, with fewer matrix products."""
+        return self(x, x)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        g, h = self.g, self.h
+        found = x * (self.both @ y)
+        mixed = [(2, g.k, g.a)] if g is h else [(1, g.k, h.a), (1, h.k, g.a)]
+        for times, k, a in mixed:  # - sum x_i y_j (a_i + a_j) k_ij
+            ky = k @ y
+            found = found - times * a * (x * ky + y * (ky if x is y else k @ x))
+        # + sum x_i y_j (a_i + a_j) (b_i + b_j)
+        sums = [(z * t).sum(dim=0) for z in (x, y) for t in (torch.ones_like(g.a), g.a, h.a, g.a * h.a)]
+        x1, xa, xb, xab, y1, ya, yb, yab = sums
+        return found.sum(dim=0) + xab * y1 + xa * yb + xb * ya + x1 * yab
