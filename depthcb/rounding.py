@@ -80,7 +80,16 @@ def _in_double(model: nn.Module, call: Call) -> Any:
     runner = _Runner(model, call)
     tensors = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
     double = {name: _doubled(tensor) for name, tensor in tensors.items()}
-    return torch.func.functional_call(runner, double, (call.mapped(_doubled).payload,))
+    owners: list[Any] = [owner for m in runner.modules() for owner in (m._parameters, m._buffers)]
+    held = [dict(owner) for owner in owners]
+    try:
+        return torch.func.functional_call(runner, double, (call.mapped(_doubled).payload,))
+    finally:
+        for owner, before in zip(
+            owners, held, strict=True
+        ):  # a forward that parametrizes (peft's stacked experts) has registered others
+            owner.clear()
+            owner.update(before)
 
 
 def _doubled(tensor: Tensor) -> Tensor:

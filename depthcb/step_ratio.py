@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
-Target = str | float | Sequence[float] | Callable[[Tensor, int], Tensor]
+Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
 NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
 
 
 class LayerSteps:
     """Copies of L layers' parameters from before the step, from which the update is computed after it.
 
-    If several optimizers own parameters of the layers, a round lasts until each of them has stepped, so that layers
-    are comparable; a parameter is copied just before its own optimizer steps. The buffers (one copy of every trainable
-    parameter) are reused.
+    If several optimizers own parameters of the layers, a round lasts until each of these parameters' optimizers has
+    stepped, so that layers are comparable; a parameter is copied just before its own optimizer steps. The buffers (one
+    copy of every trainable parameter) are reused; between rounds they can hold the parameters to be compared later.
 
     Args:
         layers: The parameters of each layer; parameters that don't require a gradient when their optimizer steps are
@@ -38,37 +38,72 @@ class LayerSteps:
         self._layers = layers
         self._parameters = {p for layer in layers for p in layer}
         self._copies: dict[Tensor, Tensor] = {}
-        #: Indices of the optimizers that have yet to step in this round; empty between rounds.
-        self.waiting: set[int] = set()
+        self._kept: set[Tensor] = set()
+        self._moved: Tensor | None = None
+        #: The parameters whose optimizers have yet to step in this round; empty between rounds.
+        self.waiting: set[Tensor] = set()
+        #: The parameters that an optimizer has owned in any round.
+        self.owned: set[Tensor] = set()
         self._open: list[list[nn.Parameter]] = [[] for _ in layers]
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Copies the parameters that this optimizer is about to change, and starts a round if none is open."""
-        owners = [_owned(o) & self._parameters for o in optimizers]
+        owned = parameters_of(optimizer) & self._parameters
+        if not owned:
+            return
         if not self.waiting:
-            self.waiting = {i for i, owned in enumerate(owners) if owned}
+            self.waiting = owned.union(*map(parameters_of, optimizers)) & self._parameters
+            self.owned |= self.waiting
             self._open = [[] for _ in self._layers]
-        owned = owners[_index(optimizer, optimizers)]
         opened = {p for layer in self._open for p in layer}
         fresh: list[Tensor] = []
         for index, layer in enumerate(self._layers):
             new = [p for p in layer if p in owned and p.requires_grad and p not in opened]
             self._open[index] += new
             fresh += new
-        for parameter in fresh:
+        self._compare(self._kept.intersection(fresh))
+        self._copy(fresh)
+        self._kept.difference_update(fresh)
+
+    def finish(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """Returns the layers of the round in depth order if this optimizer's step completes it, else an empty list."""
+        if not self.waiting:
+            return []
+        self.waiting -= parameters_of(optimizer)
+        return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copies the trainable parameters, to tell later whether anything but a step has changed them."""
+        self._kept = {p for p in self._parameters if p.requires_grad}
+        self._copy(self._kept)
+
+    @torch.no_grad()
+    def moved(self) -> list[int]:
+        """Returns the layers that have changed outside the rounds since `keep` and the last call; waits for the device.
+
+        A parameter is compared here or, if its optimizer has stepped, just before that step.
+        """
+        self._compare(self._kept)
+        self._copy(self._kept)
+        squares, self._moved = self._moved, None
+        return [] if squares is None else [i for i, square in enumerate(squares.tolist()) if square > 0]
+
+    def _copy(self, parameters: Collection[Tensor]) -> None:
+        for parameter in parameters:
             if parameter not in self._copies:
                 self._copies[parameter] = torch.empty_like(local(parameter))
-        if fresh:
-            torch._foreach_copy_([self._copies[p] for p in fresh], [local(p) for p in fresh])
+        if parameters:
+            torch._foreach_copy_([self._copies[p] for p in parameters], [local(p) for p in parameters])
 
-    def finish(self, optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
-        """Returns the layers of the round in depth order if this optimizer's step completes it, else an empty list."""
-        number = _index(optimizer, optimizers)
-        if number not in self.waiting:
-            return []
-        self.waiting.discard(number)
-        return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
+    def _compare(self, parameters: set[Tensor]) -> None:
+        """Adds up how far these kept parameters have moved; overwrites their copies."""
+        if not parameters:
+            return
+        torch._foreach_sub_([self._copies[p] for p in parameters], [local(p) for p in parameters])
+        squares = _squares([[self._copies[p] for p in layer if p in parameters] for layer in self._layers], None)
+        self._moved = squares if self._moved is None else self._moved + squares.to(self._moved.device)
 
     def opened(self, layers: Sequence[int]) -> list[list[nn.Parameter]]:
         """Returns the parameters of these layers that take part in this round."""
@@ -122,8 +157,12 @@ class MeanRatios:
 
 @torch.no_grad()
 def local(parameter: Tensor) -> Tensor:
-    """Returns a view of the tensor, or of this process's possibly empty shard; in-place writes change the parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    """Returns a view of the tensor, or of this process's possibly empty shard; in-place writes change the parameter.
+
+    Complex numbers become pairs of real ones, which have the same norm.
+    """
+    values: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def shares(layers: Sequence[Sequence[Tensor]]) -> tuple[float, ...] | None:
@@ -363,9 +402,6 @@ def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dt
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def _index(optimizer: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    return next(i for i, other in enumerate(optimizers) if other is optimizer)
-
-
-def _owned(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    """Returns the parameters that an optimizer owns now."""
     return {p for group in optimizer.param_groups for p in group["params"]}

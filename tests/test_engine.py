@@ -10,6 +10,7 @@ import torch
 from support import Rows, TinyLM, fit, seeded, texts
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader
 
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
@@ -74,7 +75,7 @@ def test_nothing_stays_attached_whatever_happens(make: Any) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def hooks() -> int:
-        return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+        return len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
 
     engine = make()
     engine.attach(model, [optimizer])

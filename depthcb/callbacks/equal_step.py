@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from depthcb.callbacks.depth_profile import DepthProfile
-from depthcb.callbacks.logging import callbacks_of, is_log_step, logged_step, open_record, rows_of
+from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, open_record, rows_of
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.step_ratio import MeanRatios, Target
@@ -19,7 +19,8 @@ class EqualStep(OptimizerStepCallback):
 
     After each real step, every layer with a non-zero update becomes ``before + (r* / r) (after - before)``: the step
     keeps its direction and gets the target size. Layers without an update (frozen, no gradient, a skipped step) are
-    left unchanged and don't count towards r*. Optimizer state is not modified. A non-finite update is not applied, and
+    left unchanged and don't count towards r*; layers that no optimizer owns yet are waited for. Optimizer state is not
+    modified. A non-finite update is not applied, and
     the next log step raises an error that names its layer. Memory: one copy of the controlled parameters, and a second
     one during log steps.
 
@@ -29,7 +30,8 @@ class EqualStep(OptimizerStepCallback):
     size of the others' steps. A tensor that several layers share counts for the first of them.
 
     ========================  =====================================================================================
-    logged key                meaning (every ``log_every_n_steps``; layers without an update are left out)
+    logged key                meaning (every ``log_every_n_steps``, or at the next step of the layers' optimizer; layers
+                              without an update are left out)
     ========================  =====================================================================================
     ``equal_step/ratio/L00``    step ratio r that the optimizer wanted
     ``equal_step/scale/L00``    r* / r, the factor on the layer's step
@@ -54,8 +56,9 @@ class EqualStep(OptimizerStepCallback):
             torch with decoupled decay (AdamW, Muon) [ours].
 
     Raises:
-        ValueError: At fit start, the target cannot be imposed, the layers cannot be found, or a layer has no trainable
-            parameters or only zeros; at the next log step, a layer's update was not finite.
+        ValueError: At fit start, the target cannot be imposed, the layers cannot be found, all are frozen, or one has
+            only zeros or makes its weights from adapters or a parametrization; after the first batch, the weights
+            changed without a step of an optimizer; at the next log step, a layer's update was not finite.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -67,7 +70,7 @@ class EqualStep(OptimizerStepCallback):
 
     def __init__(
         self,
-        layers: str | list[str] | None = None,
+        layers: list[str] | str | None = None,
         target: Target = "mean",
         outside: Outside = "leave",
         name: str = "equal_step",
@@ -99,16 +102,43 @@ class EqualStep(OptimizerStepCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not later: after a forward, FSDP exposes gathered parameters instead of the shards that the optimizer owns.
-        self.equalizer.prepare(pl_module, trainer.optimizers)
+        self._prepare(trainer, pl_module)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # By name: pytorch_lightning has a class of its own.
+        unfreezes = any(t.__name__ == "BaseFinetuning" for c in callbacks_of(trainer) for t in type(c).__mro__)
+        self.equalizer.prepare(pl_module, trainer.optimizers, unfreezes)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or a new model
             self.equalizer.reset()
         self.equalizer.log = rows_of(self, trainer)
+        self._logs = LogSteps(trainer)
         settings = {"layers": self.names, "target": self.equalizer.target, "outside": self.equalizer.outside}
         settings["decay"] = self.equalizer.decay
         open_record(self, "EqualStep", trainer, pl_module, settings)
         super().on_train_start(trainer, pl_module)
+
+    def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.equalizer.log_waiting()
+        self._prepare(trainer, pl_module)
+        self._logs = LogSteps(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if logged_step(trainer) == self._logs.start:
+            self.equalizer.keep_weights()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        batches = logged_step(trainer)
+        if batches == self._logs.start + 1:
+            self.equalizer.check_first_step()
+        if self._logs.due(batches) and batches % self._logs.every == 0:  # and no step was logged in this batch
+            self.equalizer.check_weights()
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -116,7 +146,10 @@ class EqualStep(OptimizerStepCallback):
         self.equalizer.before_step(optimizer)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        self.equalizer.equalize(optimizer, logged_step(trainer), logs=is_log_step(trainer))
+        batches = logged_step(trainer) + 1
+        due = self._logs.due(batches)
+        if self.equalizer.equalize(optimizer, logged_step(trainer), due) and due:
+            self._logs.note(batches)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.equalizer.log_waiting()

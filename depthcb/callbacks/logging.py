@@ -28,10 +28,24 @@ def logged_step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def is_log_step(trainer: pl.Trainer) -> bool:
-    """Returns whether Lightning logs the current training batch."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
-    return every > 0 and (logged_step(trainer) + 1) % every == 0
+class LogSteps:
+    """Says which steps to log: the first one at or after each batch that Lightning logs.
+
+    It is a later one where the optimizer in question does not step in every batch, as the generator of a GAN.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        #: Number of batches with a step before this object was created.
+        self.start = self._logged = logged_step(trainer)
+
+    def due(self, batches: int) -> bool:
+        """Returns whether a log is due after ``batches`` batches with a step."""
+        return self.every > 0 and batches // self.every > self._logged // self.every
+
+    def note(self, batches: int) -> None:
+        """Notes a log after ``batches`` batches with a step."""
+        self._logged = batches
 
 
 def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -15,9 +17,12 @@ class OptimizerStepCallback(Hooked, Callback):
 
     Override `on_after_optimizer_step` (and `on_before_optimizer_closure`). They fire once per step that the optimizer
     really takes: not for accumulated batches, not for steps that an AMP scaler skips, once for LBFGS regardless of how
-    often it calls its closure, and once per optimizer under manual optimization. The hooks are registered on
-    ``trainer.optimizers`` from ``on_train_start`` until the fit ends, fails or is torn down. Subclasses that override
-    ``on_train_start``, ``on_fit_end``, ``on_exception`` or ``teardown`` must call ``super()``.
+    often it calls its closure, and once per optimizer under manual optimization. From ``on_train_start`` until the fit
+    ends, fails or is torn down they follow ``trainer.optimizers``, also if these are replaced, and any other optimizer
+    of the module's parameters. Of an optimizer that wraps another one the outer ``step`` counts; if the wrapper is
+    stepped through other methods (``first_step`` and ``second_step`` of SAM), that of the inner one. Subclasses that
+    override ``on_train_start``, ``on_train_batch_start``, ``on_fit_end``, ``on_exception`` or ``teardown`` must call
+    ``super()``.
 
     Raises:
         ValueError: At fit start, for a strategy that has its own optimizer step (DeepSpeed) or flattens parameters
@@ -42,6 +47,9 @@ class OptimizerStepCallback(Hooked, Callback):
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called at the end of ``optimizer.step``: the new weights include momentum, weight decay and clipping."""
 
+    def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before a batch if ``trainer.optimizers`` have been replaced or added to."""
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
 
@@ -52,7 +60,13 @@ class OptimizerStepCallback(Hooked, Callback):
         def after(optimizer: Optimizer) -> None:
             self.on_after_optimizer_step(trainer, pl_module, optimizer)
 
-        self._hook(trainer.optimizers, before, after)
+        self._hook(pl_module, trainer.optimizers, before, after)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._follow(trainer.optimizers):
+            self.on_new_optimizers(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._unhook()

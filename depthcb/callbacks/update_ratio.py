@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from depthcb.callbacks.logging import is_log_step, logged_step, open_record, rows_of
+from depthcb.callbacks.logging import LogSteps, logged_step, open_record, rows_of
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.step_ratio_meter import StepRatioMeter
 from depthcb.step_ratio import MeanRatios
@@ -16,12 +16,14 @@ from depthcb.step_ratio import MeanRatios
 class UpdateRatioMonitor(OptimizerStepCallback):
     """Logs each layer's step ratio ||dW|| / ||W|| [paper], after the optimizer and all earlier callbacks.
 
-    A layer with adapters is measured by its merged weights, W0 + BA for LoRA [ours]. Placed after `EqualStep` in the
+    A layer with adapters is measured by its merged weights, W0 + BA for LoRA, and one with parametrizations (weight or
+    spectral norm) by the weights that they make [ours]. Placed after `EqualStep` in the
     Trainer's list of callbacks it sees the controlled step, placed before it the optimizer's own step. It does nothing
     between log steps. Memory: one copy of the layers' parameters from the first log step on.
 
     ==========================  ===================================================================================
-    logged key                  meaning (every ``log_every_n_steps``; layers without an update are left out)
+    logged key                  meaning (every ``log_every_n_steps``, or at the next step of the layers' optimizer;
+                                layers without an update are left out)
     ==========================  ===================================================================================
     ``update_ratio/L00``        realised step ratio of layer 0 (fraction of the layer's norm)
     ``update_ratio/spread``     max / min over the layers
@@ -37,7 +39,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         >>> trainer = pl.Trainer(callbacks=[UpdateRatioMonitor()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio") -> None:
+    def __init__(self, layers: list[str] | str | None = None, name: str = "update_ratio") -> None:
         self.name = name
         #: The underlying meter, which works without a Trainer.
         self.meter = StepRatioMeter(layers, name)
@@ -64,17 +66,22 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         if trainer.global_step == 0 or len(self.mean.sums) != len(self.names):  # not resumed, or a new model
             self.meter.reset()
         self.meter.log = rows_of(self, trainer)
+        self._logs = LogSteps(trainer)
         open_record(self, "UpdateRatioMonitor", trainer, pl_module, {"layers": self.names})
         super().on_train_start(trainer, pl_module)
+
+    def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.meter.prepare(pl_module, trainer.optimizers)
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if is_log_step(trainer):
+        if self.meter.measuring or self._logs.due(logged_step(trainer) + 1):
             self.meter.begin(optimizer)
 
     def on_after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        self.meter.measure(optimizer, logged_step(trainer))
+        if self.meter.measure(optimizer, logged_step(trainer)):
+            self._logs.note(logged_step(trainer) + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.meter.state_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from depthcb.adapters import adapted_modules
+from depthcb.adapters import made_weights
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.errors import NotFiniteError
 from depthcb.profile import layer_key
@@ -25,6 +25,7 @@ from depthcb.step_ratio import (
     imposed_ratios,
     layer_dots,
     layer_norms,
+    parameters_of,
     rescale,
     revert_non_finite,
     step_squares,
@@ -90,7 +91,7 @@ class StepEqualizer(StepHooks):
 
     def __init__(
         self,
-        layers: str | list[str] | None = None,
+        layers: list[str] | str | None = None,
         target: Target = "mean",
         outside: Outside = "leave",
         name: str = "equal_step",
@@ -107,11 +108,14 @@ class StepEqualizer(StepHooks):
         #: Names of the controlled layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
+        self._groups: list[list[nn.Parameter]] = []
         self._steps = LayerSteps([])
         self._broken: Tensor | None = None
         self._unlogged: LoggedStep | None = None
         self._kept: dict[Tensor, Any] = {}
         self._shrinking: set[int] = set()
+        self._unscalable: dict[Tensor, str] = {}
+        self._stepped = self._told = False
         self.reset()
 
     def reset(self) -> None:
@@ -120,12 +124,17 @@ class StepEqualizer(StepHooks):
         self.mean_wanted, self.mean_realised = MeanRatios(len(self.names)), MeanRatios(len(self.names))
         self.steps_made = 0
 
-    def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Finds the layers.
+    def prepare(self, module: nn.Module, optimizers: Sequence[Optimizer], unfreezes: bool = False) -> None:
+        """Finds the layers; those that no optimizer owns yet are controlled from the step on in which one does.
+
+        Args:
+            module: The module to be trained.
+            optimizers: All optimizers that own parameters of it.
+            unfreezes: Whether frozen layers are to be given to an optimizer later.
 
         Raises:
-            ValueError: The layers cannot be found, are owned by no optimizer, train adapters, or are all 0; or
-                ``decay="outside"`` is not supported for an optimizer.
+            ValueError: The layers cannot be found, train adapters or parametrizations, are all 0, or are frozen and
+                owned by no optimizer; or ``decay="outside"`` is not supported for an optimizer.
         """
         stack = LayerStack.find(module, self.layers)
         groups = dict(zip(stack.names, stack.parameters(), strict=True))
@@ -135,16 +144,21 @@ class StepEqualizer(StepHooks):
             groups |= outside
             self._labels += list(outside)
         self.names = tuple(groups)
-        _check_adapters(stack)
+        self._unscalable = _unscalable(stack, groups)
+        self._check_scalable(p for p in self._unscalable if p.requires_grad)
         check_target(self.target, len(groups))
-        _check_weights(groups, optimizers)
+        if not unfreezes:
+            _check_owners(groups, optimizers)
+        _check_weights(groups)
         if self.decay == "outside":
             _check_decoupled(groups, optimizers)
         if len(self.mean_wanted.sums) != len(self.names):  # a different model
             self.reset()
         self._optimizers = optimizers
-        self._steps = LayerSteps(list(groups.values()))
+        self._groups = list(groups.values())
+        self._steps = LayerSteps(self._groups)
         self._broken, self._unlogged = None, None  # an exception may have left some
+        self._stepped = self._told = False
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Copies the parameters that this optimizer is about to change, and notes what decay will leave of them."""
@@ -152,12 +166,44 @@ class StepEqualizer(StepHooks):
             for group in optimizer.param_groups:
                 self._kept |= dict.fromkeys(group["params"], 1 - group["lr"] * group["weight_decay"])
         self._steps.begin(optimizer, self._optimizers)
+        self._stepped |= bool(self._steps.waiting)
+        if self._unscalable:  # unfrozen in mid-training
+            self._check_scalable(p for p in parameters_of(optimizer) & self._unscalable.keys() if p.requires_grad)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Equalizes the step; steps are numbered from 0."""
         self.equalize(optimizer, self.steps_made, logs=(self.steps_made + 1) % self.every == 0)
 
-    def equalize(self, optimizer: Optimizer, step: int, logs: bool) -> None:
+    def keep_weights(self) -> None:
+        """Copies the weights, so that `check_first_step` and `check_weights` can tell whether a step was missed."""
+        self._steps.keep()
+
+    def check_first_step(self) -> None:
+        """Checks that the first change since `keep_weights` was a step that could be controlled.
+
+        Raises:
+            ValueError: The weights changed and no step was seen.
+        """
+        moved = [] if self._stepped else self._steps.moved()
+        if moved:
+            raise ValueError(
+                f"EqualStep: layer {self._list(moved)} changed without a step of an optimizer that owns it, so nothing "
+                "can be controlled: change the weights in the `step` of a torch optimizer (for a method of two steps "
+                "such as SAM, in that of the optimizer inside), or remove EqualStep."
+            )
+
+    def check_weights(self) -> None:
+        """Warns once of layers that something other than the steps seen has changed; waits for the device."""
+        moved = self._steps.moved()
+        if moved and not self._told:
+            self._told = True
+            warn(
+                f"EqualStep: layer {self._list(moved)} also changed outside the optimizers' steps, so the steps are "
+                "not the equal ones that are logged: make that change in the optimizer's `step`, or remove it (clipped "
+                "weights, another control of the same layer)."
+            )
+
+    def equalize(self, optimizer: Optimizer, step: int, logs: bool) -> bool:
         """Equalizes the round of steps if this optimizer's step completes it.
 
         Args:
@@ -165,12 +211,15 @@ class StepEqualizer(StepHooks):
             step: The step number, for the sink.
             logs: Whether this step is logged.
 
+        Returns:
+            Whether the round is complete.
+
         Raises:
             NotFiniteError: On a logged step, if an update since the last logged step was not finite.
         """
-        done = self._steps.finish(optimizer, self._optimizers)
+        done = self._steps.finish(optimizer)
         if not done:
-            return
+            return False
         now, before = self._steps.now(done), self._steps.before(done)
         broken = revert_non_finite(now, before)
         if self.decay == "outside":
@@ -194,6 +243,9 @@ class StepEqualizer(StepHooks):
             self._unlogged = LoggedStep(step, done, ratios, scale, sums, shares)
             if shares is None:
                 self._log_step(sums)
+            self.check_weights()
+            self._steps.keep()
+        return True
 
     def _decay(self, before: list[list[Tensor]], done: list[int], broken: Tensor) -> None:
         """Applies the optimizers' weight decay to the copies, except in layers whose update is undone."""
@@ -214,12 +266,30 @@ class StepEqualizer(StepHooks):
         """
         self.raise_if_broken()
         self.log_waiting()
+        self._warn_never_owned()
         if self._steps.waiting:
-            names = [type(self._optimizers[i]).__name__ for i in sorted(self._steps.waiting)]
+            names = [type(o).__name__ for o in self._optimizers if not self._steps.waiting.isdisjoint(parameters_of(o))]
             warn(
                 f"EqualStep: the last round of steps was not equalized, because optimizer {', '.join(names)} owns "
                 "parameters of the layers and did not step in it."
             )
+
+    def _warn_never_owned(self) -> None:
+        owned = self._steps.owned.union(*map(parameters_of, self._optimizers))
+        left = [i for i, layer in enumerate(self._groups) if layer and owned.isdisjoint(layer)]
+        if left:
+            warn(
+                f"EqualStep: layer {self._list(left)} was not controlled, because no optimizer ever owned its "
+                "parameters: give them to an optimizer, or leave the layer out with layers=[...]."
+            )
+
+    def _list(self, layers: Iterable[int]) -> str:
+        return ", ".join(self.names[i] for i in layers)
+
+    def _check_scalable(self, trained: Iterable[Tensor]) -> None:
+        """Raises an error for the first of these parameters from which a layer's weights are made."""
+        for parameter in trained:
+            raise ValueError(f"EqualStep: {self._unscalable[parameter]}")
 
     def raise_if_broken(self) -> None:
         """Raises an error if an update or its target was not finite.
@@ -328,26 +398,36 @@ def _check_decoupled(groups: Mapping[str, list[nn.Parameter]], optimizers: Seque
             )
 
 
-def _check_adapters(stack: LayerStack) -> None:
-    """Raises an error if a layer trains adapters."""
-    for name, layer in zip(stack.names, stack.modules, strict=True):
-        if any(p.requires_grad for m in adapted_modules(layer) for p in m.parameters()):
-            raise ValueError(
-                f"EqualStep: layer {name} trains adapters. Its weight, W0 + BA for LoRA, is not linear in them, so "
-                "scaling the step cannot set its ratio: train the weights themselves, or use UpdateRatioMonitor."
-            )
+def _unscalable(stack: LayerStack, groups: Mapping[str, list[nn.Parameter]]) -> dict[Tensor, str]:
+    """Returns the parameters from which weights of the layers are made, with what to say if they are trained."""
+    layers: dict[Tensor, str] = {p: name for name, group in groups.items() for p in group}
+    return {
+        p: f"layer {layers[p]} {made.how}. Its weight is not linear in their parameters, so scaling the step cannot "
+        f"set its ratio: {made.remedy}, or use UpdateRatioMonitor."
+        for made in made_weights(stack.root)
+        for p in made.parameters
+        if p in layers
+    }
 
 
-def _check_weights(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+def _check_owners(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+    """Raises an error if no layer will ever be trained, and warns if none is trained yet."""
+    parameters = {p for group in groups.values() for p in group}
+    if not parameters.isdisjoint(p for o in optimizers for p in parameters_of(o)):
+        return
+    problem = f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}"
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"{problem}, and all of them are frozen: pass layers= to name the layers that are trained. If they are "
+            "unfrozen later, use a callback such as BackboneFinetuning, or give them to the optimizer while frozen."
+        )
+    warn(f"{problem}: they are controlled once one does. If other layers are trained, name these with layers=.")
+
+
+def _check_weights(groups: Mapping[str, list[nn.Parameter]]) -> None:
     """Raises an error if a layer's step ratio is undefined; called once before the first step."""
-    parameters = [p for group in groups.values() for p in group]
     trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
     trained = {name: group for name, group in trained.items() if group}
-    if {p for o in optimizers for g in o.param_groups for p in g["params"]}.isdisjoint(parameters):
-        raise ValueError(
-            f"EqualStep: no optimizer owns a parameter of the layers {', '.join(groups)}: pass layers= to name the "
-            "layers that are trained."
-        )
     norms = layer_norms(list(trained.values())).tolist() if trained else []
     zero = [name for name, norm in zip(trained, norms, strict=True) if norm == 0]
     if zero:
@@ -355,7 +435,7 @@ def _check_weights(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequenc
             f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is "
             "undefined: exclude it with layers=[...]."
         )
-    half = half_dtypes(parameters)
+    half = half_dtypes(p for group in groups.values() for p in group)
     if half:
         warn(
             f"EqualStep: with {half} weights a small step is rounded away, so the realised ratio can miss the target "

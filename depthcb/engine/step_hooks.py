@@ -1,7 +1,13 @@
-"""Registers torch's optimizer step hooks and reliably removes them."""
+"""Observes the steps of optimizers, whenever and however they were made, and reliably stops.
+
+Torch's hooks for all optimizers see every step of an optimizer that torch's constructor has set up, also of one that is
+made in mid-training or kept inside a wrapper. The ``step`` of a wrapper that never called this constructor is replaced
+on the instance until the hooks are removed. If a wrapper's step calls another optimizer's, the outermost one counts.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,48 +15,127 @@ from typing import Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from depthcb.step_ratio import parameters_of
 
 #: Receives the measurements of a step: numbers by key, and the step number.
 Sink = Callable[[Mapping[str, float], int], object]
+Act = Callable[[Optimizer], object]
 
 
 class Hooked:
-    """Manages step hooks on optimizers: at most one pair per optimizer, until they are removed."""
+    """Acts around the steps of a module's optimizers, once per outermost step, until the hooks are removed."""
 
-    def _hook(
-        self,
-        optimizers: Sequence[Optimizer],
-        before: Callable[[Optimizer], object],
-        after: Callable[[Optimizer], object],
-    ) -> None:
+    def _hook(self, module: nn.Module, optimizers: Sequence[Optimizer], before: Act, after: Act) -> None:
         """Registers step hooks, replacing existing ones.
 
         Args:
-            optimizers: The optimizers.
+            module: Steps of any optimizer that owns a parameter of it are reported.
+            optimizers: Their steps are reported whatever they own.
             before: Called at the start of ``optimizer.step``.
             after: Called at the end of ``optimizer.step``.
         """
-
-        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            before(optimizer)
-
-        def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            after(optimizer)
-
         self._unhook()
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(pre))
-            self._handles.append(optimizer.register_step_post_hook(post))
+        self._outermost = _Outermost(module, before, after)
+        self._follow(optimizers)
+        self._handles.append(register_optimizer_step_pre_hook(self._outermost.pre))
+        self._handles.append(register_optimizer_step_post_hook(self._outermost.post))
+
+    def _follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Reports the steps of these optimizers from now on; returns whether any of them is new."""
+        known = self._outermost.optimizers
+        fresh = [o for o in optimizers if not any(o is other for other in known)]
+        self._outermost.optimizers = list(optimizers)
+        for optimizer in fresh:
+            if not getattr(type(optimizer).step, "hooked", False):  # torch marks the steps that run its hooks
+                self._handles.append(_ReplacedStep(optimizer, self._outermost))
+        return bool(fresh)
 
     def _unhook(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self.__dict__.pop("_outermost", None)  # its functions can't be pickled
 
     @property
     def _handles(self) -> list[Any]:
         # Created on first use, so that subclasses need not call this class's constructor.
         handles: list[Any] = self.__dict__.setdefault("_step_handles", [])
         return handles
+
+
+class _Outermost:
+    """Calls ``before`` and ``after`` once around each outermost step of the optimizers in question."""
+
+    def __init__(self, module: nn.Module, before: Act, after: Act) -> None:
+        self.module, self.before, self.after = module, before, after
+        self.optimizers: list[Optimizer] = []
+        self._stepping: object = None
+
+    def pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook that torch calls before a step."""
+        self.enter(optimizer, optimizer)
+
+    def post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook that torch calls after a step."""
+        self.leave(optimizer, optimizer)
+
+    def enter(self, source: object, optimizer: Optimizer) -> None:
+        """Notes the start of a step; ``source`` distinguishes a replaced step from the hooks of the same optimizer."""
+        # A source that enters twice was left by an exception, after which torch calls no hook.
+        if (self._stepping is None or self._stepping is source) and self._reports(optimizer):
+            self._stepping = source
+            self.before(optimizer)
+
+    def leave(self, source: object, optimizer: Optimizer) -> None:
+        """Notes the end of a step."""
+        if self._stepping is source:
+            self._stepping = None
+            self.after(optimizer)
+
+    def abandon(self, source: object) -> None:
+        """Notes that an exception has ended a step."""
+        if self._stepping is source:
+            self._stepping = None
+
+    def _reports(self, optimizer: Optimizer) -> bool:
+        if any(optimizer is other for other in self.optimizers):
+            return True
+        return not parameters_of(optimizer).isdisjoint(self.module.parameters())
+
+
+class _ReplacedStep:
+    """Replaces the ``step`` of one optimizer until removed, for classes in which torch's hooks don't run."""
+
+    def __init__(self, optimizer: Optimizer, steps: _Outermost) -> None:
+        own = vars(optimizer).get("step")  # as a scheduler's wrapper
+
+        @functools.wraps(optimizer.step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            # The class is asked again each time: torch may give its step hooks later, in zero_grad.
+            inner = own or functools.partial(type(optimizer).step, optimizer)
+            if self.removed:
+                return inner(*args, **kwargs)
+            steps.enter(self, optimizer)
+            try:
+                result = inner(*args, **kwargs)
+            except BaseException:
+                steps.abandon(self)
+                raise
+            steps.leave(self, optimizer)
+            return result
+
+        self.removed = False
+        self._optimizer, self._own, self._step = optimizer, own, step
+        optimizer.step = step  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Puts the original ``step`` back, unless it was wrapped once more in the meantime."""
+        self.removed = True
+        if vars(self._optimizer).get("step") is self._step:
+            del self._optimizer.step
+            if self._own is not None:
+                self._optimizer.step = self._own  # type: ignore[method-assign]
 
 
 class StepHooks(Hooked):
@@ -95,7 +180,7 @@ class StepHooks(Hooked):
         self.detach()
         self.log = log
         self.prepare(module, optimizers)
-        self._hook(optimizers, self.before_step, self.after_step)
+        self._hook(module, optimizers, self.before_step, self.after_step)
         return self
 
     def detach(self) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from depthcb.adapters import adapted_modules, effective_weights
+from depthcb.adapters import MadeWeights, made_weights
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack
-from depthcb.step_ratio import LayerSteps, MeanRatios, shares, step_ratios
+from depthcb.step_ratio import LayerSteps, MeanRatios, parameters_of, shares, step_ratios
 from depthcb.warn import warn
 
 
@@ -63,41 +63,53 @@ class StepRatioMeter(StepHooks):
             self.reset()
         self._optimizers = optimizers
         self._steps = LayerSteps(stack.parameters())
-        self._adapted = [adapted_modules(layer) for layer in stack.modules]
-        if any(self._adapted) and shares(stack.parameters()) is not None:
+        self._made = [made_weights(layer) for layer in stack.modules]
+        if any(self._made) and shares(stack.parameters()) is not None:
             raise ValueError(
                 "UpdateRatioMonitor: adapters on sharded parameters (FSDP2, tensor parallelism) are not "
-                "supported: use strategy='ddp' or 'auto'."
+                "supported, nor are parametrizations: use strategy='ddp' or 'auto'."
             )
-        self._effective_weights()  # fails before any training if the adapters can't be measured
+        _values(self._made)  # fails before any training if the adapters can't be measured
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Copies the parameters that this optimizer is about to change, if the step is to be measured."""
-        if self._steps.waiting or (self.steps_made + 1) % self.every == 0:
+        if self.measuring or (self.steps_made + 1) % self.every == 0:
             self.begin(optimizer)
-        elif optimizer is self._optimizers[-1]:
+        elif not parameters_of(optimizer).isdisjoint(parameters_of(self._optimizers[-1])):
             self.steps_made += 1
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Measures the step; steps are numbered from 0."""
         self.measure(optimizer, self.steps_made)
 
+    @property
+    def measuring(self) -> bool:
+        """Whether a round of steps is open, so that the next optimizer's step must be measured too."""
+        return bool(self._steps.waiting)
+
     def begin(self, optimizer: Optimizer) -> None:
         """Copies the parameters that this optimizer is about to change, and starts a round of steps if none is open."""
-        if not self._steps.waiting:
-            self._weights = self._effective_weights()
+        opens = not self.measuring
         self._steps.begin(optimizer, self._optimizers)
+        if opens and self.measuring:
+            self._counted = [
+                [m for m in layer if m.always or any(p.requires_grad for p in m.parameters)] for layer in self._made
+            ]
+            self._weights = _values(self._counted)
 
-    def measure(self, optimizer: Optimizer, step: int) -> None:
+    def measure(self, optimizer: Optimizer, step: int) -> bool:
         """Measures the round of steps if this optimizer's step completes it; does nothing without a prior `begin`.
 
         Args:
             optimizer: The optimizer that has stepped.
             step: The step number, for the sink.
+
+        Returns:
+            Whether it measured a round.
         """
-        done = self._steps.finish(optimizer, self._optimizers)
+        done = self._steps.finish(optimizer)
         if not done:
-            return
+            return False
         self.steps_made += 1
         ratios = dict(zip(done, self._ratios(done).tolist(), strict=True))
         broken = [self.names[i] for i, ratio in ratios.items() if not math.isfinite(ratio)]
@@ -105,12 +117,13 @@ class StepRatioMeter(StepHooks):
             warn(f"UpdateRatioMonitor: the step ratio of layer {', '.join(broken)} is not finite.")
         updated = {i: ratio for i, ratio in ratios.items() if ratio > 0 and math.isfinite(ratio)}
         if not updated:
-            return
+            return True
         row = {f"{self.name}/{layer_key(i)}": ratio for i, ratio in updated.items()}
         row[f"{self.name}/spread"] = max(updated.values()) / min(updated.values())
         if self.log is not None:
             self.log(row, step)
         self.mean.note(updated)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers and lists only."""
@@ -126,16 +139,17 @@ class StepRatioMeter(StepHooks):
             self.mean.load_state_dict(state_dict["mean"])
 
     def _ratios(self, done: list[int]) -> Tensor:
-        """Returns the (K,) step ratios of the K layers in ``done``, using the merged weights of adapters."""
-        if not any(self._adapted):
+        """Returns the (K,) step ratios of the K layers in ``done``, using the weights that adapters make."""
+        if not any(self._counted):
             return step_ratios(self._steps.now(done), self._steps.before(done), self._steps.shares(done))
-        own = {p for layer in self._adapted for m in layer for p in m.parameters()}
+        own = {p for layer in self._counted for made in layer for p in made.parameters}
         opened, now, before = self._steps.opened(done), self._steps.now(done), self._steps.before(done)
-        made = self._effective_weights()
+        weights = _values(self._counted)
         for i, parameters, *sides in zip(done, opened, now, before, strict=True):
-            for side, weights in zip(sides, (made[i], self._weights[i]), strict=True):
-                side[:] = [t for p, t in zip(parameters, side, strict=True) if p not in own] + weights
+            for side, made in zip(sides, (weights[i], self._weights[i]), strict=True):
+                side[:] = [t for p, t in zip(parameters, side, strict=True) if p not in own] + made
         return step_ratios(now, before)
 
-    def _effective_weights(self) -> list[list[Tensor]]:
-        return [[weight for m in layer for weight in effective_weights(m)] for layer in self._adapted]
+
+def _values(made: list[list[MadeWeights]]) -> list[list[Tensor]]:
+    return [[value for weights in layer for value in weights.values()] for layer in made]
