@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import depthcb
+from depthcb.style import printable
 
 #: Entry point group for functions that add subcommands; each is called with the return value of ``add_subparsers``.
 COMMANDS = "depthcb.commands"
@@ -16,6 +18,9 @@ COMMANDS = "depthcb.commands"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; invalid input prints one line to stderr and returns exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe in another encoding than UTF-8 shows "?" instead
+            stream.reconfigure(errors="replace")
     args, options = _parser().parse_known_args(argv)
     if options and not args.takes_options:
         _parser().error(f"unrecognized arguments: {' '.join(options)}")
@@ -25,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"depthcb {args.command} needs {error.name}: pip install 'depthcb[{args.extra}]'.", file=sys.stderr)
     except ValueError as error:
-        print(f"depthcb {args.command}: {error}", file=sys.stderr)
+        print(printable(f"depthcb {args.command}: {error}"), file=sys.stderr)
     return 2
 
 
@@ -73,7 +78,7 @@ def _report(args: argparse.Namespace) -> None:
         write_html(read_runs(*args.runs), args.out)
     except OSError as error:
         raise ValueError(f"--out {args.out} cannot be written ({error.strerror}): choose another file.") from error
-    print(f"{args.out} (open it in a browser)")
+    print(printable(f"{args.out} (open it in a browser)"))
 
 
 def _show(args: argparse.Namespace) -> None:

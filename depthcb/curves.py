@@ -20,6 +20,7 @@ from depthcb.style import (
     PALE,
     decorate,
     layer_axis,
+    literal,
     mark_unresolved,
     show,
     show_interval,
@@ -105,8 +106,8 @@ def draw_curves(ax: Axes, profiles: Sequence[Curve], ink: str = "black") -> None
     if earlier:
         left_out = "" if len(earlier) == len(profiles) - 1 else f" of {len(profiles) - 1}"
         title += f"  (pale: {len(earlier)}{left_out} earlier)"
-    ax.set_title(title, fontsize=10, color=ink)
-    ax.set_ylabel(last.unit, color=ink)
+    ax.set_title(literal(title), fontsize=10, color=ink)
+    ax.set_ylabel(literal(last.unit), color=ink)
     layer_axis(ax, len(last.change), ink)
     decorate(ax, ink)
     low, high = ax.get_ylim()
@@ -125,9 +126,9 @@ def draw_heatmap(ax: Axes, profiles: Sequence[Curve]) -> None:
     ax.set_xlabel("validation at step")
     ax.set_ylabel("layer  (0 = input side)")
     alone = ", one validation so far" if len(profiles) == 1 else ""
-    ax.set_title(profiles[0].title + alone, fontsize=10)
+    ax.set_title(literal(profiles[0].title + alone), fontsize=10)
     assert ax.figure is not None
-    ax.figure.colorbar(image, ax=ax, label=profiles[0].unit, format=FuncFormatter(tick_text))
+    ax.figure.colorbar(image, ax=ax, label=literal(profiles[0].unit), format=FuncFormatter(tick_text))
 
 
 def heatmap_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.uint8]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +171,8 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields and, for readers without depthcb, the depth and the derived numbers."""
-        derived = {name: getattr(self, name) for name in ("depth", *DERIVED)}
-        return {**dataclasses.asdict(self), **derived}
+        names = (*(f.name for f in dataclasses.fields(self)), "depth", *DERIVED)
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
@@ -188,6 +189,10 @@ class Profile:
 
     def to_json(self) -> str:
         """Returns the profile as a JSON object; floats survive the round trip exactly."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:  # every checkpoint asks for it again
         return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod

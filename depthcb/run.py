@@ -1,16 +1,19 @@
 """Writes and reads the records of a run on disk.
 
 Each callback appends JSON lines to its own file, ``<run folder>/depthcb/<name>.jsonl``: a header at the start of a fit,
-then one row per log event. Nothing is rewritten, so a killed run loses at most its last line. A fit from step 0
-invalidates all earlier rows, a resumed fit those after its checkpoint; for duplicate steps, the last row wins. Reports
-read only these files, and see the logged values in full precision.
+then one row per log event. Nothing is rewritten, so a killed run loses at most its last line. The records of a folder
+belong to one fit: a fit from step 0 makes all earlier rows of all files void, a resumed fit those after its checkpoint.
+For duplicate steps, the last row wins. Reports read only these files, and see the logged values in full precision.
+
+What cannot be read is named in a warning and left out; the rest is read. Files of version 0.1 have no version and no
+history of their fit, so their runs are read but never paired.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
+import itertools
 import os
 import platform
 import re
@@ -18,19 +21,26 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote, unquote
 
+from depthcb.plain import UNKNOWN, dumps, loads, plain
 from depthcb.profile import Profile, Profiles
+from depthcb.style import printable
 
 if TYPE_CHECKING:
     from depthcb.null import Null
 
 FOLDER = "depthcb"
+#: Version of the headers; those of depthcb 0.1 do not say theirs.
+VERSION = 2
 _PACKAGES = ("lightning", "torch", "transformers", "datasets", "peft", "wandb", "depthcb")
+
+#: Names of the records of nulls in place of a callback's class. Their rows are draws of noise instead of steps.
+NULLS = ("null_profiles", "matched_null_profiles")
 
 Row = Mapping[str, Any]
 #: The optimizer's own steps, or steps of equal relative size in all layers.
@@ -49,6 +59,9 @@ class Record:
         provenance: Versions, seed, git commit and date.
         rows: One row per logged step, ordered by step.
         end: The row written at the end of the fit; None if it was interrupted or is still running.
+        parts: What the fit was made of, in order: from which step on it had which callbacks (name: class and settings
+            that steer the training), and a hash of the hyperparameters. One part unless it was resumed; none in files
+            of version 0.1.
     """
 
     callback: str
@@ -57,6 +70,7 @@ class Record:
     provenance: Row
     rows: tuple[Row, ...] = ()
     end: Row | None = None
+    parts: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,41 @@ class Run:
         return next((r for r in self.records.values() if r.callback == callback), None)
 
     @property
-    def control(self) -> Control:
-        """``"equal-step"`` if `EqualStep` controlled the steps, else ``"standard"``."""
+    def control(self) -> Control | Literal["mixed"]:
+        """``"equal-step"`` if `EqualStep` controlled the steps, else ``"standard"``; ``"mixed"`` as `mixed` says."""
+        if self.mixed:
+            return "mixed"
         return "equal-step" if self.record("EqualStep") else "standard"
+
+    @cached_property
+    def mixed(self) -> str:
+        """What a resume changed: callbacks, settings of the control or hyperparameters; empty if nothing."""
+        parts = max((record.parts for record in self.records.values()), key=len, default=())
+        told = [f"what came before step {parts[0]['step']} is not known"] if parts and parts[0]["step"] else []
+        for before, after in itertools.pairwise(parts):
+            old, new = before["callbacks"], after["callbacks"]
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name):
+                    what = "added" if name not in old else "removed" if name not in new else "changed"
+                    told.append(f"{(new.get(name) or old[name])[0]} {name!r} {what} at step {after['step']}")
+            if before["hparams"] != after["hparams"]:
+                told.append(f"hyperparameters changed at step {after['step']}")
+        return "; ".join(told)
+
+    @property
+    def unpaired(self) -> str:
+        """Why the run cannot be compared with a twin as a pair; empty if it can."""
+        if self._depth is None:
+            return "it has no DepthProfile"
+        if self.mixed:
+            return f"it is a mixed run ({self.mixed})"
+        if self._depth.provenance.get("seed") is None:
+            return "its seed is not known: call seed_everything before the model is built"
+        if not self._depth.fit.get("initial_weights"):
+            return "its initial weights are not known (recorded, or begun, by depthcb 0.1)"
+        if f'"{UNKNOWN}"' in dumps(self._depth.fit):
+            return "a hyperparameter has no value that can be compared: pass numbers, text or a dataclass instead"
+        return ""
 
     @property
     def finished(self) -> bool:
@@ -93,32 +139,33 @@ class Run:
     @property
     def layers(self) -> list[str]:
         """Names of the layers, input side first; none without `DepthProfile`."""
-        return list(self._depth.settings["layers"]) if self._depth else []
+        return list(self._depth.settings.get("layers", ())) if self._depth else []
 
     @property
     def effective_rank(self) -> list[float]:
         """Effective rank of each layer in the reference; none without `DepthProfile`."""
-        return list(self._depth.settings["effective_rank"]) if self._depth else []
+        return list(self._depth.settings.get("effective_rank", ())) if self._depth else []
 
     @property
     def definitions(self) -> dict[str, str]:
         """Definition of each measure; none without `DepthProfile`."""
-        return dict(self._depth.settings["measures"]) if self._depth else {}
+        return dict(self._depth.settings.get("measures", {})) if self._depth else {}
 
     @cached_property
     def profiles(self) -> dict[str, Profiles]:
-        """The profiles by measure, oldest first."""
-        return _profiles(self._depth)
+        """The profiles by measure, oldest first; of a resumed run, those of the measures that it still had."""
+        found = _profiles(self._depth, self.name)
+        return {m: found[m] for m in self.definitions or found if m in found}
 
     @cached_property
     def null(self) -> dict[str, Profiles]:
         """The null profiles by measure, one per draw of noise; empty if they were not measured."""
-        return _profiles(self.record("null_profiles"))
+        return _profiles(self.record("null_profiles"), self.name)
 
     @cached_property
     def matched_null(self) -> dict[str, Profiles]:
         """The same of noise that changes the representations as much; empty if no scale was found that does."""
-        return _profiles(self.record("matched_null_profiles"))
+        return _profiles(self.record("matched_null_profiles"), self.name)
 
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
@@ -141,13 +188,19 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as JSON-serialisable data."""
-        return plain(asdict(self))
+        records = {name: {f.name: getattr(r, f.name) for f in fields(r)} for name, r in self.records.items()}
+        found: dict[str, Any] = plain({"name": self.name, "records": records})
+        return found
 
     @classmethod
-    def from_dict(cls, fields: Row) -> Run:
+    def from_dict(cls, saved: Row) -> Run:
         """Recreates a run from `to_dict`."""
-        records = {name: Record(**{**r, "rows": tuple(r["rows"])}) for name, r in fields["records"].items()}
-        return cls(fields["name"], records)
+        saved = loads(dumps(saved))  # NaN and infinity are numbers again
+        tuples = ("rows", "parts")
+        return cls(
+            saved["name"],
+            {n: Record(**r | {k: tuple(r.get(k, ())) for k in tuples}) for n, r in saved["records"].items()},
+        )
 
     @property
     def _depth(self) -> Record | None:
@@ -185,7 +238,7 @@ class StepRatios:
         known = [(step, tuple(row.get(i) for i in range(layers))) for step, row in rows if row]
         return cls(tuple(step for step, _ in known), tuple(row for _, row in known))
 
-    @property
+    @cached_property
     def mean(self) -> list[float | None]:
         """Mean ratio of each layer over the steps that updated it; None if no step did."""
         columns = [[r for r in column if r is not None] for column in zip(*self.ratios, strict=True)]
@@ -199,7 +252,13 @@ class StepRatios:
 
 
 def write_header(
-    folder: Path, name: str, callback: str, step: int, settings: Row | None = None, fit: Row | None = None
+    folder: Path,
+    name: str,
+    callback: str,
+    step: int,
+    settings: Row | None = None,
+    fit: Row | None = None,
+    parts: Sequence[Row] = (),
 ) -> None:
     """Starts a callback's record of a fit.
 
@@ -210,38 +269,65 @@ def write_header(
         step: Number of the last step before this fit; existing rows of later steps become invalid (0: all rows).
         settings: See `Record`.
         fit: See `Record`.
+        parts: See `Record`.
 
     Raises:
         ValueError: The folder cannot be written.
     """
-    head = {"callback": callback, "step": step, "settings": settings or {}, "fit": fit or {}}
+    head = {"version": VERSION, "callback": callback, "step": step, "settings": settings or {}, "fit": fit or {}}
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         _end_torn_line(_file(folder, name))
-        write_row(folder, name, {**head, "provenance": provenance()})
+        write_row(folder, name, {**head, "parts": parts, "provenance": provenance()})
     except OSError as error:
-        raise ValueError(
-            f"{callback} cannot write its record to {folder}: {error.strerror or error}. Pass another save_dir to the "
-            "logger, or logger=False to the Trainer to disable records."
-        ) from error
+        raise _unwritable(folder, callback, error) from error
+
+
+def void_records(folder: Path, step: int) -> None:
+    """Makes void what the records of a folder have of other fits than the one that starts or continues now.
+
+    Args:
+        folder: The run's folder.
+        step: Number of the last step before this fit; rows of later steps become invalid (0: everything).
+
+    Raises:
+        ValueError: A record cannot be written.
+    """
+    for path in sorted((folder / FOLDER).glob("*.jsonl")):
+        try:
+            _end_torn_line(path)
+            _append(path, {"step": step, "void": True})
+        except OSError as error:
+            raise _unwritable(folder, path.name, error) from error
 
 
 def write_row(folder: Path, name: str, row: Row) -> None:
     """Appends one row to a callback's record."""
-    with open(_file(folder, name), "a", encoding="utf-8") as file:
-        file.write(_json(row) + "\n")
+    _append(_file(folder, name), row)
 
 
-def write_null(folder: Path, null: Null) -> None:
-    """Writes the null profiles to a run's folder, one row per draw of noise."""
+def null_names(name: str) -> tuple[str, str]:
+    """Returns the names of the records of a callback's two nulls."""
+    return f"{name}/null", f"{name}/matched_null"
+
+
+def write_null(folder: Path, null: Null, name: str = "depth") -> None:
+    """Writes the null profiles to a run's folder, one row per draw of noise.
+
+    Args:
+        folder: The run's folder.
+        null: The null.
+        name: Name of the `DepthProfile` that measured it.
+    """
+    draws, matched = null_names(name)
     kinds = {
-        "null": ("null_profiles", null.draws, {}),
-        "matched_null": ("matched_null_profiles", null.matched, {"scale": null.scale, "message": null.message}),
+        draws: (NULLS[0], null.draws, {}),
+        matched: (NULLS[1], null.matched, {"scale": null.scale, "message": null.message}),
     }
-    for name, (callback, draws, settings) in kinds.items():
-        write_header(folder, name, callback, 0, {"draws": len(draws), **settings})
-        for index, draw in enumerate(draws):
-            write_row(folder, name, {"step": index, "profiles": {m: p.to_dict() for m, p in draw.items()}})
+    for record, (callback, profiles, settings) in kinds.items():
+        write_header(folder, record, callback, 0, {"of": name, "draws": len(profiles), **settings})
+        for index, draw in enumerate(profiles):
+            write_row(folder, record, {"step": index, "profiles": {m: p.to_dict() for m, p in draw.items()}})
 
 
 def read_runs(*folders: str | Path) -> list[Run]:
@@ -251,7 +337,7 @@ def read_runs(*folders: str | Path) -> list[Run]:
         folders: Folders of runs, or folders that contain them at any depth.
 
     Raises:
-        ValueError: A folder does not exist or contains no run, or a file is not a record.
+        ValueError: A folder does not exist or contains no run.
     """
     found: dict[Path, None] = {}
     for folder in map(Path, folders):
@@ -260,7 +346,7 @@ def read_runs(*folders: str | Path) -> list[Run]:
                 f"{folder} is not a folder: pass the folder of a run (its logger's, such as lightning_logs/version_0), "
                 "or one that contains several."
             )
-        below = sorted({file.parent.parent for file in folder.rglob(f"{FOLDER}/*.jsonl")}, key=_natural)
+        below = sorted(_run_folders(folder), key=_natural)
         if not below:
             raise ValueError(
                 f"{folder} contains no depthcb run (no {FOLDER}/*.jsonl at any depth): train with DepthProfile, "
@@ -301,14 +387,16 @@ def _git_commit() -> str | None:
     return str(commit.stdout.strip()) + (" with changes" if changed.stdout.strip() else "")
 
 
-def plain(settings: Row) -> dict[str, Any]:
-    """Returns settings as plain JSON data; other objects are replaced by their own name or that of their class."""
-    found: dict[str, Any] = json.loads(_json(settings))
-    return found
+def _append(path: Path, row: Row) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(dumps(row) + "\n")
 
 
-def _json(row: Row) -> str:
-    return json.dumps(row, default=lambda value: getattr(value, "__qualname__", type(value).__qualname__))
+def _unwritable(folder: Path, what: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"{what} cannot write its record to {folder}: {error.strerror or error}. Pass another save_dir to the logger, "
+        "or logger=False to the Trainer to disable records."
+    )
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -322,10 +410,27 @@ def _end_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _profiles(record: Record | None) -> dict[str, Profiles]:
-    rows = [row["profiles"] for row in record.rows if "profiles" in row] if record else []
-    measures = dict.fromkeys(m for row in rows for m in row)
-    return {m: Profiles(Profile.from_dict(row[m]) for row in rows if m in row) for m in measures}
+def _profiles(record: Record | None, run: str) -> dict[str, Profiles]:
+    found: dict[str, Profiles] = {}
+    for row in record.rows if record else ():
+        for measure, saved in row.get("profiles", {}).items():
+            try:
+                found.setdefault(measure, Profiles()).append(Profile.from_dict(saved))
+            except ValueError as error:
+                _warn(f"{run}: the {measure} profile of step {row['step']} is damaged and left out: {error}")
+    return found
+
+
+def _run_folders(folder: Path) -> set[Path]:
+    """Returns the folders of runs at or below a folder, also behind links."""
+    found, seen = set(), set()
+    for at, below, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        below[:] = [] if real in seen else below  # a link to a folder above
+        seen.add(real)
+        if Path(at).name == FOLDER and any(Path(at).glob("*.jsonl")):
+            found.add(Path(at).parent)
+    return found
 
 
 def _runs(folder: Path, name: str) -> list[Run]:
@@ -333,9 +438,12 @@ def _runs(folder: Path, name: str) -> list[Run]:
     measured = [n for n, record in records.items() if record.callback == "DepthProfile"]
     if len(measured) < 2:
         return [Run(name, records)]
-    return [
-        Run(f"{name}:{own}", {n: r for n, r in records.items() if n == own or n not in measured}) for own in measured
-    ]
+
+    def belongs(record: str, own: str) -> bool:
+        of = records[record].settings.get("of", own) if records[record].callback in NULLS else own
+        return of == own and (record == own or record not in measured)
+
+    return [Run(f"{name}:{own}", {n: r for n, r in records.items() if belongs(n, own)}) for own in measured]
 
 
 def _records(folder: Path) -> Iterator[tuple[str, Record]]:
@@ -346,32 +454,68 @@ def _records(folder: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read(path: Path) -> Record | None:
-    """Reads the last fit recorded in a file; returns None if the file has no complete header."""
+    """Reads the last fit recorded in a file; returns None if the file has no readable header of it."""
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        _warn(f"{path} cannot be read and is left out: {error.strerror or error}.")
+        return None
     head: dict[str, Any] | None = None
     rows: dict[int, dict[str, Any]] = {}
     end: dict[str, Any] | None = None
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    without_head = 0
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = loads(line)
             step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            warnings.warn(
-                f"{path}, line {number} is damaged, perhaps by a killed process: it is ignored.", stacklevel=2
-            )
+            if "callback" in row:
+                _check_header(row)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            _warn(f"{path}, line {number} is damaged, perhaps by a killed process: it is ignored.")
             continue
-        if "callback" in row:
-            head, end = row, None
-            rows = {s: r for s, r in rows.items() if s <= step} if step else {}
+        if "callback" in row or "void" in row:
+            head, end = _continued(head, row, step), None
+            rows = {s: r for s, r in rows.items() if s <= step} if step and head else {}
         elif head is None:
-            raise ValueError(f"{path}, line {number}: a row without a preceding header; this is not a depthcb record.")
+            without_head = without_head or number
         elif "end" in row:
             end = row["end"]
         else:
             rows[step] = rows.get(step, {}) | row  # optimizers that step in turn share a step number
+    if head is not None and head.get("version", 1) > VERSION:
+        _warn(
+            f"{path} is left out: it has version {head['version']}, and this depthcb reads up to {VERSION}: update "
+            "depthcb."
+        )
+        return None
     if head is None:
+        if without_head:
+            _warn(f"{path} is left out: line {without_head} is a row without a preceding header.")
         return None
     ordered = tuple(rows[step] for step in sorted(rows))
-    return Record(head["callback"], head["settings"], head["fit"], head["provenance"], ordered, end)
+    parts = tuple(head.get("parts", ()))
+    return Record(head["callback"], head["settings"], head["fit"], head["provenance"], ordered, end, parts)
+
+
+def _check_header(row: dict[str, Any]) -> None:
+    """Raises an error for a header that lacks something."""
+    if row.get("version", 1) <= VERSION and not all(
+        isinstance(row[k], dict) for k in ("settings", "fit", "provenance")
+    ):
+        raise TypeError
+
+
+def _continued(head: dict[str, Any] | None, row: dict[str, Any], step: int) -> dict[str, Any] | None:
+    """Returns the header that holds after a row that starts a fit: its own, or what it leaves of the one before."""
+    if "callback" in row:
+        return row
+    if head is None or not step or head["callback"] in NULLS:
+        return None
+    return head | {"parts": [part for part in head.get("parts", ()) if part["step"] < step]}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(printable(message), stacklevel=2)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -48,6 +48,24 @@ def show_interval(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
 
 
+def printable(text: str) -> str:
+    r"""Replaces what a terminal would obey instead of showing it: escape sequences and other control characters.
+
+    >>> printable("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def literal(text: str) -> str:
+    r"""Escapes text for matplotlib, which reads math between dollars and leaves labels with a leading _ out of legends.
+
+    >>> literal("_cost in $")
+    ' _cost in \\$'
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def tick_step(count: int, ticks: int = 12) -> int:
     """Returns the spacing of labelled layers (or validations) that gives at most about ``ticks`` labels."""
     steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, *range(10, count + 20, 5))

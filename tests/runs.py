@@ -63,6 +63,7 @@ def make_run(
         for i, step in enumerate(steps)
     ]  # fmt: skip
     fit = {"module": "CausalLM", "optimizers": [{"class": optimizer, "lr": 1e-4}], "max_steps": 160}
+    fit["initial_weights"] = "0a" * 32
     settings = {"layers": names, "effective_rank": [2.5 + 3 * i for i in range(layers)], "rows": "mean",
                 "measures": {m: ALL_MEASURES[m].definition for m in MEASURES}, "probe_hash": "0f" * 32, "probe_rows": 512}  # fmt: skip
     end = {"seconds": 70.1, "probe_seconds": 13.2} if finished else None

@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
 from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row, run_folder
+from depthcb.callbacks.recorded import RecordedCallback
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
 from depthcb.feeding import Call, validation_call
 from depthcb.null import DRAWS
+from depthcb.plain import SECRETS
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Mask, Probe, Rows
-from depthcb.profile import Profiles
+from depthcb.profile import Profile, Profiles
 from depthcb.reference import Reference
 from depthcb.run import write_null
 from depthcb.similarity import Measure
@@ -31,7 +32,7 @@ from depthcb.stack import LayerStack
 from depthcb.warn import warn
 
 
-class DepthProfile(Callback):
+class DepthProfile(RecordedCallback):
     """Measures at every validation how far each layer has moved from the pretrained model [paper].
 
     The reference is recorded at train start, before the first step, and saved in checkpoints: a resumed run still
@@ -78,6 +79,9 @@ class DepthProfile(Callback):
             each layer's net change at every validation. `depthcb.pretrained.PretrainedWeights` of the same model are
             used as they are.
         null_draws: Draws of noise for each of the two nulls, see `depthcb.null.null_profiles`.
+        redact: Hyperparameters and settings with these words in their names have their values replaced in the record
+            (and so in reports) and in W&B's configuration, as far as depthcb writes it; see `depthcb.plain.plain`. An
+            empty tuple keeps everything.
 
     Raises:
         ValueError: At construction, an argument is invalid; at train start, the probe cannot be built or run, the
@@ -106,10 +110,11 @@ class DepthProfile(Callback):
         mask: Mask | None = None,
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
+        redact: Collection[str] = SECRETS,
     ) -> None:
         if every_n_validations < 1:
             raise ValueError(f"every_n_validations={every_n_validations}: it must be at least 1.")
-        self.name = name
+        self.name, self.redact = name, redact
         self.every_n_validations = every_n_validations
         #: The underlying recorder, which works without a Trainer.
         self.recorder = ProfileRecorder(
@@ -186,6 +191,7 @@ class DepthProfile(Callback):
         return measurements % every == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         refuse_sharding(self, trainer)
         if stage == "fit" and self.recorder.pretrained is not None and self._loading is None:
             hook = pl_module.register_load_state_dict_pre_hook  # a checkpoint is loaded after this and before the fit
@@ -231,7 +237,8 @@ class DepthProfile(Callback):
             return
         self._unpublished = False
         start = time.perf_counter()
-        record_row(self, trainer, self._record(len(self.profiles) - 1) | self._beside(trainer))
+        latest = {measure: profiles[-1] for measure, profiles in self.profiles_by_measure.items()}
+        record_row(self, trainer, _row(latest) | self._beside(trainer))
         self._drawn = self.deserves_pictures(len(self.profiles))
         if self._drawn:
             self._log_pictures(trainer)
@@ -244,7 +251,7 @@ class DepthProfile(Callback):
             null = self.recorder.measure_null()
         folder = run_folder(trainer)
         if null is not None and folder is not None:
-            write_null(folder, null)
+            write_null(folder, null, self.name)
         end = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
         record_row(self, trainer, {"step": logged_step(trainer), "end": end})
 
@@ -279,14 +286,12 @@ class DepthProfile(Callback):
             "effective_rank": reference.effective_rank,
         }
         open_record(self, "DepthProfile", trainer, pl_module, settings)
-        for i in range(len(self.profiles) if trainer.global_step else 0):  # a resumed run may use another folder
-            record_row(self, trainer, self._record(i))
-
-    def _record(self, index: int) -> dict[str, Any]:
-        """Returns the index-th measurement as a row of the run's record."""
-        profiles = {m: ps[index] for m, ps in self.profiles_by_measure.items()}
-        first = profiles[self.measures[0].name]
-        return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
+        by_step: dict[int, dict[str, Profile]] = {}
+        for measure, profiles in self.profiles_by_measure.items():
+            for profile in profiles:
+                by_step.setdefault(profile.step, {})[measure] = profile
+        for step in sorted(by_step) if trainer.global_step else ():  # a resumed run may use another folder
+            record_row(self, trainer, _row(by_step[step]))
 
     def _beside(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Returns what a record's row has besides the profiles: net changes, and the metrics logged by others."""
@@ -303,6 +308,12 @@ class DepthProfile(Callback):
                 f"DepthProfile {self.name!r}: {error.name} is not installed, so only scalars are logged and no plots: "
                 "pip install 'depthcb[wandb]'."
             )
+
+
+def _row(profiles: Mapping[str, Profile]) -> dict[str, Any]:
+    """Returns the profiles of one step, by measure, as a row of the run's record."""
+    first = next(iter(profiles.values()))
+    return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
 
 
 @contextlib.contextmanager
@@ -331,7 +342,9 @@ def _transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any)
 
 def _fed(module: nn.Module, stack: LayerStack, batch: Any) -> Call | None:
     """Returns the call of the model in the module's validation step, if it has one of its own."""
-    return validation_call(module, stack, batch) if is_overridden("validation_step", module) else None
+    if not is_overridden("validation_step", module, parent=pl.LightningModule):
+        return None
+    return validation_call(module, stack, batch)
 
 
 def first_validation_loader(trainer: pl.Trainer) -> Any:

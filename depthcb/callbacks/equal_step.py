@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,12 +10,14 @@ from torch.optim import Optimizer
 
 from depthcb.callbacks.depth_profile import DepthProfile
 from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, open_record, rows_of
+from depthcb.callbacks.recorded import RecordedCallback
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
+from depthcb.plain import SECRETS
 from depthcb.step_ratio import MeanRatios, Target
 
 
-class EqualStep(OptimizerStepCallback):
+class EqualStep(RecordedCallback, OptimizerStepCallback):
     r"""Rescales every optimizer step so that ||dW|| / ||W|| is equal in all layers [paper].
 
     After each real step, every layer with a non-zero update becomes ``before + (r* / r) (after - before)``: the step
@@ -54,6 +57,7 @@ class EqualStep(OptimizerStepCallback):
         decay: ``"inside"`` (default) counts weight decay as a part of the step, with a warning if it makes up most of
             it; ``"outside"`` equalizes dW + lr * weight_decay * W and leaves the decay as it is, for optimizers of
             torch with decoupled decay (AdamW, Muon) [ours].
+        redact: Hyperparameters whose values are kept out of the record, see `DepthProfile`.
 
     Raises:
         ValueError: At fit start, the target cannot be imposed, the layers cannot be found, all are frozen, or one has
@@ -75,8 +79,9 @@ class EqualStep(OptimizerStepCallback):
         outside: Outside = "leave",
         name: str = "equal_step",
         decay: Decay = "inside",
+        redact: Collection[str] = SECRETS,
     ) -> None:
-        self.name = name
+        self.name, self.redact = name, redact
         #: The underlying equalizer, which works without a Trainer.
         self.equalizer = StepEqualizer(layers, target, outside, name, decay=decay)
         self._seen: list[float] | None = None
@@ -97,6 +102,12 @@ class EqualStep(OptimizerStepCallback):
         return self.equalizer.mean_realised
 
     @property
+    def steering(self) -> Mapping[str, Any]:
+        """The layers, target and treatment of other parameters and of weight decay."""
+        control = self.equalizer
+        return {"layers": self.names, "target": control.target, "outside": control.outside, "decay": control.decay}
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
@@ -114,9 +125,7 @@ class EqualStep(OptimizerStepCallback):
             self.equalizer.reset()
         self.equalizer.log = rows_of(self, trainer)
         self._logs = LogSteps(trainer)
-        settings = {"layers": self.names, "target": self.equalizer.target, "outside": self.equalizer.outside}
-        settings["decay"] = self.equalizer.decay
-        open_record(self, "EqualStep", trainer, pl_module, settings)
+        open_record(self, "EqualStep", trainer, pl_module, self.steering)
         super().on_train_start(trainer, pl_module)
 
     def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim import Optimizer
 
-from depthcb.callbacks.step_events import OptimizerStepCallback
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
 from depthcb.engine.step_hooks import Sink
+from depthcb.plain import plain
 from depthcb.profile import Profile
-from depthcb.run import Row, write_header, write_row
+from depthcb.run import Row, void_records, write_header, write_row
 from depthcb.sinks import sink_of
 
-
-class Named(Protocol):
-    """A callback with a name that is unique in its run."""
-
-    name: str
+if TYPE_CHECKING:
+    from depthcb.callbacks.recorded import RecordedCallback
 
 
 def logged_step(trainer: pl.Trainer) -> int:
     """Returns the step number Lightning logs metrics with (``trainer.global_step`` counts each optimizer's steps)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def first_step(trainer: pl.Trainer) -> int:
+    """Returns the number of steps made before this fit: 0 unless it was resumed."""
+    return logged_step(trainer) if trainer.global_step else 0
 
 
 class LogSteps:
@@ -48,7 +50,7 @@ class LogSteps:
         self._logged = batches
 
 
-def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
+def rows_of(callback: RecordedCallback, trainer: pl.Trainer) -> Sink:
     """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record."""
 
     def log(row: Mapping[str, float], step: int) -> None:
@@ -59,8 +61,13 @@ def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
     return log
 
 
-def open_record(callback: Named, kind: str, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row) -> None:
-    """Starts the callback's record of this fit and configures the loggers' sinks; on the first process only.
+def open_record(
+    callback: RecordedCallback, kind: str, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row
+) -> None:
+    """Starts the callback's record of this fit and configures the loggers' sinks.
+
+    The fit's first callback also makes all records of the folder void that do not belong to this fit. All processes
+    must call this; only the first one writes.
 
     Args:
         callback: The callback.
@@ -72,23 +79,31 @@ def open_record(callback: Named, kind: str, trainer: pl.Trainer, pl_module: pl.L
     Raises:
         ValueError: The run's folder cannot be written.
     """
+    is_first = callback.continue_history(trainer, pl_module)
     folder = run_folder(trainer)
     if folder is None:
         return
-    step = logged_step(trainer) if trainer.global_step else 0
-    write_header(folder, callback.name, kind, step, settings, _fit(trainer, pl_module))
+    assert callback.history is not None
+    step, redact = first_step(trainer), callback.redacted(trainer)
+    settings = plain(settings, redact)
+    if is_first:
+        void_records(folder, step)
+    fit = _fit(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
+    write_header(folder, callback.name, kind, step, settings, fit, callback.history["parts"])
     for logger in trainer.loggers:
         sink_of(logger).configure(callback.name, settings, _control(trainer))
 
 
-def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
+def record_row(callback: RecordedCallback, trainer: pl.Trainer, row: Row) -> None:
     """Writes a row to the callback's record, on the first process only."""
     folder = run_folder(trainer)
     if folder is not None:
         write_row(folder, callback.name, row)
 
 
-def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
+def log_pictures(
+    callback: RecordedCallback, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int
+) -> None:
     """Logs plots of the profiles so far to the loggers that support them, on the first process only.
 
     Raises:
@@ -104,7 +119,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     Falls back to a local folder of the same name if the logger's is remote. Returns None without a logger, and on all
     processes but the first.
     """
-    loggers = [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+    loggers = [logger for logger in trainer.loggers if not is_a(logger, "DummyLogger")]
     if not loggers or not trainer.is_global_zero:
         return None
     roots = (loggers[0].save_dir, trainer.default_root_dir, ".")
@@ -124,11 +139,11 @@ def _control(trainer: pl.Trainer) -> str:
     return controls[0] if controls else "standard"
 
 
-def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule, redact: Collection[str]) -> dict[str, Any]:
     """Returns the settings that two runs must share to be compared as a pair."""
     return {
         "module": type(pl_module).__qualname__,
-        "hparams": dict(pl_module.hparams),
+        "hparams": plain(dict(pl_module.hparams), redact),
         "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
@@ -142,7 +157,19 @@ def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
 
 
 def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the settings of the first parameter group, with the learning rate before any scheduler."""
-    group = optimizer.param_groups[0]
-    settings = {k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, tuple)) and k != "initial_lr"}
-    return {"class": type(optimizer).__qualname__, **settings, "lr": float(group.get("initial_lr", group["lr"]))}
+    """Returns the settings of the first parameter group, and of the others what differs, with each one's size.
+
+    Learning rates are those before any scheduler.
+    """
+    first, *others = [_group(group) for group in optimizer.param_groups]
+    found = {"class": type(optimizer).__qualname__, **first}
+    if others:
+        found["groups"] = [{k: v for k, v in group.items() if v != first.get(k)} for group in others]
+    return found
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: v for k, v in group.items() if k not in ("params", "initial_lr") and v is not None}
+    lr = group.get("initial_lr", group.get("lr"))
+    settings |= {"parameters": len(group["params"])} | ({} if lr is None else {"lr": float(lr)})
+    return {k: plain(v) for k, v in settings.items()}

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import Hooked
@@ -84,8 +83,16 @@ def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
     Raises:
         ValueError: The strategy is DeepSpeed or FSDP1.
     """
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+    if is_a(trainer.strategy, "DeepSpeedStrategy", "FSDPStrategy"):
         raise ValueError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
             "parameters or updates them in its own engine: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
         )
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Returns whether an object's class, or a base class, has one of these names.
+
+    Lightning's classes exist twice, in ``lightning.pytorch`` and in ``pytorch_lightning``.
+    """
+    return any(kind.__name__ in names for kind in type(thing).__mro__)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from depthcb.callbacks.logging import LogSteps, logged_step, open_record, rows_of
+from depthcb.callbacks.recorded import RecordedCallback
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.step_ratio_meter import StepRatioMeter
+from depthcb.plain import SECRETS
 from depthcb.step_ratio import MeanRatios
 
 
-class UpdateRatioMonitor(OptimizerStepCallback):
+class UpdateRatioMonitor(RecordedCallback, OptimizerStepCallback):
     """Logs each layer's step ratio ||dW|| / ||W|| [paper], after the optimizer and all earlier callbacks.
 
     A layer with adapters is measured by its merged weights, W0 + BA for LoRA, and one with parametrizations (weight or
@@ -32,6 +35,7 @@ class UpdateRatioMonitor(OptimizerStepCallback):
     Args:
         layers: The layers, as accepted by `LayerStack.find`; None searches for them.
         name: Prefix of the logged keys; must be unique if a Trainer has several monitors.
+        redact: Hyperparameters whose values are kept out of the record, see `DepthProfile`.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -39,8 +43,13 @@ class UpdateRatioMonitor(OptimizerStepCallback):
         >>> trainer = pl.Trainer(callbacks=[UpdateRatioMonitor()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, layers: list[str] | str | None = None, name: str = "update_ratio") -> None:
-        self.name = name
+    def __init__(
+        self,
+        layers: list[str] | str | None = None,
+        name: str = "update_ratio",
+        redact: Collection[str] = SECRETS,
+    ) -> None:
+        self.name, self.redact = name, redact
         #: The underlying meter, which works without a Trainer.
         self.meter = StepRatioMeter(layers, name)
 

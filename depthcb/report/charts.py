@@ -18,7 +18,14 @@ from depthcb.style import PALE, line_style, thinned, tick_step
 
 #: Maximum number of validations on a slider and of heatmap columns; if there are more, evenly spaced ones are shown.
 MOST_VALIDATIONS, MOST_COLUMNS = 100, 300
+#: Maximum number of values that all sliders of a page have, and all of its heatmaps of one kind; keeps it below 10 MB.
+MOST_VALUES = 16_000
 Values = Sequence[float | None]
+
+
+def _shown(text: str) -> str:
+    """Escapes text for plotly, which makes links and line breaks of tags, and knows no entity for quotes."""
+    return html.escape(text, quote=False)
 
 
 # The page's style sheet sets text and grid colours for light or dark mode; the greys here apply to exported images.
@@ -67,8 +74,8 @@ def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
     trace = {
         "x": _depth(group, len(y)),
         "y": list(y),
-        "customdata": [html.escape(name) for name in run.layers],
-        "name": html.escape(label(run, group)),
+        "customdata": [_shown(name) for name in run.layers],
+        "name": _shown(label(run, group)),
         "legendgroup": run.name,
         "mode": "lines+markers",
         "line": {"color": style.color, "width": 2, "dash": style.dash},
@@ -85,18 +92,29 @@ def _band(x: Sequence[float], y: Values, group: Group, index: int) -> go.Scatter
     return _line(y, group, index, x=[*x, *reversed(x)], **filled)
 
 
-def slider_steps(group: Group) -> list[int]:
-    """Returns the steps at which any run was measured, thinned to evenly spaced ones if there are too many."""
-    steps = sorted({p.step for run in group.runs for profiles in run.profiles.values() for p in profiles})
-    return thinned(steps, MOST_VALIDATIONS)
+def fitting(most: int, layers: int, values: int) -> int:
+    """Returns how many columns of so many layers a chart may have with so many values: 2 to ``most``."""
+    return max(2, min(most, values // max(1, layers)))
 
 
-def profile_chart(group: Group) -> go.Figure:
-    """Returns the profiles by all measures, with a slider over the validations of all runs."""
-    steps, measures = slider_steps(group), group.measures
+def measured_steps(group: Group) -> list[int]:
+    """Returns the steps at which any run was measured."""
+    return sorted({p.step for run in group.runs for profiles in run.profiles.values() for p in profiles})
+
+
+def profile_chart(group: Group, values: int = MOST_VALUES) -> go.Figure:
+    """Returns the profiles by all measures, with a slider over the validations of all runs.
+
+    Args:
+        group: The runs.
+        values: Maximum number of values on the slider.
+    """
+    measures = group.measures
+    layers = sum(len(run.layers) for run in group.runs for m in measures if last(run, m))
+    steps = thinned(measured_steps(group), fitting(MOST_VALIDATIONS, 2 * layers, values))
     drawn = [(m, i) for m in measures for i, run in enumerate(group.runs) if last(run, m)]
     columns = min(2, len(measures))
-    titles = [title_of(group, m) for m in measures]
+    titles = [_shown(title_of(group, m)) for m in measures]
     rows = math.ceil(len(measures) / columns)
     fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.25 / rows)
     named: set[int] = set()
@@ -106,7 +124,8 @@ def profile_chart(group: Group) -> go.Figure:
             trace.showlegend = bool(trace.showlegend) and i not in named
             fig.add_trace(trace, 1 + row, 1 + col)
         named.add(i)
-    ys = [[y for measure, i in drawn for y in _profile_ys(measure, group.runs[i], step)] for step in steps]
+    by_step = {(m, i): {p.step: p for p in group.runs[i].profiles[m]} for m, i in drawn}
+    ys = [[y for m, i in drawn for y in _profile_ys(m, group.runs[i], by_step[m, i].get(step))] for step in steps]
     slider = {
         "active": len(steps) - 1,
         "currentvalue": {"prefix": "validation at step "},
@@ -117,27 +136,26 @@ def profile_chart(group: Group) -> go.Figure:
     fig.update_yaxes(rangemode="tozero")
     for index, measure in enumerate(measures):
         row, col = divmod(index, columns)
-        fig.update_yaxes(title={"text": unit_of(group, measure)}, row=1 + row, col=1 + col)
+        fig.update_yaxes(title={"text": _shown(unit_of(group, measure))}, row=1 + row, col=1 + col)
     return layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
 
 
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
     run, color = group.runs[index], line_style(index).color
-    band, change, *null = _profile_ys(measure, run, step)
+    band, change, *null = _profile_ys(measure, run, next((p for p in run.profiles[measure] if p.step == step), None))
     x = _depth(group, len(change))
     traces = [_band(x, band, group, index), _line(change, group, index, showlegend=True)]
     if null:
         dashed = {"color": color, "width": 1.2, "dash": "dash"}
-        name = html.escape(f"null of {label(run, group)}, end of fit")
+        name = _shown(f"null of {label(run, group)}, end of fit")
         traces.append(_line(null[0], group, index, showlegend=True, mode="lines", line=dashed, name=name))
     return traces
 
 
-def _profile_ys(measure: str, run: Run, step: int) -> list[Values]:
-    """Returns the band, change and null (if any, at the last profile only) at a step; Nones if it was not measured."""
+def _profile_ys(measure: str, run: Run, profile: Profile | None) -> list[Values]:
+    """Returns the band, change and null (if any, at the last profile only) of a profile; Nones if there is none."""
     layers = len(run.layers)
     nothing: Values = [None] * layers
-    profile = {p.step: p for p in run.profiles[measure]}.get(step)
     if profile is None:
         ys: list[Values] = [[None] * 2 * layers, nothing, nothing]
     else:
@@ -151,14 +169,20 @@ def _rgba(color: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
-def heatmaps(group: Group) -> go.Figure:
-    """Returns heatmaps of layer x validation, one row per run, one column per measure and colour scale per column."""
+def heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
+    """Returns heatmaps of layer x validation, one row per run, one column per measure and colour scale per column.
+
+    Args:
+        group: The runs.
+        values: Maximum number of values in all heatmaps.
+    """
     measures, runs = group.measures, group.runs
+    most = fitting(MOST_COLUMNS, len(measures) * sum(len(run.layers) for run in runs), values)
     titles = [_cell_title(title_of(group, m), run, group, bool(last(run, m))) for run in runs for m in measures]
     fig = _grid(len(runs), len(measures), titles)
     for row, run in enumerate(runs):
         for col, measure in enumerate(measures):
-            profiles = thinned(run.profiles.get(measure, []), MOST_COLUMNS)
+            profiles = thinned(run.profiles.get(measure, []), most)
             if profiles:
                 changes = [p.change for p in profiles]
                 trace = _heatmap([p.step for p in profiles], changes, run.layers, f"coloraxis{col + 1 if col else ''}")
@@ -170,16 +194,22 @@ def heatmaps(group: Group) -> go.Figure:
     return layout(fig, 120 + 280 * len(runs), **axes)
 
 
-def ratio_heatmaps(group: Group) -> go.Figure:
-    """Returns heatmaps of the step ratio, layer x step, one panel per run, on one logarithmic colour scale."""
+def ratio_heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
+    """Returns heatmaps of the step ratio, layer x step, one panel per run, on one logarithmic colour scale.
+
+    Args:
+        group: The runs.
+        values: Maximum number of values in all heatmaps.
+    """
     runs = group.runs
+    most = fitting(MOST_COLUMNS, sum(len(run.step_ratio.mean) for run in runs), values)
     titles = [_cell_title("step ratio", run, group, bool(run.step_ratio.steps)) for run in runs]
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
     fig = _grid(rows, columns, titles)
     for index, run in enumerate(runs):
         if run.step_ratio.steps:
-            pairs = thinned(list(zip(run.step_ratio.steps, run.step_ratio.ratios, strict=True)), MOST_COLUMNS)
+            pairs = thinned(list(zip(run.step_ratio.steps, run.step_ratio.ratios, strict=True)), most)
             logs = [[math.log10(r) if r else None for r in ratios] for _, ratios in pairs]
             trace = _heatmap([s for s, _ in pairs], logs, run.layers, "coloraxis", [list(r) for _, r in pairs])
             row, col = divmod(index, columns)
@@ -194,7 +224,7 @@ def ratio_heatmaps(group: Group) -> go.Figure:
 
 
 def _cell_title(what: str, run: Run, group: Group, there: bool) -> str:
-    return html.escape(f"{what}, {label(run, group)}" if there else f"{what}, {run.name}: not measured")
+    return _shown(f"{what}, {label(run, group)}" if there else f"{what}, {run.name}: not measured")
 
 
 def _grid(rows: int, columns: int, titles: Sequence[str]) -> go.Figure:
@@ -210,7 +240,7 @@ def _heatmap(
 ) -> go.Heatmap:
     """Returns one heatmap with one column per step; ``shown`` has the hover values if they differ from the colours."""
     count = len(columns[0])
-    names = [html.escape(layers[i]) if i < len(layers) else layer_key(i) for i in range(count)]
+    names = [_shown(layers[i]) if i < len(layers) else layer_key(i) for i in range(count)]
     figures = [list(row) for row in zip(*(shown or columns), strict=True)]
     return go.Heatmap(
         x=[str(step) for step in steps],
@@ -241,12 +271,12 @@ def progress_chart(group: Group) -> go.Figure:
             fig.add_trace(_line(ratio, group, i, showlegend=False), 1, 2)
         if wanted and wanted != ratio:
             dotted = {"color": line_style(i).color, "width": 1.5, "dash": "dot"}
-            name = html.escape(f"wanted by the optimizer in {label(run, group)}")
+            name = _shown(f"wanted by the optimizer in {label(run, group)}")
             fig.add_trace(_line(wanted, group, i, name=name, mode="lines", line=dotted), 1, 2)
         if losses[i]:
-            fig.add_trace(_over_steps(losses[i], group, i), 1, 3)
+            fig.add_trace(_over_steps(thinned(losses[i], MOST_COLUMNS), group, i), 1, 3)
             fig.update_yaxes(title={"text": "loss"}, row=1, col=3)
-    steps = slider_steps(group)
+    steps = measured_steps(group)
     ticks = {"tickvals": steps} if len(steps) == 1 else {}  # otherwise plotly invents ticks around a single point
     for col in (1, 3)[: len(panels) - 1]:
         fig.update_xaxes(title={"text": "step"}, row=1, col=col, **ticks)

@@ -24,7 +24,7 @@ from depthcb.report.groups import (
     unit_of,
 )
 from depthcb.run import Run
-from depthcb.style import decorate, layer_axis, line_style, mark_unresolved
+from depthcb.style import decorate, layer_axis, line_style, literal, mark_unresolved
 
 
 def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
@@ -42,10 +42,10 @@ def figure(runs: Sequence[Run], title: str = "") -> Figure:
     """Plots one row of panels per group of runs: each layer's change by each measure, and its mean step ratio."""
     found = [group for group in groups(runs) if group.measures]
     fig = Figure(figsize=(15, 0.6 + 5.1 * len(found) if found else 3), layout="constrained", facecolor="white")
-    fig.suptitle(_plain(title), fontsize=10, color="#555555")
+    fig.suptitle(literal(title), fontsize=10, color="#555555")
     if not found:
         names = ", ".join(run.name for run in runs) or "no run was started"
-        fig.text(0.5, 0.45, _plain(f"No depth profile was measured ({names})."), ha="center", fontsize=13)
+        fig.text(0.5, 0.45, literal(f"No depth profile was measured ({names})."), ha="center", fontsize=13)
         return fig
     fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     subfigures = fig.subfigures(len(found), 1, squeeze=False)[:, 0]
@@ -56,7 +56,7 @@ def figure(runs: Sequence[Run], title: str = "") -> Figure:
 
 def _draw_group(sub: SubFigure, group: Group) -> None:
     lines = [line for text in [headline(group), *context(group)] for line in textwrap.wrap(text, 170)]
-    sub.suptitle(_plain("\n".join(lines)), fontsize=11)
+    sub.suptitle(literal("\n".join(lines)), fontsize=11)
     axes = sub.subplots(1, len(group.measures) + 1)
     for ax, measure in zip(axes, group.measures, strict=False):
         _draw_change(ax, group, measure)
@@ -85,7 +85,8 @@ def _draw_change(ax: Axes, group: Group, measure: str) -> None:
         mark_unresolved(ax, profile.unresolved, profile.change)
         if null:  # offset the dashes, so that nulls that coincide (often at 0) all remain visible
             dashes = (5 * i, (5, 5))
-            ax.plot(x, null, color=color, lw=1, ls=dashes, label=f"null of {label(run, group)} (random directions)")
+            name = literal(f"null of {label(run, group)} (random directions)")
+            ax.plot(x, null, color=color, lw=1, ls=dashes, label=name)
     _name(ax, f"{title_of(group, measure)} per layer, with 95 % band", unit_of(group, measure), absent)
     _from_zero(ax)
 
@@ -106,7 +107,7 @@ def _draw_ratio(ax: Axes, group: Group) -> None:
 
 
 def _draw_run(ax: Axes, values: Sequence[float | None], index: int, name: str) -> None:
-    style = line_style(index)
+    style, name = line_style(index), literal(name)
     face = "white" if style.symbol.endswith("-open") else style.color
     y = [float("nan") if v is None else v for v in values]
     dash = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}[style.dash]
@@ -114,16 +115,11 @@ def _draw_run(ax: Axes, values: Sequence[float | None], index: int, name: str) -
 
 
 def _name(ax: Axes, title: str, unit: str, absent: Sequence[str]) -> None:
-    ax.set_title(title + "".join(f"\n{name}: not measured" for name in absent), fontsize=10)
-    ax.set_ylabel(unit)
+    ax.set_title(literal(title + "".join(f"\n{name}: not measured" for name in absent)), fontsize=10)
+    ax.set_ylabel(literal(unit))
 
 
 def _from_zero(ax: Axes) -> None:
     """Extends a linear axis to slightly below 0, so that a line at 0 is not hidden by the frame."""
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.03 * high), 1.04 * high)
-
-
-def _plain(text: str) -> str:
-    """Escapes text so that matplotlib does not parse it as math."""
-    return text.replace("$", r"\$")

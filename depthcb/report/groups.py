@@ -140,7 +140,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """Returns pairs that differ only in the control, in the order of the standard runs, then one group of the rest."""
     by_settings: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        by_settings[_key(run)][run.control].append(run)
+        if not run.unpaired:
+            by_settings[_key(run)][run.control].append(run)
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
@@ -158,21 +159,23 @@ def replicates(found: Sequence[Group]) -> list[Replicates]:
     return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) > 1]
 
 
-def _key(run: Run, seedless: bool = False) -> str:
-    """Returns a key of everything that a pair must share: training settings, seed, layers, measures and probe.
+def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
+    """Returns a key of all that a pair must share: training settings, seed, initial weights, layers, measures, probe.
 
     Args:
-        run: The run.
-        seedless: Whether the seed may differ, and with it the probe that a data module draws.
+        run: A run that can be paired.
+        seedless: Whether the seed may differ, and with it the initial weights and the probe that a data module draws.
+        weights: Whether the initial weights count.
     """
     depth = run.record("DepthProfile")
-    if depth is None:
-        return f"unmeasured {run.name}"
-    measured = {key: depth.settings[key] for key in ("layers", "rows", *(() if seedless else ("probe_hash",)))}
-    measured["measures"] = list(depth.settings["measures"])  # names alone: a reworded definition is the same measure
+    assert depth is not None
+    measured = {k: depth.settings.get(k) for k in ("layers", "rows", *(() if seedless else ("probe_hash",)))}
+    measured["measures"] = list(run.definitions)  # names alone: a reworded definition is the same measure
     fit = dict(depth.fit)
     if seedless:
         fit["hparams"] = {name: v for name, v in fit.get("hparams", {}).items() if "seed" not in name}
+    if seedless or not weights:
+        del fit["initial_weights"]
     return json.dumps([measured, fit, None if seedless else _seed(run)], sort_keys=True)
 
 
@@ -197,7 +200,7 @@ def _optimizer(run: Run) -> str:
 
 def label(run: Run, group: Group) -> str:
     """Returns a run's label in a chart: its control in a pair, else its name; notes if the run did not finish."""
-    name = run.control if group.paired else run.name
+    name = run.control if group.paired else run.name + (f" (mixed: {run.mixed})" if run.mixed else "")
     steps = [p.step for profiles in run.profiles.values() for p in profiles]
     return name if run.finished or not steps else f"{name} (not finished, last at step {max(steps)})"
 
@@ -252,7 +255,9 @@ def headline(group: Group) -> str:
 
 
 def context(group: Group) -> list[str]:
-    """Returns what limits a pair's comparison: one pair, whether the measures agree, the nulls; empty without one."""
+    """Returns what limits a pair's comparison, or why runs are not paired; empty if there is nothing to say."""
+    if not group.paired and len(group.runs) > 1:
+        return [f"{run.name} is not paired: {why}" for run in group.runs if (why := _why_unpaired(run, group.runs))]
     if group.comparison is None:
         return []
     measure = group.measures[0]
@@ -262,6 +267,15 @@ def context(group: Group) -> list[str]:
         *_unresolved_lines(group),
         *(f"null of {run.control}: {null_line(run, measure)}" for run in group.runs),
     ]
+
+
+def _why_unpaired(run: Run, others: Sequence[Run]) -> str:
+    """Returns why a run has no twin; empty if there just is none."""
+    if run.unpaired:
+        return run.unpaired
+    key, there = _key(run, weights=False), [r for r in others if not r.unpaired and r.control != run.control]
+    twins = [r.name for r in there if _key(r, weights=False) == key]
+    return f"its initial weights are not those of {', '.join(twins)}" if twins else ""
 
 
 def _unresolved_lines(group: Group) -> list[str]:

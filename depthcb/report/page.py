@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ import plotly.graph_objects as go
 import plotly.io
 
 from depthcb.glossary import RUN_COLUMNS, VERDICTS
-from depthcb.report.charts import heatmaps, loss_of, profile_chart, progress_chart, ratio_heatmaps, slider_steps
+from depthcb.plain import dumps, loads
+from depthcb.report.charts import (
+    MOST_VALUES,
+    heatmaps,
+    loss_of,
+    measured_steps,
+    profile_chart,
+    progress_chart,
+    ratio_heatmaps,
+)
 from depthcb.report.groups import (
     UNRESOLVED_NOTE,
     Group,
@@ -32,9 +41,11 @@ from depthcb.report.groups import (
     title_of,
     verdict_lines,
 )
-from depthcb.run import Run
-from depthcb.style import MISSING, show, show_interval
+from depthcb.run import NULLS, Run
+from depthcb.style import MISSING, show, show_interval, thinned
 
+#: Maximum number of rows of a record in a page's data, and size of the page in bytes.
+MOST_ROWS, MOST_BYTES = 10_000, 9_500_000
 _CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
@@ -76,6 +87,9 @@ caption { text-align: left; padding: .3rem 0; }
 def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
     """Writes a self-contained page that includes the runs' data and makes no network requests.
 
+    Long runs are thinned to evenly spaced rows, which the page says, so that it stays below 10 MB: what the charts
+    draw, and the rows of the data. The numbers in text and tables are those of all rows.
+
     Args:
         runs: The runs to show; `read_html` reads them back.
         path: The output file; its folder must exist.
@@ -86,7 +100,9 @@ def write_html(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
         >>> write_html(read_runs("lightning_logs"), "depthcb-report.html")  # doctest: +SKIP
     """
     named = title or (f"Depth profile of {runs[0].name}" if len(runs) == 1 else f"{len(runs)} depth profiles")
-    html_page(named, _sections(runs), [run.to_dict() for run in runs], "depthcb-runs", path)
+    sections = _sections(runs)
+    data, note = _data(runs, MOST_BYTES - sum(len(section.encode()) for section in sections))
+    html_page(named, [*sections, note], data, "depthcb-runs", path)
 
 
 def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: str | Path) -> None:
@@ -106,7 +122,7 @@ def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: s
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     # Escape every "<": "</script" would end the script element, and "<!--" would change where the browser looks for it.
-    text = json.dumps(data).replace("<", "\\u003c")
+    text = dumps(data).replace("<", "\\u003c")
     body = "\n".join([f"<h1>{title}</h1>", *sections])
     page = (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
@@ -117,7 +133,7 @@ def html_page(title: str, sections: Sequence[str], data: Any, name: str, path: s
 
 
 def read_html(path: str | Path) -> list[Run]:
-    """Reads the runs from a page written by `write_html`, in full precision.
+    """Reads the runs from a page written by `write_html`, in full precision; of long runs, the rows that it kept.
 
     Raises:
         ValueError: The page contains no runs.
@@ -126,7 +142,30 @@ def read_html(path: str | Path) -> list[Run]:
     found = re.search(r'<script type="application/json" id="depthcb-runs">([^<]*)</script>', page)
     if found is None:
         raise ValueError(f"{path} is not a depthcb report: no runs were found in it.")
-    return [Run.from_dict(fields) for fields in json.loads(found[1])]
+    return [Run.from_dict(fields) for fields in loads(found[1])]
+
+
+def _data(runs: Sequence[Run], room: int) -> tuple[list[dict[str, Any]], str]:
+    """Returns the runs as data of at most ``room`` bytes, with a note in HTML on the rows that were left out."""
+    rows = max((len(record.rows) for run in runs for record in run.records.values()), default=0)
+    most = min(rows, MOST_ROWS)
+    while True:
+        data = [_thinned(run, most).to_dict() for run in runs]
+        size = len(dumps(data))
+        if size <= room or most <= 2:
+            break
+        most = max(2, min(most - 1, most * room // size))
+    left_out = f"This page's data have at most {most:,} evenly spaced rows of each record, of up to {rows:,}."
+    return data, f'<p class="soft">{left_out} The records have them all.</p>' if most < rows else ""
+
+
+def _thinned(run: Run, most: int) -> Run:
+    """Returns a run with at most so many rows of each record; the draws of nulls are kept."""
+    records = {
+        name: record if record.callback in NULLS else replace(record, rows=tuple(thinned(record.rows, most)))
+        for name, record in run.records.items()
+    }
+    return replace(run, records=records)
 
 
 def _sections(runs: Sequence[Run]) -> list[str]:
@@ -135,7 +174,7 @@ def _sections(runs: Sequence[Run]) -> list[str]:
     cards = "".join([*map(_verdict_card, words), *map(_group_card, found)]) or "<p>No run was started.</p>"
     return [
         f"<h2>{'Verdict' if words else 'Summary'}</h2>{cards}",
-        *(_group_section(group, charts) for group in found),
+        *(_group_section(group, charts, MOST_VALUES // len(found)) for group in found),
         f"<h2>Slopes at the last validation</h2>{_slopes_table(found)}" if found else "",
         f"<h2>Settings and provenance</h2>{_settings_table(runs)}" if found else "",
     ]
@@ -170,24 +209,37 @@ def _card(title: str, lines: Sequence[str], meaning: str = "") -> str:
     return f'<div class="verdict"><h3>{html.escape(title)}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
 
 
-def _group_section(group: Group, charts: Charts) -> str:
+def _group_section(group: Group, charts: Charts, values: int) -> str:
     parts = [f"<h2>{html.escape(group.title)}</h2>"]
     if group.measures:
+        fig, steps = profile_chart(group, values), len(measured_steps(group))
+        shown = len(fig.layout.sliders[0].steps)
         note = "The axes rescale with the slider to show each profile's shape; the heatmap colours below do not."
-        if len(slider_steps(group)) == 1:
+        if steps == 1:
             note = "The slider has a single step, because there is only one validation so far."
-        parts += [charts(profile_chart(group), "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
-        parts += [charts(heatmaps(group), "Change of each layer over training")]
+        elif shown < steps:
+            note += f" Charts of long runs are thinned evenly: the slider has {shown:,} of {steps:,} validations."
+        parts += [charts(fig, "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
+        parts += [charts(heatmaps(group, values), "Change of each layer over training")]
     else:
         parts += ["<p>No depth profile was measured.</p>"]
     ratios = [run for run in group.runs if run.step_ratio.steps]
     if ratios or group.measures or any(loss_of(run) for run in group.runs):
         parts += [charts(progress_chart(group), "Slope, step ratios and loss")]
     if ratios:
-        parts += [charts(ratio_heatmaps(group), "Step ratio of each layer over training")]
+        fig = ratio_heatmaps(group, values)
+        parts += [charts(fig, "Step ratio of each layer over training")]
+        shown, steps = (max(counts) for counts in zip(*_columns(fig, ratios), strict=True))
+        if shown < steps:
+            parts += [f'<p class="soft">Thinned evenly: {shown:,} of {steps:,} logged steps.</p>']
     if group.layers:
         parts += ["<h3>Layers</h3>", _layers_table(group)]
     return "".join(parts)
+
+
+def _columns(fig: go.Figure, runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """Returns the numbers of drawn and of logged steps of each heatmap."""
+    return [(len(trace.x), len(run.step_ratio.steps)) for trace, run in zip(fig.data, runs, strict=True)]
 
 
 def html_table(

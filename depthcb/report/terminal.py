@@ -28,7 +28,7 @@ from depthcb.report.groups import (
     verdict_lines,
 )
 from depthcb.run import Run
-from depthcb.style import BLUE, show_interval
+from depthcb.style import BLUE, printable, show_interval
 
 _SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
@@ -41,19 +41,19 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
         console: The console to print to; 80 columns are enough for a pair.
     """
     if not runs:
-        console.print(Text("No run was started."))
+        console.print(_text("No run was started."))
     found = groups(runs)
     for group in found:
         console.print(_layers_table(group))
         for run in group.runs:
             console.print(_hanging(run_line(run, group), console))
-        console.print(Text(headline(group), style="bold"))
+        console.print(_text(headline(group), style="bold"))
         for line in context(group):
             console.print(_hanging(f"  {line}", console))
         console.print()
     for seeds in replicates(found):
         title, *lines = verdict_lines(seeds)
-        console.print(Text(title, style="bold"))
+        console.print(_text(title, style="bold"))
         for line in lines:
             console.print(_hanging(f"  {line}", console))
 
@@ -67,7 +67,7 @@ def print_bars(run: Run, console: Console) -> None:
     """
     profile = last(run, next(iter(run.profiles), ""))
     if profile is None:
-        console.print(Text(f"{run.name}: no depth profile was measured yet."))
+        console.print(_text(f"{run.name}: no depth profile was measured yet."))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(12, console.width // 3))
@@ -75,39 +75,44 @@ def print_bars(run: Run, console: Console) -> None:
     table.add_column(ratio=1)
     top = max(profile.change) or 1.0
     for name, change, shown in zip(profile.layer_names, profile.change, shown_change(profile), strict=True):
-        table.add_row(Text(name), shown, Bar(top, 0, change, color=BLUE))
-    console.print(Text(f"{run.name}, {run.control}: {profile.title} at step {profile.step}", "bold"))
+        table.add_row(_text(name), shown, Bar(top, 0, change, color=BLUE))
+    console.print(_text(f"{run.name}, {run.control}: {profile.title} at step {profile.step}", "bold"))
     console.print(table)
     slope = f"slope {profile.slope:+.3g}{show_interval(profile.slope_interval)} per whole depth"
-    console.print(Text(f"{slope}, {profile.unit}, {profile.rows} rows"))
+    console.print(_text(f"{slope}, {profile.unit}, {profile.rows} rows"))
     if profile.unresolved:
-        console.print(Text(UNRESOLVED_NOTE))
+        console.print(_text(UNRESOLVED_NOTE))
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Returns text for the terminal, which obeys nothing in it."""
+    return Text(printable(text), style)
 
 
 def _hanging(line: str, console: Console) -> Text:
     """Wraps a line with indented continuation lines, so that the start of each run stands out."""
-    return Text(textwrap.fill(line, console.width, subsequent_indent="    ", break_on_hyphens=False))
+    return _text(textwrap.fill(line, console.width, subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _layers_table(group: Group) -> Table:
     measures = [m for m in ("cka", "cka_normalized") if m in group.measures] or group.measures[:2]
     table = Table(
-        title=Text(group.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=_text(group.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     table.add_column("layer", no_wrap=True)
     for name in [*(title_of(group, m).replace("normalised change", "normal.") for m in measures), "step"]:
         for run in group.runs:
-            short = _SHORT[run.control] if group.paired else run.name
-            table.add_column(Text(f"{name}\n{short}"), justify="right", no_wrap=True)
+            short = _SHORT.get(run.control, run.control) if group.paired else run.name
+            table.add_column(_text(f"{name}\n{short}"), justify="right", no_wrap=True)
     table.add_column("eff.\nrank", justify="right", no_wrap=True)
     rows = layer_rows(group, measures)
     for _, name, *figures in rows:
-        table.add_row(Text(name if len(name) <= 10 else f"…{name[-9:]}"), *figures)
+        table.add_row(_text(name if len(name) <= 10 else f"…{name[-9:]}"), *figures)
     notes = []
     if any(row[-1].endswith("!") for row in rows):
         notes.append(f"! effective rank below {LOW_RANK:g}: this layer's change rests on a few directions")
     if has_unresolved(rows):
         notes.append(UNRESOLVED_NOTE)
     if notes:
-        table.caption = Text("\n".join(notes))
+        table.caption = _text("\n".join(notes))
     return table

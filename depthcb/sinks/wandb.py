@@ -13,8 +13,8 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
+from depthcb.plain import plain
 from depthcb.profile import Profile, layer_key
-from depthcb.run import plain
 from depthcb.sinks.base import LoggerSink, register
 
 

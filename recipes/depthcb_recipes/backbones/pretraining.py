@@ -158,8 +158,9 @@ def _train(name: str, model: MiniModel, folder: Path, minutes: float) -> None:
         "seconds": time.perf_counter() - start,
         "text_sha256": zoo.corpus_hash(),
         "versions": zoo.versions(),
+        "sha256": {name: zoo.checksum(folder / name) for name in zoo.FILES},
     }
-    (folder / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / zoo.REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def unigram_loss(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -104,10 +105,28 @@ def folder(name: str, model: MiniModel) -> Path:
     return cache_folder() / "mini-zoo" / f"{name}-{_state(model)}"
 
 
+#: The files of a model, whose checksums its `REPORT` has.
+FILES, REPORT = ("config.json", "model.safetensors", "tokenizer.json"), "pretraining.json"
+
+
 def is_pretrained(folder: Path) -> bool:
-    """Returns whether a folder contains a complete model."""
-    files = ("config.json", "model.safetensors", "tokenizer.json", "pretraining.json")
-    return all((folder / name).is_file() for name in files)
+    """Returns whether a folder contains a whole model; warns of a damaged one, which is then pretrained again."""
+    if not all((folder / name).is_file() for name in (*FILES, REPORT)):
+        return False
+    try:
+        expected = json.loads((folder / REPORT).read_bytes()).get("sha256", {})  # models of version 0.1 have none
+        damaged = [name for name, digest in expected.items() if checksum(folder / name) != digest]
+    except (ValueError, AttributeError, OSError):
+        damaged = [REPORT]
+    if damaged:
+        warnings.warn(f"The model in {folder} is damaged ({', '.join(damaged)}): pretrain it again.", stacklevel=2)
+    return not damaged
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file (a model of the mini zoo has 10 to 30 MB)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthcb import DepthProfile
+from depthcb.plain import plain
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Probe
 from depthcb.report import print_runs, write_html, write_png
@@ -93,9 +94,8 @@ def _run_arms(plan: Plan, out: Path, progress: Progress) -> None:
     for name, config in arms(settings).items():
         folder = out / name
         folder.mkdir()
-        write_header(folder, "demo", "demo", 0, facts)
         model.load_state_dict(plan.pretrained.state_dict())
-        run_arm(name, config, folder, plan, model, probes[config.seed], progress)
+        run_arm(name, config, folder, plan, model, probes[config.seed], progress, facts)
         release_memory()
 
 
@@ -147,6 +147,21 @@ def _options(settings: Settings, optimizer: OptimizerName) -> dict[str, Any]:
     }
 
 
+class FactsRecord(pl.Callback):
+    """Writes a record of the demo's settings beside those of the callbacks, once the fit has made older ones void.
+
+    Args:
+        folder: The run's folder.
+        facts: The settings.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.folder, self.facts = folder, facts
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        write_header(self.folder, "demo", "demo", 0, self.facts)
+
+
 def run_arm(
     name: str,
     config: RunConfig,
@@ -155,6 +170,7 @@ def run_arm(
     model: PreTrainedModel,
     probe: Probe,
     progress: Progress,
+    facts: Mapping[str, Any],
 ) -> None:
     """Runs one fit and its null, logging to CSV and to an offline W&B run in its folder.
 
@@ -166,6 +182,7 @@ def run_arm(
         model: A copy of the pretrained network, which is trained.
         probe: The probe of the profiles.
         progress: The progress of the whole demo.
+        facts: What the record says of the demo.
     """
     costs = plan.costs
     each = (costs.step_seconds(plan.settings), costs.validation_seconds(plan.settings)) if costs else (0.0, 0.0)
@@ -175,7 +192,7 @@ def run_arm(
         weights = PretrainedWeights.of(CausalLM(plan.pretrained), copy=False)
         watch = DepthProfile(probe, measures=DEMO_MEASURES, pretrained=weights)
         trainer.loggers = [*trainer.loggers, _offline_logger(name, config, folder)]
-        trainer.callbacks += [watch, FitProgress(name, progress, *each)]  # type: ignore[attr-defined]
+        trainer.callbacks += [watch, FactsRecord(folder, facts), FitProgress(name, progress, *each)]  # type: ignore[attr-defined]
 
     try:
         figures = fit(config, folder, plan.precision, before=before)
@@ -231,7 +248,7 @@ def _write_report(plan: Plan, out: Path, console: Console) -> list[Run]:
         console.print("Nothing was measured yet.")
         return []
     summary = {**plan.to_dict(), **conclusions(runs), "runs": [run.to_dict() for run in runs]}
-    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(out / "summary.json", json.dumps(plain(summary), indent=1, allow_nan=False) + "\n")
     title = f"Depth profile of {plan.settings.backbone}"
     write_png(runs, out / "profiles.png", title)
     write_html(runs, out / "report.html", title)

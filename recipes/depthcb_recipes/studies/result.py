@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,14 +126,14 @@ def read_result(folder: Path) -> Result | None:
         folder: The run's folder.
 
     Returns:
-        The result; None where there is none, or where the file is damaged.
+        The result; None where there is none, or where the file is damaged, with a warning: the run is then made again.
 
     Raises:
         ValueError: The file cannot be read, or belongs to a later version.
     """
     path = folder / RESULT
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8", errors="replace")  # a damaged bit need not be text
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -141,6 +142,7 @@ def read_result(folder: Path) -> Result | None:
     with contextlib.suppress(ValueError):
         fields = json.loads(text)
     if not isinstance(fields, dict) or fields.get("sha256") != _checksum(fields):
+        warnings.warn(f"{path} is damaged (its checksum differs): the run is made again.", stacklevel=2)
         return None
     if "config" not in fields:  # a killed run's, in version 1
         fields["config"] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))

@@ -1,0 +1,96 @@
+"""What the records of one fit share: the weights that it started from, and which callbacks it had when."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from depthcb.callbacks.logging import callbacks_of, first_step
+from depthcb.fingerprint import weights_fingerprint
+from depthcb.plain import dumps, plain
+from depthcb.run import null_names
+
+#: The entry of a checkpoint that has the fit's history.
+KEY = "depthcb"
+
+
+class RecordedCallback(Callback):
+    """Base class of the callbacks that leave a record; their checkpoints have the history of the fit.
+
+    A run that was resumed with other callbacks is thus known as a mixed one, in whichever folder its record continues.
+
+    Raises:
+        ValueError: At the start, two callbacks have the same name.
+    """
+
+    name: str
+    #: Names of settings whose values are not written down, see `depthcb.plain.plain`.
+    redact: Collection[str]
+    #: The fit's history so far: its initial weights and its parts; None before training.
+    history: dict[str, Any] | None = None
+
+    @property
+    def steering(self) -> Mapping[str, Any]:
+        """The settings by which the callback changes the training; empty for callbacks that only observe."""
+        return {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if isinstance(self.redact, str):
+            raise ValueError(f"{type(self).__name__}: redact={self.redact!r} is text: pass a list of words.")
+        for other in recorded_callbacks(trainer):
+            taken = [name.casefold() for name in (other.name, *null_names(other.name))]
+            if other is not self and self.name.casefold() in taken:
+                raise ValueError(
+                    f"{type(self).__name__} and {type(other).__name__} would write to the same record, {self.name!r}: "
+                    "give one of them another name=."
+                )
+
+    def redacted(self, trainer: pl.Trainer) -> set[str]:
+        """Returns the words of all recorded callbacks: what one of them keeps out is in none of their records."""
+        return {word for callback in recorded_callbacks(trainer) for word in callback.redact}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.history is not None:
+            checkpoint[KEY] = self.history
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.history = checkpoint.get(KEY)
+
+    def continue_history(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Adds this fit to the history, on all processes; returns whether this is the fit's first recorded callback."""
+        first = recorded_callbacks(trainer)[0]
+        if first is not self:
+            self.history = first.history
+            return False
+        step, past = first_step(trainer), self.history
+        if not step:
+            past = {"initial_weights": weights_fingerprint(pl_module), "parts": []}
+        elif past is None:  # a checkpoint of version 0.1, or of a fit without these callbacks
+            past = {"initial_weights": None, "parts": []}
+        redact, present = self.redacted(trainer), recorded_callbacks(trainer)
+        part = {
+            "step": step,
+            "callbacks": {c.name: [kind_of(c), plain(c.steering, redact)] for c in present},
+            "hparams": hashlib.sha256(dumps(plain(dict(pl_module.hparams), redact)).encode()).hexdigest(),
+        }
+        self.history = {**past, "parts": [*past["parts"], part]}
+        return True
+
+
+def recorded_callbacks(trainer: pl.Trainer) -> list[RecordedCallback]:
+    """Returns the Trainer's recorded callbacks, in its order."""
+    return [c for c in callbacks_of(trainer) if isinstance(c, RecordedCallback)]
+
+
+def kind_of(callback: RecordedCallback) -> str:
+    """Returns the name of a callback's depthcb class, also for user subclasses."""
+    return next(k.__name__ for k in type(callback).__mro__ if k.__module__.startswith("depthcb."))
