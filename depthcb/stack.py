@@ -2,7 +2,8 @@
 
 A model's layers are found as an ``nn.ModuleList`` or ``nn.Sequential`` of blocks of one class. The search walks the
 module tree, input side first, and collects every such list that is not inside a block of another list. Consecutive
-lists of one block class (the stages of a ResNet or a Swin) are joined. There is no table of model names, so unknown
+lists of one block class (the stages of a ResNet or a Swin) are joined. A block that a wrapper has given a subclass
+(parametrizations, FSDP2, quantisation) counts as one of its class. There is no table of model names, so unknown
 architectures work if they follow this convention. If two lists are equally plausible, the search raises an error
 instead of guessing.
 """
@@ -11,18 +12,26 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
+import operator
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from depthcb.warn import warn
+
 #: Attributes that torch.compile, FSDP and activation checkpointing insert into module names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 #: A second list makes the search ambiguous if it has at least this fraction of the longest list's parameters [ours].
 RIVAL_SHARE = 0.1
+
+#: Classes that say nothing about what a module computes.
+_GENERIC = frozenset({nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict})
 
 _HOW = "layers='path.to.the.list', a glob such as 'blocks.*', or a list of module names"
 
@@ -67,6 +76,8 @@ class LayerStack:
     def find(cls, model: nn.Module, layers: str | Sequence[str] | None = None) -> LayerStack:
         """Finds the stack of ``model``, or returns the one specified by ``layers``.
 
+        Warns if the search left out blocks of the list that it found, or if names are out of depth order.
+
         Args:
             model: Any module.
             layers: None to search; the path of a list of layers; the path of a submodule to search in; a glob, in which
@@ -79,6 +90,7 @@ class LayerStack:
             return _choose(model, _search("", model))
         if not isinstance(layers, str):
             modules = _modules(model)
+            _warn_order(layers)
             return cls(tuple(layers), tuple(_lookup(modules, name, model) for name in layers), model)
         if re.search(r"[*?\[]", layers):
             pairs = [(n, m) for n, m in _modules(model).items() if n and _matches(n, layers) and _size(m)]
@@ -124,11 +136,15 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A list of blocks that may be the stack; ``problem`` says why it cannot be used."""
+    """A list of blocks that may be the stack.
+
+    ``problem`` says why it cannot be used, ``left_out`` names the other blocks of the list.
+    """
 
     path: str
     layers: tuple[tuple[str, nn.Module], ...]
     problem: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -140,7 +156,7 @@ class _Candidate:
         return any(p.requires_grad for _, m in self.layers for p in m.parameters())
 
     def __str__(self) -> str:
-        kinds = sorted({_kind(m).__name__ for _, m in self.layers})
+        kinds = sorted({kind.__name__ for kind in _kinds(self.layers)})
         frozen = "" if self.trains else " frozen"
         count = f"{self.size:,}{frozen} parameters"
         text = f"{self.path or 'the model itself'} ({len(self.layers)} x {'/'.join(kinds)}, {count})"
@@ -165,6 +181,11 @@ def _choose(model: nn.Module, found: list[_Candidate], where: str = "") -> Layer
     if best.problem:
         raise ValueError(f"The layers of {inside} can't be determined: {best}.")
     names, modules = zip(*best.layers, strict=True)
+    if best.left_out:
+        warn(
+            f"The layers found in {inside} are {len(names)} of {len(names) + len(best.left_out)} blocks; left out: "
+            f"{', '.join(best.left_out)}. Name all of them, or these, with {_HOW}."
+        )
     return LayerStack(names, modules, model)
 
 
@@ -176,7 +197,7 @@ def _search(name: str, module: nn.Module) -> list[_Candidate]:
         return [_Candidate(name, ((name, module),) * module.num_layers, fused)]
     children = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
     blocks = _stages(name, module, children) or (_run(children) if _is_list(module) else [])
-    own = [_Candidate(name, tuple(blocks))] if len(blocks) > 1 else []
+    own = [_Candidate(name, tuple(blocks), left_out=_left_out(name, module, blocks))] if len(blocks) > 1 else []
     if _is_list(module) and not own and len(children) > 1 and _alternates(children):
         return [_Candidate(name, tuple(children), f"block classes alternate; name the layers ({_HOW})")]
     taken = [n for n, _ in blocks] if own else []
@@ -186,20 +207,31 @@ def _search(name: str, module: nn.Module) -> list[_Candidate]:
 
 def _run(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Returns the longest run of consecutive blocks of one class, if that class occurs in one run only."""
-    runs: list[list[tuple[str, nn.Module]]] = []
-    for name, module in children:
-        if runs and _kind(runs[-1][-1][1]) is _kind(module):
-            runs[-1].append((name, module))
-        else:
-            runs.append([(name, module)])
-    best = max(runs, key=len, default=[])
-    kinds = [_kind(run[0][1]) for run in runs]
-    return best if best and kinds.count(_kind(best[0][1])) == 1 else []
+    pairs = zip(_kinds(children), children, strict=True)
+    runs = [(kind, [child for _, child in run]) for kind, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
+    kind, best = max(runs, key=lambda run: len(run[1]), default=(nn.Module, []))
+    return best if [k for k, _ in runs].count(kind) == 1 else []
+
+
+def _left_out(name: str, module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """Returns the blocks of a list, or below it, that are of the same class as the stack's or beside them."""
+    layers = {block for _, block in blocks}
+    kinds = {_kind(block) for block in layers} - _GENERIC
+    below = [(n, m) for n, m in module.named_modules() if _kind(m) in kinds and _children("", m) and _unwrap(m) is m]
+    # A sequence may begin with a stem and end with a head; a list holds nothing but blocks.
+    beside = [c for c in _children("", module) if isinstance(module, nn.ModuleList) and _has_matrix(c[1])]
+    seen = {m for block in layers for m in block.modules()}
+    left = []
+    for n, m in beside + below:
+        if m not in seen and layers.isdisjoint(m.modules()):
+            left.append(f"{name}.{clean_name(n)}" if name else clean_name(n))
+            seen.update(m.modules())
+    return tuple(left)
 
 
 def _alternates(children: list[tuple[str, nn.Module]]) -> bool:
     """Returns whether a block class occurs in several runs, as in stacks that alternate between block classes."""
-    kinds = [_kind(m) for _, m in children if _children("", m)]
+    kinds = _kinds([(n, m) for n, m in children if _children("", m)])
     return len(kinds) > len(set(kinds)) > 1
 
 
@@ -213,7 +245,7 @@ def _stages(name: str, module: nn.Module, children: list[tuple[str, nn.Module]])
     stems = {re.sub(r"\d+$", "", n) for n, _ in stages}
     counted = all(re.search(r"\d+$", n) for n, _ in stages) and len(stems) == 1
     blocks = [block for _, stage in stages for block in stage]
-    if len(stages) < 2 or not (_is_list(module) or counted) or len({_kind(m) for _, m in blocks}) > 1:
+    if len(stages) < 2 or not (_is_list(module) or counted) or len(set(_kinds(blocks))) > 1:
         return []
     return blocks
 
@@ -226,7 +258,7 @@ def _stage_blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         lists = [(n, m) for n, m in owners if _is_list(_unwrap(m)) and _stage_blocks(n, m)]
         return _stage_blocks(*lists[0]) if len(lists) == 1 and len(owners) <= 2 else []
     blocks = [(n, m) for n, m in _children(name, module) if _has_matrix(m)]
-    one_kind = len({_kind(m) for _, m in blocks}) == 1
+    one_kind = len(set(_kinds(blocks))) == 1
     # Blocks must have submodules: the two Linears of an MLP are not a stage.
     return blocks if one_kind and all(_children("", _unwrap(m)) for _, m in blocks) else []
 
@@ -253,7 +285,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     prefix = f"{name}." if name else ""
-    return [(prefix + clean_name(n), child) for n, child in _unwrap(module).named_children()]
+    named = _unwrap(module).named_children()
+    return [(prefix + clean_name(n), child) for n, child in named if n != "parametrizations"]  # torch's, not a part
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -262,8 +295,29 @@ def _unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def _kinds(children: Iterable[tuple[str, nn.Module]]) -> list[type[nn.Module]]:
+    """Returns the class of each of these modules; one that inherits from another's class counts as of that class."""
+    kinds = [_kind(m) for _, m in children]
+    bases = set(kinds) - _GENERIC
+    return [next((base for base in reversed(kind.__mro__) if base in bases), kind) for kind in kinds]
+
+
 def _kind(module: nn.Module) -> type[nn.Module]:
-    return type(_unwrap(module))
+    """Returns a module's class, or the one it had before a wrapper derived another in passing (FSDP2, parametrize)."""
+    own = type(_unwrap(module))
+    kind = next(c for c in own.__mro__ if issubclass(c, nn.Module) and _declared(c))
+    return own if kind in _GENERIC else kind
+
+
+def _declared(kind: type) -> bool:
+    """Returns whether a class was declared in code, and not made by calling ``type``."""
+    try:
+        return (
+            "<locals>" in kind.__qualname__
+            or operator.attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
+        )
+    except (AttributeError, KeyError):
+        return False
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -282,6 +336,18 @@ def _has_matrix(module: nn.Module) -> bool:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return False
     return any(p.dim() >= 2 for p in module.parameters())
+
+
+def _warn_order(names: Sequence[str]) -> None:
+    """Warns of names whose numbers fall where only numbers differ: probably not in depth order."""
+    last: dict[str, tuple[list[int], str]] = {}
+    for name in names:
+        numbers, stem = [int(number) for number in re.findall(r"\d+", name)], re.sub(r"\d+", "#", name)
+        before, other = last.get(stem, (numbers, name))
+        if numbers < before:
+            warn(f"Layer {name!r} is listed after {other!r}: list the layers in depth order, input side first.")
+            return
+        last[stem] = numbers, name
 
 
 def _title(model: nn.Module) -> str:

@@ -115,7 +115,7 @@ class StepEqualizer(StepHooks):
         self._kept: dict[Tensor, Any] = {}
         self._shrinking: set[int] = set()
         self._unscalable: dict[Tensor, str] = {}
-        self._stepped = self._told = False
+        self._stepped = self._told = self._apart = False
         self.reset()
 
     def reset(self) -> None:
@@ -158,7 +158,7 @@ class StepEqualizer(StepHooks):
         self._groups = list(groups.values())
         self._steps = LayerSteps(self._groups)
         self._broken, self._unlogged = None, None  # an exception may have left some
-        self._stepped = self._told = False
+        self._stepped = self._told = self._apart = False
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Copies the parameters that this optimizer is about to change, and notes what decay will leave of them."""
@@ -245,6 +245,7 @@ class StepEqualizer(StepHooks):
                 self._log_step(sums)
             self.check_weights()
             self._steps.keep()
+            self._warn_apart(done)
         return True
 
     def _decay(self, before: list[list[Tensor]], done: list[int], broken: Tensor) -> None:
@@ -272,6 +273,18 @@ class StepEqualizer(StepHooks):
             warn(
                 f"EqualStep: the last round of steps was not equalized, because optimizer {', '.join(names)} owns "
                 "parameters of the layers and did not step in it."
+            )
+
+    def _warn_apart(self, done: list[int]) -> None:
+        """Warns once if other layers are trained by steps of which this round knows nothing."""
+        trained = {
+            i for i, layer in enumerate(self._groups) if any(p.requires_grad for p in self._steps.owned & set(layer))
+        }
+        if trained > set(done) and not self._apart:
+            self._apart = True
+            warn(
+                f"EqualStep: layer {self._list(done)} stepped apart from {self._list(sorted(trained - set(done)))}, so "
+                "their steps are not equal: return all optimizers from configure_optimizers, or pass all to attach()."
             )
 
     def _warn_never_owned(self) -> None:

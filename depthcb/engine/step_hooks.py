@@ -127,15 +127,18 @@ class _ReplacedStep:
 
         self.removed = False
         self._optimizer, self._own, self._step = optimizer, own, step
+        step.replaced = self  # type: ignore[attr-defined]
         optimizer.step = step  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Puts the original ``step`` back, unless it was wrapped once more in the meantime."""
+        """Puts the original ``step`` back, as soon as nothing that has wrapped it since is in the way."""
         self.removed = True
-        if vars(self._optimizer).get("step") is self._step:
+        while top := getattr(vars(self._optimizer).get("step"), "replaced", None):
+            if not top.removed or top._step is not vars(self._optimizer)["step"]:
+                break
             del self._optimizer.step
-            if self._own is not None:
-                self._optimizer.step = self._own  # type: ignore[method-assign]
+            if top._own is not None:
+                self._optimizer.step = top._own  # type: ignore[method-assign]
 
 
 class StepHooks(Hooked):
