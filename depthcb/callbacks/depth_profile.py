@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from depthcb.callbacks.logging import log_pictures, logged_step, open_record, record_row, run_folder
-from depthcb.callbacks.recorded import RecordedCallback
+from depthcb.callbacks.logging import log_pictures, logged_step, record_row, run_folder
+from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
@@ -285,7 +285,7 @@ class DepthProfile(RecordedCallback):
             "causal": reference.causal,
             "effective_rank": reference.effective_rank,
         }
-        open_record(self, "DepthProfile", trainer, pl_module, settings)
+        open_record(self, trainer, pl_module, settings)
         by_step: dict[int, dict[str, Profile]] = {}
         for measure, profiles in self.profiles_by_measure.items():
             for profile in profiles:

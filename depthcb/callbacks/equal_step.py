@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from depthcb.callbacks.depth_profile import DepthProfile
-from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, open_record, rows_of
-from depthcb.callbacks.recorded import RecordedCallback
+from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, rows_of
+from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.plain import SECRETS
@@ -125,7 +125,7 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
             self.equalizer.reset()
         self.equalizer.log = rows_of(self, trainer)
         self._logs = LogSteps(trainer)
-        open_record(self, "EqualStep", trainer, pl_module, self.steering)
+        open_record(self, trainer, pl_module, self.steering)
         super().on_train_start(trainer, pl_module)
 
     def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
@@ -13,11 +13,14 @@ from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
 from depthcb.engine.step_hooks import Sink
 from depthcb.plain import plain
 from depthcb.profile import Profile
-from depthcb.run import Row, void_records, write_header, write_row
+from depthcb.run import Row, write_row
 from depthcb.sinks import sink_of
 
-if TYPE_CHECKING:
-    from depthcb.callbacks.recorded import RecordedCallback
+
+class Named(Protocol):
+    """A callback with a name that is unique in its run."""
+
+    name: str
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -50,7 +53,7 @@ class LogSteps:
         self._logged = batches
 
 
-def rows_of(callback: RecordedCallback, trainer: pl.Trainer) -> Sink:
+def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
     """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record."""
 
     def log(row: Mapping[str, float], step: int) -> None:
@@ -61,49 +64,14 @@ def rows_of(callback: RecordedCallback, trainer: pl.Trainer) -> Sink:
     return log
 
 
-def open_record(
-    callback: RecordedCallback, kind: str, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row
-) -> None:
-    """Starts the callback's record of this fit and configures the loggers' sinks.
-
-    The fit's first callback also makes all records of the folder void that do not belong to this fit. All processes
-    must call this; only the first one writes.
-
-    Args:
-        callback: The callback.
-        kind: Name of its depthcb class, also for user subclasses.
-        trainer: The Trainer.
-        pl_module: The module being trained.
-        settings: The callback's resolved settings.
-
-    Raises:
-        ValueError: The run's folder cannot be written.
-    """
-    is_first = callback.continue_history(trainer, pl_module)
-    folder = run_folder(trainer)
-    if folder is None:
-        return
-    assert callback.history is not None
-    step, redact = first_step(trainer), callback.redacted(trainer)
-    settings = plain(settings, redact)
-    if is_first:
-        void_records(folder, step)
-    fit = _fit(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
-    write_header(folder, callback.name, kind, step, settings, fit, callback.history["parts"])
-    for logger in trainer.loggers:
-        sink_of(logger).configure(callback.name, settings, _control(trainer))
-
-
-def record_row(callback: RecordedCallback, trainer: pl.Trainer, row: Row) -> None:
+def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
     """Writes a row to the callback's record, on the first process only."""
     folder = run_folder(trainer)
     if folder is not None:
         write_row(folder, callback.name, row)
 
 
-def log_pictures(
-    callback: RecordedCallback, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int
-) -> None:
+def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
     """Logs plots of the profiles so far to the loggers that support them, on the first process only.
 
     Raises:
@@ -134,12 +102,13 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return callbacks
 
 
-def _control(trainer: pl.Trainer) -> str:
+def control_of(trainer: pl.Trainer) -> str:
+    """Returns the label of the control that the run is trained under."""
     controls = [c.control for c in callbacks_of(trainer) if isinstance(c, OptimizerStepCallback) and c.control]
     return controls[0] if controls else "standard"
 
 
-def _fit(trainer: pl.Trainer, pl_module: pl.LightningModule, redact: Collection[str]) -> dict[str, Any]:
+def fit_settings(trainer: pl.Trainer, pl_module: pl.LightningModule, redact: Collection[str]) -> dict[str, Any]:
     """Returns the settings that two runs must share to be compared as a pair."""
     return {
         "module": type(pl_module).__qualname__,

@@ -9,10 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from depthcb.callbacks.logging import callbacks_of, first_step
+from depthcb.callbacks.logging import callbacks_of, control_of, first_step, fit_settings, run_folder
 from depthcb.fingerprint import weights_fingerprint
 from depthcb.plain import dumps, plain
-from depthcb.run import null_names
+from depthcb.run import Row, null_names, void_records, write_header
+from depthcb.sinks import sink_of
 
 #: The entry of a checkpoint that has the fit's history.
 KEY = "depthcb"
@@ -94,3 +95,33 @@ def recorded_callbacks(trainer: pl.Trainer) -> list[RecordedCallback]:
 def kind_of(callback: RecordedCallback) -> str:
     """Returns the name of a callback's depthcb class, also for user subclasses."""
     return next(k.__name__ for k in type(callback).__mro__ if k.__module__.startswith("depthcb."))
+
+
+def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Row) -> None:
+    """Starts the callback's record of this fit and configures the loggers' sinks.
+
+    The fit's first callback also makes all records of the folder void that do not belong to this fit. All processes
+    must call this; only the first one writes.
+
+    Args:
+        callback: The callback.
+        trainer: The Trainer.
+        pl_module: The module being trained.
+        settings: The callback's resolved settings.
+
+    Raises:
+        ValueError: The run's folder cannot be written.
+    """
+    is_first = callback.continue_history(trainer, pl_module)
+    folder = run_folder(trainer)
+    if folder is None:
+        return
+    assert callback.history is not None
+    step, redact = first_step(trainer), callback.redacted(trainer)
+    settings = plain(settings, redact)
+    if is_first:
+        void_records(folder, step)
+    fit = fit_settings(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
+    write_header(folder, callback.name, kind_of(callback), step, settings, fit, callback.history["parts"])
+    for logger in trainer.loggers:
+        sink_of(logger).configure(callback.name, settings, control_of(trainer))

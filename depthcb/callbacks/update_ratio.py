@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from depthcb.callbacks.logging import LogSteps, logged_step, open_record, rows_of
-from depthcb.callbacks.recorded import RecordedCallback
+from depthcb.callbacks.logging import LogSteps, logged_step, rows_of
+from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.step_ratio_meter import StepRatioMeter
 from depthcb.plain import SECRETS
@@ -76,7 +76,7 @@ class UpdateRatioMonitor(RecordedCallback, OptimizerStepCallback):
             self.meter.reset()
         self.meter.log = rows_of(self, trainer)
         self._logs = LogSteps(trainer)
-        open_record(self, "UpdateRatioMonitor", trainer, pl_module, {"layers": self.names})
+        open_record(self, trainer, pl_module, {"layers": self.names})
         super().on_train_start(trainer, pl_module)
 
     def on_new_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -76,7 +76,7 @@ def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
         "y": list(y),
         "customdata": [_shown(name) for name in run.layers],
         "name": _shown(label(run, group)),
-        "legendgroup": run.name,
+        "legendgroup": str(index),
         "mode": "lines+markers",
         "line": {"color": style.color, "width": 2, "dash": style.dash},
         "marker": {"symbol": style.symbol, "size": 7},

@@ -134,8 +134,10 @@ def test_a_result_spoilt_by_hand_is_made_again_and_no_other(runner: str, tmp_pat
     cut.write_text(cut.read_text()[:-20])
     fields = json.loads(changed.read_text())
     changed.write_text(json.dumps(fields | {"slope": 99.0}))
-    assert store.result(configs[0]) is store.result(configs[1]) is None
-    run_study(configs, store, Pool(2, runner=runner))
+    with pytest.warns(UserWarning, match=r"result\.json is damaged .*: the run is made again"):
+        assert store.result(configs[0]) is store.result(configs[1]) is None
+    with pytest.warns(UserWarning, match=r"result\.json is damaged"):
+        run_study(configs, store, Pool(2, runner=runner))
     assert sorted(made(store)) == sorted([config.hash for config in configs] + [c.hash for c in configs[:2]])
     assert [store.result(config).figures.slope for config in configs[:2]] == [1.0, 1.0]  # type: ignore[union-attr]
 
