@@ -301,9 +301,12 @@ def void_records(folder: Path, step: int) -> None:
             raise _unwritable(folder, path.name, error) from error
 
 
-def write_row(folder: Path, name: str, row: Row) -> None:
-    """Appends one row to a callback's record."""
-    _append(_file(folder, name), row)
+def write_row(folder: Path, name: str, row: Row, *, mend: bool = False) -> None:
+    """Appends one row to a callback's record; ``mend`` first ends a line that an error may have left incomplete."""
+    path = _file(folder, name)
+    if mend:
+        _end_torn_line(path)
+    _append(path, row)
 
 
 def null_names(name: str) -> tuple[str, str]:

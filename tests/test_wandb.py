@@ -299,7 +299,9 @@ def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: 
         monkeypatch.delattr(depthcb, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logger = offline_logger(tmp_path)
-    with pytest.warns(UserWarning, match=r"matplotlib.* is not installed, so only scalars are logged and no plots"):
+    with pytest.warns(
+        UserWarning, match=r"cannot log plots to the WandbLogger .*matplotlib.* is not installed: pip install"
+    ):
         fit(seeded(TinyLM), [DepthProfile()], logger=logger)
     finish(logger)
     rows = history(tmp_path)

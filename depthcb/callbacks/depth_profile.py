@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from depthcb.callbacks.logging import log_pictures, logged_step, record_row, run_folder
+from depthcb.callbacks.logging import log_pictures, logged_step, record_row, run_folder, tolerated
 from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
@@ -251,8 +251,11 @@ class DepthProfile(RecordedCallback):
             null = self.recorder.measure_null()
         folder = run_folder(trainer)
         if null is not None and folder is not None:
-            write_null(folder, null, self.name)
-        end = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
+            with tolerated(self, f"write its null in {folder}", "make room there, or use another save_dir next time"):
+                write_null(folder, null, self.name)
+        end: dict[str, Any] = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
+        if self.lost:
+            end["lost"] = dict(self.lost)
         record_row(self, trainer, {"step": logged_step(trainer), "end": end})
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,13 +304,7 @@ class DepthProfile(RecordedCallback):
 
     def _log_pictures(self, trainer: pl.Trainer) -> None:
         self._drawn = True
-        try:
-            log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
-        except ModuleNotFoundError as error:
-            warn(
-                f"DepthProfile {self.name!r}: {error.name} is not installed, so only scalars are logged and no plots: "
-                "pip install 'depthcb[wandb]'."
-            )
+        log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
 
 
 def _row(profiles: Mapping[str, Profile]) -> dict[str, Any]:

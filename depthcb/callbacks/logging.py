@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +17,38 @@ from depthcb.plain import plain
 from depthcb.profile import Profile
 from depthcb.run import Row, write_row
 from depthcb.sinks import sink_of
+from depthcb.warn import warn
 
 
 class Named(Protocol):
     """A callback with a name that is unique in its run."""
 
     name: str
+
+    @property
+    def lost(self) -> Counter[str]:
+        """How often it could not do what, in this fit."""
+        ...
+
+
+@contextmanager
+def tolerated(callback: Named, what: str, remedy: str) -> Iterator[None]:
+    """Counts an error instead of raising it, so that a full disk or a broken logger doesn't end a fit; warns once.
+
+    Args:
+        callback: The callback.
+        what: What is tried, such as "write the record in logs/version_0".
+        remedy: What the user can do about it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not callback.lost[what]:
+            warn(
+                f"{type(callback).__name__} {callback.name!r} cannot {what} ({type(error).__name__}: {error}). "
+                f"Training goes on without it: {remedy}."
+            )
+        callback.lost[what] += 1
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -58,7 +86,8 @@ def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
 
     def log(row: Mapping[str, float], step: int) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(dict(row), step=step)
+            with tolerated(callback, f"log to the {type(logger).__name__}", "the record has these values"):
+                logger.log_metrics(dict(row), step=step)
         record_row(callback, trainer, {"step": step, **row})
 
     return log
@@ -68,21 +97,22 @@ def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
     """Writes a row to the callback's record, on the first process only."""
     folder = run_folder(trainer)
     if folder is not None:
-        write_row(folder, callback.name, row)
+        with tolerated(callback, f"write its record in {folder}", "make room there, or use another save_dir next time"):
+            write_row(folder, callback.name, row, mend=bool(callback.lost))
 
 
 def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
-    """Logs plots of the profiles so far to the loggers that support them, on the first process only.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Logs plots of the profiles so far to the loggers that support them, on the first process only."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        sink_of(logger).pictures(callback.name, by_measure, step)
+        with tolerated(callback, f"log plots to the {type(logger).__name__}", "`depthcb report` draws them later"):
+            try:
+                sink_of(logger).pictures(callback.name, by_measure, step)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(f"{error.name} is not installed: pip install 'depthcb[wandb]'") from error
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Returns the run's folder: that of the first logger, where Lightning also saves checkpoints.
+    """Returns the run's folder: that of the first logger.
 
     Falls back to a local folder of the same name if the logger's is remote. Returns None without a logger, and on all
     processes but the first.
@@ -90,10 +120,14 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     loggers = [logger for logger in trainer.loggers if not is_a(logger, "DummyLogger")]
     if not loggers or not trainer.is_global_zero:
         return None
+    own = getattr(loggers[0], "log_dir", None)  # with TensorBoard's sub_dir, and variables expanded
+    if isinstance(own, str) and "://" not in own:
+        return Path(own).expanduser()
     roots = (loggers[0].save_dir, trainer.default_root_dir, ".")
     local = next(root for root in roots if root is not None and "://" not in str(root))  # not a bucket
     version = loggers[0].version
-    return Path(local) / str(loggers[0].name) / (version if isinstance(version, str) else f"version_{version}")
+    folder = Path(local) / str(loggers[0].name) / (version if isinstance(version, str) else f"version_{version}")
+    return folder.expanduser()
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from depthcb.callbacks.logging import callbacks_of, control_of, first_step, fit_settings, run_folder
+from depthcb.callbacks.logging import callbacks_of, control_of, first_step, fit_settings, run_folder, tolerated
 from depthcb.fingerprint import weights_fingerprint
 from depthcb.plain import dumps, plain
 from depthcb.run import Row, null_names, void_records, write_header
 from depthcb.sinks import sink_of
+from depthcb.warn import warn
 
 #: The entry of a checkpoint that has the fit's history.
 KEY = "depthcb"
@@ -35,6 +37,13 @@ class RecordedCallback(Callback):
     history: dict[str, Any] | None = None
 
     @property
+    def lost(self) -> Counter[str]:
+        """How often a logger or the record failed in this fit, by what could not be done."""
+        # Created on first use, so that subclasses need not call this class's constructor.
+        found: Counter[str] = self.__dict__.setdefault("_lost", Counter())
+        return found
+
+    @property
     def steering(self) -> Mapping[str, Any]:
         """The settings by which the callback changes the training; empty for callbacks that only observe."""
         return {}
@@ -50,6 +59,12 @@ class RecordedCallback(Callback):
                     f"{type(self).__name__} and {type(other).__name__} would write to the same record, {self.name!r}: "
                     "give one of them another name=."
                 )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if self.lost:
+            told = ", ".join(f"could not {what} {count} times" for what, count in self.lost.items())
+            warn(f"{type(self).__name__} {self.name!r}: what it leaves is incomplete, because it {told}.")
 
     def redacted(self, trainer: pl.Trainer) -> set[str]:
         """Returns the words of all recorded callbacks: what one of them keeps out is in none of their records."""
@@ -112,6 +127,7 @@ def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.L
     Raises:
         ValueError: The run's folder cannot be written.
     """
+    callback.lost.clear()
     is_first = callback.continue_history(trainer, pl_module)
     folder = run_folder(trainer)
     if folder is None:
@@ -124,4 +140,5 @@ def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.L
     fit = fit_settings(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
     write_header(folder, callback.name, kind_of(callback), step, settings, fit, callback.history["parts"])
     for logger in trainer.loggers:
-        sink_of(logger).configure(callback.name, settings, control_of(trainer))
+        with tolerated(callback, f"configure the {type(logger).__name__}", "the record has the settings"):
+            sink_of(logger).configure(callback.name, settings, control_of(trainer))

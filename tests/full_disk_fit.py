@@ -1,0 +1,38 @@
+"""A fit whose record reaches the largest size that a file may have: `python full_disk_fit.py FOLDER BYTES`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.loggers.logger import Logger
+from support import TinyLM, fit, seeded
+
+from depthcb import DepthProfile, EqualStep
+
+
+class Local(Logger):
+    """A logger that has a folder and writes nothing to it."""
+
+    name, version = "", "run"
+    save_dir = sys.argv[1]
+
+    def log_metrics(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(exist_ok=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(seeded(TinyLM), [EqualStep(), DepthProfile()], logger=Local(), max_steps=12, val_check_interval=2)
+    print("steps", trainer.global_step)
+    for told in caught:
+        if "depthcb" in str(told.filename) or "cannot" in str(told.message) or "incomplete" in str(told.message):
+            print("warned", told.message)
