@@ -45,7 +45,7 @@ def made_weights(layer: nn.Module) -> list[MadeWeights]:
     adapted = adapted_modules(layer)
     remedy = "train the weights themselves"
     made = [
-        MadeWeights("trains adapters", remedy, frozenset(m.parameters()), partial(effective_weights, m))
+        MadeWeights("trains adapters", remedy, frozenset(m.parameters()), partial(effective_weights, m), always=True)
         for m in adapted
     ]
     inside = {m for outer in adapted for m in outer.modules()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,6 +47,27 @@ def test_the_monitor_reports_the_effective_weight() -> None:
     fit(seeded(Adapted), [edges, UpdateRatioMonitor(), watch], logger=rows)
     assert np.array(rows.column("update_ratio/L")) == pytest.approx(edges.ratios(), rel=1e-4)
     assert watch.profiles[-1].mean > 0
+
+
+def test_adapted_weights_count_while_another_adapter_trains() -> None:
+    """The second adapter leaves one of the two adapted weights as it is, which still counts in the layer's norm."""
+
+    class Two(TinyLM):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-2))
+            first = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+            self.model = get_peft_model(self.model, first)
+            self.model.add_adapter("b", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+            self.model.set_adapter("b")
+
+    def merged(module: pl.LightningModule) -> list[np.ndarray]:
+        model: Any = copy.deepcopy(module.model).merge_and_unload()  # type: ignore[operator, union-attr]
+        pairs = [(layer.attn.c_attn.weight, layer.mlp.c_fc.weight) for layer in model.transformer.h]
+        return [np.concatenate([w.detach().double().numpy().ravel() for w in pair]) for pair in pairs]
+
+    rows, edges = Rows(), Edges(merged)
+    fit(seeded(Two), [edges, UpdateRatioMonitor()], logger=rows)
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(edges.ratios(), rel=1e-4)
 
 
 class Dropping(Adapted):
