@@ -191,8 +191,8 @@ class DepthProfile(RecordedCallback):
         return measurements % every == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         refuse_sharding(self, trainer)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.recorder.pretrained is not None and self._loading is None:
             hook = pl_module.register_load_state_dict_pre_hook  # a checkpoint is loaded after this and before the fit
             self._loading = hook(lambda module, *_: self.recorder.take_weights(module))  # type: ignore[no-untyped-call]
