@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -87,9 +88,20 @@ def test_what_no_node_has_is_said(cluster: Any, tmp_path: Path) -> None:
     )
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "ray://127.0.0.1:1", "no address"])
+def test_a_cluster_that_is_not_there_is_named(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with drive(study(tmp_path), tmp_path / "out") as driver:
         said = driver.communicate(timeout=120)[0]
-    assert "No Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in said
+    assert f"No Ray cluster answers at RAY_ADDRESS={address} (" in said
+
+
+def test_a_port_that_is_no_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts, and never answers
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with drive(study(tmp_path), tmp_path / "out") as driver:
+            said = driver.communicate(timeout=120)[0]
+    assert f"No Ray cluster answers at RAY_ADDRESS={address} (no answer in 25 s)" in said
+    assert time.monotonic() - began < 90, "25 s, and the start of Python and Ray on a busy machine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from depthcb_recipes.studies.grid import VERSION, RunConfig, read_study
 from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
 from depthcb_recipes.studies.process import environment
 from depthcb_recipes.studies.result import RESULT, Result, read_result, write_result
-from depthcb_recipes.studies.store import Busy, Store, locked, seems_running
+from depthcb_recipes.studies.store import LOCK, Busy, Store, locked, seems_running
 
 HERE = Path(__file__).parent
 GRID: dict[str, Any] = {
@@ -166,6 +167,31 @@ def test_a_run_that_dies_each_time_is_given_up_and_named(runner: str, tmp_path: 
     assert [path.name for path in store.folder(configs[-1]).iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_run_that_ends_without_a_result_is_given_up_and_named(runner: str, tmp_path: Path) -> None:
+    configs, store = read_study(study(tmp_path, options={"leave": "b"})), Store(tmp_path / "out")
+    progress = run_study(configs, store, Pool(4, runner=runner))
+    assert (progress.done, progress.failed) == (12, 12)
+    left = store.result(configs[-1])
+    assert left is not None
+    assert left.message.startswith(f"ended with status 0 and no result {MOST_KILLS} times")
+
+
+def test_who_has_lost_a_run_writes_no_result(tmp_path: Path) -> None:
+    """Another process, such as one in a container with the same process numbers, has taken the lock over."""
+    config = read_study(study(tmp_path))[0]
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir(), other.mkdir()
+    with locked(mine) as check:
+        write_result(mine, Result("failed", config, message="first"), check)
+        with locked(other):
+            (mine / LOCK).write_bytes((other / LOCK).read_bytes())
+            with pytest.raises(Busy, match="taken over by another process"):
+                write_result(mine, Result("failed", config, message="second"), check)
+            assert read_result(mine) == Result("failed", config, message="first")
+            assert sorted(path.name for path in mine.iterdir()) == [LOCK, "result.json"]
+            (mine / LOCK).unlink()
+
+
 DRIVER = """
 import sys
 from dataclasses import replace
@@ -271,6 +297,47 @@ def test_runs_never_share_a_gpu(runner: str, tmp_path: Path) -> None:
         for other, start, end in used[:i]:
             assert not gpus & other or ended <= start or end <= began
     assert any(start < ended and began < end for _, began, ended in used for _, start, end in used if start != began)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"options": {"data.since": datetime.date(2024, 1, 1)}},
+            r"options has data\.since: .*YAML reads as a date: put",
+        ),
+        ({"options": [1]}, r"options is \[1\]; it must be a mapping"),
+        ({"by": ["model"]}, r"by is \['model'\]; it must be a mapping of axes"),
+        ({"by": {"model": "a"}}, r"by\.model is 'a'; it must map values of the axis to options"),
+        ({"by": {"model": {"a": 3}}}, r"by\.model\.a is 3; it must be a mapping"),
+        ({"threads": True}, "threads is True; it must be a whole number"),
+        ({"grid": {**GRID, "model": [datetime.date(2024, 1, 1)]}}, r"grid\.model has .*it takes names; put quotes"),
+        ({"grid": {**GRID, "seed": [True]}}, r"grid\.seed has True; it takes whole numbers"),
+    ],
+)
+def test_oddities_of_yaml_are_one_sentence(wrong: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"grid": GRID, **wrong}))
+    with pytest.raises(ValueError, match=message):
+        read_study(path)
+
+
+def test_empty_entries_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"grid": GRID}))
+    plain = read_study(path)
+    path.write_text(path.read_text() + "options:\nby:\n  model:\n  seed:\n    0:\n")
+    assert read_study(path) == plain
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["study", "run", str(study(tmp_path)), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written (Not a directory): name another folder" in capsys.readouterr().err
+    assert main(["study", "table", str(study(tmp_path)), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "has no finished run of this study" in capsys.readouterr().err
 
 
 def test_what_a_machine_lacks_is_said_before_anything_runs(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
     own = in_turns(shard(configs, args.shard))
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs}: it must be at least 1.")
+    check_writable(store.root)
     if args.retry_failed:
         store.forget_failures(own)
     message = f"Stopped. The same command continues: `depthcb study run {args.study}`."
@@ -96,6 +99,27 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
             print(f"{result.status}: {config.name}: {result.message} ({store.folder(config)})")
     print(f"{progress.done} of {len(own)} runs have figures, {progress.failed} failed.")
     return 0 if progress.done == len(own) else 1
+
+
+def check_writable(folder: Path) -> None:
+    """Raises a ValueError if a study's folder cannot be written."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written ({error.strerror}): name another folder.") from error
+
+
+@contextlib.contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turns an error of writing a file into one sentence that names its option."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written ({error.strerror or error}): name another file."
+        ) from error
 
 
 def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
@@ -234,7 +258,8 @@ def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store)
     for path in args.export:
         if path.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--export {path}: name a .csv or a .parquet file.")
-        pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
+        with writing("--export", path):
+            pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
     Console(width=max(Console().width, 140)).print(terminal_table(runs))  # no figure is truncated, in a file either
     return 0
 
@@ -256,7 +281,8 @@ def _report(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
 
     runs, pairs = _tables(configs, store)
     page = args.page or store.root / "report.html"
-    write_study(runs, pairs, page, title=store.root.name)
+    with writing("--page", page):
+        write_study(runs, pairs, page, title=store.root.name)
     print(f"{page} (open it in a browser)")
     if args.wandb:
         from depthcb_recipes.studies.page import all_cells

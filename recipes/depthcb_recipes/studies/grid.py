@@ -124,10 +124,10 @@ def read_study(path: str | Path) -> list[RunConfig]:
             f"The study {path} has {', '.join(sorted(unknown))}, which a study cannot have: it takes grid "
             f"({', '.join(AXES)}), options, by, {', '.join(_NUMBERS)}."
         )
-    by = study.get("by", {})
     axes = [_axis(path, study["grid"], axis) for axis in AXES]
-    _check_by(path, by, dict(zip(AXES, axes, strict=True)))
-    defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | study.get("options", {})
+    options_of_all = _options(path, "options", study.get("options"))
+    by = _by(path, study.get("by"), dict(zip(AXES, axes, strict=True)))
+    defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | options_of_all
     runs = []
     for values in itertools.product(*axes):
         point = dict(zip(AXES, values, strict=True))
@@ -141,7 +141,7 @@ def read_study(path: str | Path) -> list[RunConfig]:
 
 def _number(path: str | Path, name: str, value: Any) -> int:
     least = _NUMBERS[name][1]
-    if not isinstance(value, int) or value < least:
+    if type(value) is not int or value < least:
         raise ValueError(f"The study {path}: {name} is {value!r}; it must be a whole number, {least} or more.")
     return value
 
@@ -153,16 +153,37 @@ def _axis(path: str | Path, grid: Mapping[str, Any], axis: str) -> list[Any]:
             f"The study {path}: grid.{axis} is {values!r}; it must be a list of one or more distinct values."
         )
     allowed = {"control": CONTROLS, "optimizer": ("adamw", "sgd")}.get(axis)
-    wrong = [v for v in values if (allowed and v not in allowed) or (axis == "seed" and not isinstance(v, int))]
+    kind = int if axis == "seed" else str
+    wrong = [v for v in values if type(v) is not kind or (allowed and v not in allowed)]
     if wrong:
-        raise ValueError(
-            f"The study {path}: grid.{axis} has {wrong[0]!r}; it takes {', '.join(allowed or ['whole numbers'])}."
-        )
+        takes = ", ".join(allowed or ["whole numbers" if axis == "seed" else "names; put quotes around it"])
+        raise ValueError(f"The study {path}: grid.{axis} has {wrong[0]!r}; it takes {takes}.")
     return values
 
 
-def _check_by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> None:
-    for axis, choices in by.items():
+def _options(path: str | Path, where: str, options: Any) -> dict[str, Any]:
+    """Returns a mapping of options, empty if nothing is given; values are those of JSON."""
+    if options is None:
+        return {}
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"The study {path}: {where} is {options!r}; it must be a mapping, such as model.lr: 0.1.")
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"The study {path}: {where} has {name}: {value!r}, which YAML reads as a {type(value).__name__}: put "
+                "quotes around it."
+            ) from None
+    return options
+
+
+def _by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> dict[str, dict[Any, dict[str, Any]]]:
+    """Returns the options by axis and value."""
+    found: dict[str, dict[Any, dict[str, Any]]] = {}
+    if not isinstance(by, (dict, type(None))):
+        raise ValueError(f"The study {path}: by is {by!r}; it must be a mapping of axes ({', '.join(AXES)}).")
+    for axis, choices in (by or {}).items():
         if axis not in axes:
             raise ValueError(f"The study {path}: by.{axis} is not an axis of the grid ({', '.join(AXES)}).")
         if axis == "control":
@@ -170,6 +191,10 @@ def _check_by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> None:
                 f"The study {path}: by.control would have the two runs of a pair differ in more than the control: give "
                 "both the same options, or write two studies."
             )
-        missing = [value for value in choices if value not in axes[axis]]
+        if not isinstance(choices, (dict, type(None))):
+            raise ValueError(f"The study {path}: by.{axis} is {choices!r}; it must map values of the axis to options.")
+        missing = [value for value in choices or {} if value not in axes[axis]]
         if missing:
             raise ValueError(f"The study {path}: by.{axis} names {missing[0]!r}, which is not in grid.{axis}.")
+        found[axis] = {v: _options(path, f"by.{axis}.{v}", options) for v, options in (choices or {}).items()}
+    return found

@@ -13,7 +13,7 @@ from typing import Protocol
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.process import RUNNER, RunProcess, choose_precision, last_lines
 from depthcb_recipes.studies.result import Result, write_result
-from depthcb_recipes.studies.store import Store
+from depthcb_recipes.studies.store import LOG, Store
 from depthcb_recipes.studies.worker import BUSY, FULL
 
 #: Number of times that a run's process may die before the run is recorded as killed.
@@ -103,6 +103,7 @@ class Progress:
         last: Name of the run that ended last, with its slope or failure.
         started: Start time, in seconds of `time.monotonic`.
         completed: Runs that this driver has completed since then.
+        logs: The logs of the runs going on.
     """
 
     total: int
@@ -112,6 +113,13 @@ class Progress:
     last: str = ""
     started: float = field(default_factory=time.monotonic)
     completed: int = 0
+    logs: Sequence[Path] = ()
+
+    @property
+    def doing(self) -> str:
+        """What a run has said last, such as how far it has pretrained its model; empty if none has said anything."""
+        latest = max((log for log in self.logs if log.exists()), key=lambda log: log.stat().st_mtime, default=None)
+        return "" if latest is None else last_lines(latest.parent, 1)
 
     @property
     def seconds_left(self) -> float | None:
@@ -167,6 +175,7 @@ class _Driver:
             while self._waiting or self._running:
                 changed = self._start() | self._collect()
                 self._progress.running = len(self._running)
+                self._progress.logs = [self._store.folder(config) / LOG for config in self._running.values()]
                 self._report(self._progress)
                 if not changed:
                     time.sleep(_LOOK)
@@ -205,13 +214,17 @@ class _Driver:
         if result is None:
             if status == FULL:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
-            if status in (0, BUSY):  # another process has it, or a shared file system shows the result later
+            if status == BUSY:  # another process has it
                 self._busy.add(config.hash)
                 self._waiting.append(config)
                 return
             self._kills[config.hash] = self._kills.get(config.hash, 0) + 1
             if self._kills[config.hash] < MOST_KILLS:
-                self._waiting.insert(0, config)
+                if status:
+                    self._waiting.insert(0, config)
+                else:  # a shared file system may show the result later, or the training ended without one
+                    self._busy.add(config.hash)
+                    self._waiting.append(config)
                 return
             result = self._give_up(config, status)
         self._count(result)
@@ -221,7 +234,7 @@ class _Driver:
     def _give_up(self, config: RunConfig, status: int) -> Result:
         """Records a run whose process was killed each time."""
         folder = self._store.folder(config)
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        how = f"by signal {-status}" if status < 0 else f"with status {status}" + " and no result" * (not status)
         also = " (as the system does where memory runs out)" if status == -9 else ""
         message = f"ended {how}{also} {MOST_KILLS} times; last lines: {last_lines(folder)}"
         result = Result("killed", config, message=message)

@@ -34,7 +34,7 @@ def shown() -> Iterator[Callable[[Progress], None]]:
 
 
 def line(progress: Progress) -> str:
-    """Returns one line: runs done, running and failed, time left and the run that ended last.
+    """Returns one line: runs done, running and failed, time left, the run that ended last, and what one is doing now.
 
     Example:
         >>> line(Progress(total=3, done=1, running=2, last="gpt2-mini causal_lm adamw standard 0: slope +0.1"))
@@ -42,4 +42,6 @@ def line(progress: Progress) -> str:
     """
     left = f", {time_left(progress.seconds_left)}" if progress.seconds_left is not None else ""
     last = f"; {progress.last}" if progress.last else ""
-    return f"{progress.done}/{progress.total} done, {progress.running} running, {progress.failed} failed{left}{last}"
+    doing = f"; now {progress.doing}" if progress.doing else ""
+    counts = f"{progress.done}/{progress.total} done, {progress.running} running, {progress.failed} failed"
+    return f"{counts}{left}{last}{doing}"

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ try:
     import ray
 except ImportError as error:
     raise ValueError("--engine ray needs Ray: run `pip install 'depthcb[ray]'`.") from error
+
+
+#: Seconds to wait for a cluster at a given address.
+PATIENCE = 25.0
 
 
 class RayEngine:
@@ -37,9 +42,7 @@ class RayEngine:
     def __init__(self, jobs: int | None = None, runner: str = RUNNER) -> None:
         self._jobs, self._runner = jobs, runner
         self._running: list[RayRun] = []
-        _check_address(os.environ.get("RAY_ADDRESS", ""))
-        # The cluster at RAY_ADDRESS, else one that runs on this machine, else a new local one.
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        _connect(os.environ.get("RAY_ADDRESS", ""))
 
     @property
     def place(self) -> str:
@@ -73,18 +76,37 @@ def _nodes() -> list[dict[str, int]]:
     return [{kind: int(node.get(kind, 0)) for kind in ("CPU", "GPU")} for node in alive]
 
 
-def _check_address(address: str) -> None:
-    """Fails within 10 s if nothing answers; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and port.isdigit()):  # none, or "auto"
+def _connect(address: str) -> None:
+    """Connects to the cluster at an address, else to one that runs on this machine, else to a new local one.
+
+    Raises:
+        ValueError: No cluster answers at the address within 25 s; Ray itself would try for minutes.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
+    if not address:
+        ray.init(**options)
         return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
+    problem: list[str] = []
+
+    def connect() -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            if port.isdigit() and "/" not in host:  # refused at once; Ray would try again
+                socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+            ray.init(**options)
+        except BaseException as error:  # Ray raises many kinds, and exits in some cases
+            problem.append(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(PATIENCE)
+    if attempt.is_alive():
+        problem.append(f"no answer in {PATIENCE:g} s")
+    if problem:
         raise ValueError(
-            f"No Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start one there with "
+            f"No Ray cluster answers at RAY_ADDRESS={address} ({problem[0]}): start one there with "
             "`ray start --head`, or unset RAY_ADDRESS to use this machine."
-        ) from error
+        )
 
 
 class RayRun:

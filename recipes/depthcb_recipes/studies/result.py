@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def read_result(folder: Path) -> Result | None:
     path = folder / RESULT
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")  # a damaged bit need not be text
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to.") from error
@@ -152,10 +152,16 @@ def read_result(folder: Path) -> Result | None:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
-def write_result(folder: Path, result: Result) -> None:
-    """Writes a run's result with a checksum of itself, whole or not at all."""
+def write_result(folder: Path, result: Result, check: Callable[[], None] = lambda: None) -> None:
+    """Writes a run's result with a checksum of itself, whole or not at all.
+
+    Args:
+        folder: The run's folder.
+        result: The result.
+        check: Called right before the file gets its name; an error prevents it.
+    """
     fields = json.loads(json.dumps(result.to_dict()))
-    write_whole(folder / RESULT, json.dumps(fields | {"sha256": _checksum(fields)}, indent=1) + "\n")
+    write_whole(folder / RESULT, json.dumps(fields | {"sha256": _checksum(fields)}, indent=1) + "\n", check)
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:

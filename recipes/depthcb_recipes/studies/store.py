@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import yaml
 from filelock import SoftFileLease, Timeout
 
 from depthcb.errors import chain
-from depthcb_recipes.publish import write_whole
+from depthcb_recipes.publish import temporary, write_whole
 from depthcb_recipes.studies.grid import AXES, PRECISION, VERSION, RunConfig
 from depthcb_recipes.studies.result import CONFIG, RESULT, Result, read_result
 
@@ -74,7 +74,7 @@ class Store:
         """Stores the precision for all runs on a kind of device, unless there is one; returns the stored one."""
         self.root.mkdir(parents=True, exist_ok=True)
         path = self._precision(device)
-        fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.mine")
+        fresh = temporary(path)
         write_whole(fresh, json.dumps(choice, indent=1) + "\n")
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
@@ -113,10 +113,11 @@ class Store:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[None]:
-    """Holds a run's lock.
+def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[Callable[[], None]]:
+    """Holds a run's lock, and yields a function that raises `Busy` if another process has it by now.
 
-    A process whose lease was taken over, because it was suspended for too long, exits at once.
+    A process whose lease was taken over, because it was suspended for too long or seemed dead from another container,
+    exits as soon as it finds out; before it writes a result it must ask.
 
     Args:
         folder: The run's folder.
@@ -131,8 +132,14 @@ def locked(folder: Path, patience: float = 0, lease: float = LEASE) -> Iterator[
         held = lock.acquire(timeout=patience)
     except Timeout:
         raise Busy(str(folder)) from None
+
+    def check() -> None:
+        owner = lock.owner
+        if owner is None or owner.token != lock.token:
+            raise Busy(f"{folder} was taken over by another process")
+
     with held:
-        yield
+        yield check
 
 
 def _point(config: RunConfig) -> tuple[Any, ...]:

@@ -33,11 +33,11 @@ def main(folder: Path, module: str) -> int:
         if int(os.environ.get("LOCAL_RANK", 0)):  # a further process of a distributed run; the first one holds the lock
             importlib.import_module(module).run(config, folder)
             return 0
-        with locked(folder, patience):
+        with locked(folder, patience) as check:
             if read_result(folder) is None:
                 if not config.resumes:
                     start_afresh(folder)
-                write_result(folder, importlib.import_module(module).run(config, folder))
+                write_result(folder, importlib.import_module(module).run(config, folder), check)
     except Busy:
         return BUSY
     except Exception as error:
