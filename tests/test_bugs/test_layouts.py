@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import peft
@@ -14,6 +15,18 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from depthcb import LayerStack, depth_profile
 from depthcb.probe import Probe, first_tensor
+
+
+def outputs_of(layers: Iterable[nn.Module], run: Callable[[], Any]) -> list[Tensor]:
+    """What the layers return while ``run`` calls their model."""
+    outputs: list[Tensor] = []
+    # Copied, because some models go on in place.
+    handles = [layer.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone())) for layer in layers]
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    return outputs
 
 
 class TimeFirst(nn.Module):
@@ -32,14 +45,9 @@ class TimeFirst(nn.Module):
 def test_activations_with_time_first(length: int) -> None:
     model = TimeFirst(length).eval()
     ids = torch.randint(0, 50, (16, length))
-    outputs: list[Tensor] = []
-    for layer in model.encoder.layers:
-        layer.register_forward_hook(lambda m, a, o: outputs.append(o))
     found = record(model, ids)
-    outputs.clear()
     torch.backends.mha.set_fastpath_enabled(False)
-    with torch.no_grad():
-        model(ids)
+    outputs = outputs_of(model.encoder.layers, lambda: model(ids))
     torch.backends.mha.set_fastpath_enabled(True)
     assert found.layout.axes == ("TBD",) * 3
     assert not found.causal
@@ -116,12 +124,8 @@ def seq2seq(kind: str, target: int) -> dict[str, Tensor]:
 def test_a_decoder_has_a_mask_of_its_own(kind: str, target: int) -> None:
     """Also where the encoder's mask has as many positions; position 0 of a causal model never counts."""
     model, batch = t5(), seq2seq(kind, target)
-    outputs: list[Tensor] = []
     found = Probe((batch,)).record(model, LayerStack.find(model, "decoder.block"))
-    for block in model.decoder.block:
-        block.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone()))
-    with torch.no_grad():
-        model(**batch)
+    outputs = outputs_of(model.decoder.block, lambda: model(**batch))
     real = (batch["labels"] != -100)[..., None].float()
     real[:, 0] = 0
     assert found.causal
@@ -142,13 +146,9 @@ def test_an_image_tower_has_no_text_mask() -> None:
         "attention_mask": mask,
         "pixel_values": torch.randn(8, 3, 16, 16),
     }
-    outputs: list[Tensor] = []
     layers = "vision_model.encoder.layers"
     found = Probe((batch,)).record(model, LayerStack.find(model, layers))
-    for layer in model.vision_model.encoder.layers:
-        layer.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone()))
-    with torch.no_grad():
-        model(**batch)
+    outputs = outputs_of(model.vision_model.encoder.layers, lambda: model(**batch))
     for rows, output in zip(found.rows, outputs, strict=True):
         torch.testing.assert_close(rows, output.mean(dim=1))
     text = Probe((batch,)).record(model, LayerStack.find(model, "text_model.encoder.layers"))
@@ -175,12 +175,8 @@ def test_speech_encoders_have_fewer_positions_than_samples() -> None:
     lengths = torch.arange(400, 800, 50)
     mask = (torch.arange(800) < lengths[:, None]).long()
     batch = {"input_values": torch.randn(8, 800) * mask, "attention_mask": mask}
-    outputs: list[Tensor] = []
     found = Probe((batch,)).record(model, LayerStack.find(model, "encoder.layers"))
-    for layer in model.encoder.layers:
-        layer.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone()))
-    with torch.no_grad():
-        model(**batch)
+    outputs = outputs_of(model.encoder.layers, lambda: model(**batch))
     frames = ((lengths - 10) // 5 + 1 - 3) // 2 + 1
     real = torch.arange(outputs[0].shape[1]) < frames[:, None]
     for rows, output in zip(found.rows, outputs, strict=True):
@@ -195,12 +191,8 @@ def test_an_encoder_that_pads_to_whole_windows() -> None:
     model = hf.LongformerModel(config).eval()
     mask = (torch.arange(9) < torch.arange(2, 10)[:, None]).long()
     batch = {"input_ids": torch.randint(3, 50, (8, 9)), "attention_mask": mask}
-    outputs: list[Tensor] = []
     found = Probe((batch,)).record(model, LayerStack.find(model, "encoder.layer"))
-    for layer in model.encoder.layer:
-        layer.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone()))
-    with torch.no_grad():
-        model(**batch)
+    outputs = outputs_of(model.encoder.layer, lambda: model(**batch))
     assert outputs[0].shape[1] == 12
     for rows, output in zip(found.rows, outputs, strict=True):
         torch.testing.assert_close(rows, masked_mean(output[:, :9], mask))
@@ -214,13 +206,9 @@ def test_prompt_tuning_adds_positions() -> None:
     model = peft.get_peft_model(base, peft_config).eval()
     mask = (torch.arange(9) < torch.arange(2, 10)[:, None]).long()
     batch = {"input_ids": torch.randint(0, 50, (8, 9)), "attention_mask": mask}
-    outputs: list[Tensor] = []
     stack = LayerStack.find(model)
     found = Probe((batch,)).record(model, stack)
-    for layer in stack.modules:
-        layer.register_forward_hook(lambda m, a, o: outputs.append(first_tensor(o).clone()))
-    with torch.no_grad():
-        model(**batch)
+    outputs = outputs_of(stack.modules, lambda: model(**batch))
     real = torch.cat([torch.ones(8, 4, dtype=torch.long), mask], dim=1)
     real[:, 0] = 0
     assert found.causal
