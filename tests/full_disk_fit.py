@@ -17,7 +17,7 @@ class Local(Logger):
     """A logger that has a folder and writes nothing to it."""
 
     name, version = "", "run"
-    save_dir = sys.argv[1]
+    save_dir = ""
 
     def log_metrics(self, *args: object, **kwargs: object) -> None:
         pass
@@ -27,7 +27,8 @@ class Local(Logger):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(exist_ok=True)
+    Local.save_dir = sys.argv[1]
+    Path(Local.save_dir).mkdir(exist_ok=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

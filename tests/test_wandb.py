@@ -292,6 +292,7 @@ def test_the_last_profile_is_drawn_whatever_its_number(tmp_path: Path) -> None:
     assert len(watch.profiles) == 5
 
 
+@pytest.mark.filterwarnings("ignore:.*what it leaves is incomplete.*")
 def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "depthcb.curves", "depthcb.report"))]:
         monkeypatch.delitem(sys.modules, name)

@@ -300,9 +300,11 @@ class StepEqualizer(StepHooks):
         return ", ".join(self.names[i] for i in layers)
 
     def _check_scalable(self, trained: Iterable[Tensor]) -> None:
-        """Raises an error for the first of these parameters from which a layer's weights are made."""
-        for parameter in trained:
-            raise ValueError(f"EqualStep: {self._unscalable[parameter]}")
+        """Raises an error for the first of these parameters, in depth order, from which weights are made."""
+        found = set(trained)
+        for parameter, problem in self._unscalable.items():
+            if parameter in found:
+                raise ValueError(f"EqualStep: {problem}")
 
     def raise_if_broken(self) -> None:
         """Raises an error if an update or its target was not finite.
