@@ -85,9 +85,8 @@ def _in_double(model: nn.Module, call: Call) -> Any:
     try:
         return torch.func.functional_call(runner, double, (call.mapped(_doubled).payload,))
     finally:
-        for owner, before in zip(
-            owners, held, strict=True
-        ):  # a forward that parametrizes (peft's stacked experts) has registered others
+        # A forward that parametrizes (peft's stacked experts) has registered others.
+        for owner, before in zip(owners, held, strict=True):
             owner.clear()
             owner.update(before)
 

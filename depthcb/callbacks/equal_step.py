@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from depthcb.callbacks.depth_profile import DepthProfile
 from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, rows_of
 from depthcb.callbacks.recorded import RecordedCallback, open_record
-from depthcb.callbacks.step_events import OptimizerStepCallback
+from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.plain import SECRETS
 from depthcb.step_ratio import MeanRatios, Target
@@ -116,8 +116,7 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # By name: pytorch_lightning has a class of its own.
-        unfreezes = any(t.__name__ == "BaseFinetuning" for c in callbacks_of(trainer) for t in type(c).__mro__)
+        unfreezes = any(is_a(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
         self.equalizer.prepare(pl_module, trainer.optimizers, unfreezes)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
