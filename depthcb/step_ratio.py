@@ -19,6 +19,10 @@ from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
 Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
+#: Weights are summed in rows of this length, and in blocks of so many rows, which stay in the cache (1 MB in fp32).
+ROW, BLOCK = 256, 1024
+#: Mean square in fp32 below which squares that vanish, each at most 1e-38, can change a sum by more than 1e-7.
+LEAST_SQUARE = 1e-30
 NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
 
 
@@ -200,43 +204,100 @@ def step_ratios(
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Returns ||now - before|| / ||before|| of each layer: (L,) [paper]. Overwrites ``before``.
+    """Returns ||now - before|| / ||before|| of each layer: (L,) [paper].
 
     Args:
         now: The parameters of each of L layers, of any shapes, or this process's shards of them.
         before: The values from before the step, in the same shapes.
         shares: As returned by `LayerSteps.shares`; if given, makes one collective call.
     """
-    squares, _ = step_squares(now, before, shares)
-    return as_ratios(all_reduce([squares], shares)[0])
+    sums, _ = step_sums(now, before, shares)
+    return as_ratios(all_reduce([sums[:2]], shares)[0])
 
 
 @torch.no_grad()
-def step_squares(
+def step_sums(
     now: Sequence[Sequence[Tensor]],
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
-    broken: Tensor | None = None,
-) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
-    """Computes this process's part of the squared norms behind the step ratios, and the negated step.
+    *,
+    with_decay: bool = False,
+) -> tuple[Tensor, list[int]]:
+    """Computes this process's part of the sums behind the step ratios, reading each tensor once.
 
     Args:
         now: As in `step_ratios`.
-        before: As in `step_ratios`; overwritten.
+        before: As in `step_ratios`.
         shares: As in `step_ratios`.
-        broken: (L,) booleans: layers whose ratio becomes NaN, in all processes if set in any.
+        with_decay: Whether to compute the third sum.
 
     Returns:
-        (2, L): ||before||^2 and ||now - before||^2 of each layer; and ``before - now``, stored in the memory of
-        ``before``.
+        (3, L): ||before||^2, ||now - before||^2 and, for the cosine with decay, <before - now, now> of each layer, else
+        0; the second one is not finite if ``now`` is not. And the layers that may not be finite: all of them on an
+        accelerator, which is not waited for.
     """
-    sizes = _squares(before, shares)
-    torch._foreach_sub_(_flat(before), _flat(now))
-    way_back = before
-    moved = _squares(way_back, shares)
-    if broken is not None:
-        moved = torch.where(broken, torch.nan, moved)
-    return torch.stack([sizes, moved]), way_back
+    count = 3 if with_decay else 2
+    device = now[0][0].device
+    if device.type == "cpu":
+        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), count)
+    else:
+        parts = [_exact_sums(*layer, count) for layer in zip(now, before, strict=True)]
+        columns, unsafe = torch.cat([part.to(device) for part in parts], dim=1), list(range(sum(map(len, now))))
+    layer_of = [i for i, layer in enumerate(now) for _ in layer]
+    if shares is not None:
+        columns = columns * _on_device(shares, device, columns.dtype)
+    found = torch.zeros(3, len(now), dtype=columns.dtype, device=device)
+    found[:count].index_add_(1, _layer_index(tuple(map(len, now)), device), columns)
+    return found, sorted({layer_of[i] for i in unsafe})
+
+
+def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> tuple[Tensor, list[int]]:
+    """Returns the sums of each tensor, (count, tensors), and the indices of those that are not finite."""
+    found = torch.stack([_blockwise_sums(n, b, count) for n, b in zip(now, before, strict=True)], dim=1)
+    least = torch.tensor([n.numel() * LEAST_SQUARE for n in now], dtype=torch.float64)
+    sure = found.isfinite().all(dim=0) & (found[:2] > least).all(dim=0)
+    doubtful = [i for i, flag in enumerate(sure.tolist()) if not flag]
+    for i in doubtful:
+        found[:, i : i + 1] = _exact_sums(now[i : i + 1], before[i : i + 1], count)
+    finite = found.isfinite().all(dim=0).tolist() if doubtful else []
+    return found, [i for i, flag in enumerate(finite) if not flag]
+
+
+def _exact_sums(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> Tensor:
+    """Returns the sums of tensors of any size and scale; needs the memory of the tensors once more."""
+    dtype = _sum_dtype(now[0].device)
+    now, before = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in (now, before))
+    steps = torch._foreach_sub(before, now)
+    found = [torch.stack(torch._foreach_norm(ts, 2, dtype=dtype)).square() for ts in (before, steps)]
+    if count == 3:
+        found.append(torch.stack([(s * n).sum(dtype=dtype) for s, n in zip(steps, now, strict=True)]))
+    return torch.stack(found)
+
+
+def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
+    """Returns the sums of one tensor, (count,), in blocks that stay in the cache, so that memory is read only once.
+
+    Each row is summed in its own precision, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
+    """
+    flat, dtype = [t.reshape(-1) for t in (now, before)], torch.promote_types(now.dtype, torch.float32)
+    whole = len(flat[0]) // ROW * ROW
+    matrices = [[t[:whole].view(-1, ROW) for t in flat], [t[whole:].view(1, -1) for t in flat]]
+    total = torch.zeros(count, dtype=torch.float64)
+    for n_rows, b_rows in matrices if len(flat[0]) else []:
+        sums = torch.zeros(count, len(n_rows), dtype=dtype)
+        step = torch.empty(min(len(n_rows), BLOCK), n_rows.shape[1], dtype=dtype)
+        for start in range(0, len(n_rows), BLOCK):
+            rows = slice(start, start + BLOCK)
+            n, b = n_rows[rows].to(dtype), b_rows[rows].to(dtype)
+            s = torch.sub(b, n, out=step[: len(n)])
+            torch.linalg.vector_norm(b, dim=1, out=sums[0, rows])
+            torch.linalg.vector_norm(s, dim=1, out=sums[1, rows])
+            if count == 3:
+                torch.sum(s.mul_(n), dim=1, out=sums[2, rows])
+        sums = sums.double()
+        total[:2] += sums[:2].square().sum(dim=1)
+        total[2:] += sums[2:].sum(dim=1)
+    return total
 
 
 def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
@@ -250,36 +311,16 @@ def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list
 
 
 def as_ratios(squares: Tensor) -> Tensor:
-    """Converts globally reduced `step_squares` (2, L) to step ratios (L,)."""
+    """Converts globally reduced `step_sums` (2, L) to step ratios (L,)."""
     sizes, moved = squares.sqrt()
     return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that did not move gives 0, not NaN
-
-
-@torch.no_grad()
-def layer_dots(
-    a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None = None
-) -> Tensor:
-    """Returns this process's part of the inner product of each layer's tensors: (L,).
-
-    >>> layer_dots([[torch.tensor([1.0, 2.0])]], [[torch.tensor([3.0, 4.0])]]).tolist()
-    [11.0]
-    """
-    flat = _flat(a)
-    device = flat[0].device
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    dots = torch.stack([(x * y).sum(dtype=dtype).to(device) for x, y in zip(flat, _flat(b), strict=True)])
-    if shares is not None:
-        dots = dots * _on_device(shares, device, dtype)
-    index = _layer_index(tuple(map(len, a)), device)
-    return torch.zeros(len(a), dtype=dtype, device=device).index_add_(0, index, dots)
 
 
 def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
     """Returns the sum of squares of each layer's tensors, weighted by their shares: (L,)."""
     flat = _flat(layers)
     device = flat[0].device
-    # The CPU kernel accumulates a whole tensor in one fp32 sum: relative error 1e-5 at 1M elements, growing with size.
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    dtype = _sum_dtype(device)
     squares = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)]).square()
     if shares is not None:
         squares = squares * _on_device(shares, device, dtype)
@@ -288,36 +329,31 @@ def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | Non
 
 
 @torch.no_grad()
-def revert_non_finite(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Restores each layer with a NaN or infinite parameter to ``before``; returns which ones, as (L,) booleans."""
-    norms = torch._foreach_norm(_flat(now), 2)
-    device = norms[0].device
-    index = _layer_index(tuple(map(len, now)), device)
-    bad = torch.stack([~n.isfinite().to(device) for n in norms])
-    broken = torch.zeros(len(now), dtype=torch.int64, device=device).index_add_(0, index, bad.long()) > 0
+def revert(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]], broken: Tensor) -> None:
+    """Restores layers with NaN or infinite parameters to ``before``, where ``broken``, (L,) booleans, is set."""
     for layer, copies, flag in zip(now, before, broken.unbind(), strict=True):
         for parameter, copy in zip(layer, copies, strict=True):
             torch.where(flag.to(parameter.device), copy, parameter, out=parameter)
-    return broken
 
 
 @torch.no_grad()
-def rescale(now: Sequence[Sequence[Tensor]], way_back: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
-    """Rescales each layer's step: now <- before + scale * (now - before). Overwrites ``way_back``.
+def rescale(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
+    """Rescales each layer's step: now <- before + scale * (now - before).
 
-    Computed as now + (1 - scale) * (before - now), so that a scale of 1 is bit-exact and an interrupt leaves either
-    the old or the new weights.
+    A scale of 1 is bit-exact, and an interrupt leaves either the old or the new weights.
 
     Args:
         now: The parameters of each of L layers, of any shapes; changed in place.
-        way_back: The negated step ``before - now`` in the same shapes, as returned by `step_squares`.
+        before: The values from before the step, in the same shapes.
         scale: (L,) factors.
     """
-    shares = (1 - scale).unbind()
-    factors = [s.to(t.device, t.dtype) for s, layer in zip(shares, way_back, strict=True) for t in layer]
-    torch._foreach_mul_(_flat(way_back), factors)
-    correction = way_back
-    torch._foreach_add_(_flat(now), _flat(correction))
+    for layer, copies, factor in zip(now, before, scale.unbind(), strict=True):
+        for parameter, copy in zip(layer, copies, strict=True):
+            weight = factor.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            if parameter.dtype == weight.dtype:
+                torch.lerp(copy, parameter, weight, out=parameter)
+            else:  # the factor must not be rounded to half precision
+                parameter.copy_(torch.lerp(copy.to(weight.dtype), parameter.to(weight.dtype), weight))
 
 
 def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:
@@ -385,6 +421,10 @@ def check_target(target: Target, layers: int | None = None) -> None:
             raise ValueError(f"target contains {number}: a step ratio must be finite and positive.")
     if not isinstance(target, (int, float)) and layers is not None and len(numbers) != layers:
         raise ValueError(f"target has {len(numbers)} numbers for {layers} controlled layers: give one per layer.")
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:

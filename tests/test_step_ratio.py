@@ -12,7 +12,7 @@ from depthcb.step_ratio import (
     imposed_ratios,
     layer_norms,
     rescale,
-    revert_non_finite,
+    revert,
     step_ratios,
 )
 
@@ -63,9 +63,41 @@ def test_a_non_finite_layer_is_put_back_whole(bad: float) -> None:
     before, now = layers(1.0), layers(1.0, 1)
     now[1][0][3, 4] = bad
     kept = now[0][0].clone()
-    assert revert_non_finite(now, before).tolist() == [False, True, False]
+    broken = ~step_ratios(now, before).isfinite()
+    assert broken.tolist() == [False, True, False]
+    revert(now, before, broken)
     assert all(torch.equal(a, b) for a, b in zip(now[1], before[1], strict=True))
     assert torch.equal(now[0][0], kept)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ratios_of_any_size_and_layout(scale: float, dtype: torch.dtype) -> None:
+    """More elements than a block has, small and large numbers, and memory that is not in order."""
+    generator = torch.Generator().manual_seed(0)
+    before = [[(scale * torch.randn(shape, generator=generator)).to(dtype)] for shape in ((700, 500), (9, 4, 3, 3))]
+    before[1][0] = before[1][0].to(memory_format=torch.channels_last)
+    now = [
+        [t + (0.02 * scale * torch.randn(t.shape, generator=generator)).to(dtype) for t in layer] for layer in before
+    ]
+    moved = [vector(n) - vector(b) for n, b in zip(now, before, strict=True)]
+    expected = [np.linalg.norm(m) / np.linalg.norm(vector(b)) for m, b in zip(moved, before, strict=True)]
+    assert step_ratios(now, before).tolist() == pytest.approx(expected, rel=1e-6)
+    start, factors = [vector(b) for b in before], torch.tensor([0.5, 2.0], dtype=torch.float64)
+    rescale(now, before, factors)
+    for layer, b, m, factor in zip(now, start, moved, factors.tolist(), strict=True):
+        precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.5}[dtype]
+        assert np.abs(vector(layer) - b - factor * m).max() < precision * np.abs(m).max()
+
+
+@pytest.mark.parametrize("step", [1e-3, 3e-4, 1e-5, 1.3e-6])
+def test_equal_steps_are_summed_exactly(step: float) -> None:
+    """The first step of Adam moves all weights by about the same: summed one by one in fp32, errors add up."""
+    before, now = torch.zeros(1000, 1001), torch.full((1000, 1001), step)
+    before[0, 0] = 1.0
+    now[0, 0] += 1.0
+    expected = np.linalg.norm(now.double() - before.double())
+    assert step_ratios([[now]], [[before]]).tolist() == pytest.approx([expected], rel=1e-6)
 
 
 RATIOS = torch.tensor([0.1, 0.0, 0.4, 0.2], dtype=torch.float64)  # the second layer had no update

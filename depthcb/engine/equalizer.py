@@ -23,12 +23,11 @@ from depthcb.step_ratio import (
     as_ratios,
     check_target,
     imposed_ratios,
-    layer_dots,
     layer_norms,
     parameters_of,
     rescale,
-    revert_non_finite,
-    step_squares,
+    revert,
+    step_sums,
 )
 from depthcb.warn import warn
 
@@ -47,7 +46,7 @@ class LoggedStep:
         done: Indices of the K controlled layers.
         ratios: (K,) ratios that the optimizer wanted.
         scale: (K,) factors applied.
-        sums: (3, K) this process's part of the realised ratios, as returned by `step_squares`, and of <-step, W>.
+        sums: (3, K) this process's part of the realised ratios, as returned by `step_sums`.
         shares: As returned by `LayerSteps.shares`.
     """
 
@@ -221,25 +220,25 @@ class StepEqualizer(StepHooks):
         if not done:
             return False
         now, before = self._steps.now(done), self._steps.before(done)
-        broken = revert_non_finite(now, before)
         if self.decay == "outside":
-            self._decay(before, done, broken)
-        start = [[t.clone() for t in layer] for layer in before] if logs else []
+            self._decay(now, before, done)
         shares = self._steps.shares(done)
         # One all-reduce per step: the realised ratios of a logged step are reduced together with the next step's.
         pending = [] if self._unlogged is None else [self._unlogged.sums]
-        local_squares, way_back = step_squares(now, before, shares, broken)
-        squares, *reduced = all_reduce([local_squares, *pending], shares)
+        sums, suspects = step_sums(now, before, shares)
+        squares, *reduced = all_reduce([sums[:2], *pending], shares)
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
-        rescale(now, way_back, scale)
+        rescale(now, before, scale)
+        if suspects:
+            flags = torch.stack([broken[i] for i in suspects])
+            revert([now[i] for i in suspects], [before[i] for i in suspects], flags)
         self._record_broken(broken, done)
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            realised, steps_back = step_squares(now, start, shares)
-            sums = torch.cat([realised, layer_dots(steps_back, now, shares)[None]])
+            sums, _ = step_sums(now, before, shares, with_decay=True)
             self._unlogged = LoggedStep(step, done, ratios, scale, sums, shares)
             if shares is None:
                 self._log_step(sums)
@@ -248,10 +247,11 @@ class StepEqualizer(StepHooks):
             self._warn_apart(done)
         return True
 
-    def _decay(self, before: list[list[Tensor]], done: list[int], broken: Tensor) -> None:
-        """Applies the optimizers' weight decay to the copies, except in layers whose update is undone."""
-        for layer, parameters, undone in zip(before, self._steps.opened(done), broken.unbind(), strict=True):
-            for copy, parameter in zip(layer, parameters, strict=True):
+    def _decay(self, now: list[list[Tensor]], before: list[list[Tensor]], done: list[int]) -> None:
+        """Applies the optimizers' weight decay to the copies, except in layers with non-finite weights."""
+        broken = ~layer_norms(now).isfinite()
+        for copies, parameters, undone in zip(before, self._steps.opened(done), broken.unbind(), strict=True):
+            for copy, parameter in zip(copies, parameters, strict=True):
                 copy.mul_(torch.where(undone.to(copy.device), 1.0, self._kept[parameter]))
 
     def log_waiting(self) -> None:
