@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
 #: Weights are summed in rows of this length, and in blocks of so many rows, which stay in the cache (1 MB in fp32).
 ROW, BLOCK = 256, 1024
+#: Number of elements below which tensors are summed together instead, which calls fewer functions.
+SMALL = 2**14
 #: Mean square in fp32 below which squares that vanish, each at most 1e-38, can change a sum by more than 1e-7.
 LEAST_SQUARE = 1e-30
 NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
@@ -43,7 +45,7 @@ class LayerSteps:
         self._parameters = {p for layer in layers for p in layer}
         self._copies: dict[Tensor, Tensor] = {}
         self._kept: set[Tensor] = set()
-        self._moved: Tensor | None = None
+        self._moved: list[tuple[int, Tensor]] = []
         #: The parameters whose optimizers have yet to step in this round; empty between rounds.
         self.waiting: set[Tensor] = set()
         #: The parameters that an optimizer has owned in any round.
@@ -66,8 +68,8 @@ class LayerSteps:
             new = [p for p in layer if p in owned and p.requires_grad and p not in opened]
             self._open[index] += new
             fresh += new
-        self._compare(self._kept.intersection(fresh))
-        self._copy(fresh)
+        same = self._compare(self._kept.intersection(fresh))
+        self._copy([p for p in fresh if p not in same])
         self._kept.difference_update(fresh)
 
     def finish(self, optimizer: torch.optim.Optimizer) -> list[int]:
@@ -89,10 +91,10 @@ class LayerSteps:
 
         A parameter is compared here or, if its optimizer has stepped, just before that step.
         """
-        self._compare(self._kept)
-        self._copy(self._kept)
-        squares, self._moved = self._moved, None
-        return [] if squares is None else [i for i, square in enumerate(squares.tolist()) if square > 0]
+        same = self._compare(self._kept)
+        self._copy(self._kept - same)
+        flags, self._moved = self._moved, []
+        return sorted({i for i, flag in flags if flag})
 
     def _copy(self, parameters: Collection[Tensor]) -> None:
         for parameter in parameters:
@@ -101,13 +103,19 @@ class LayerSteps:
         if parameters:
             torch._foreach_copy_([self._copies[p] for p in parameters], [local(p) for p in parameters])
 
-    def _compare(self, parameters: set[Tensor]) -> None:
-        """Adds up how far these kept parameters have moved; overwrites their copies."""
-        if not parameters:
-            return
-        torch._foreach_sub_([self._copies[p] for p in parameters], [local(p) for p in parameters])
-        squares = _squares([[self._copies[p] for p in layer if p in parameters] for layer in self._layers], None)
-        self._moved = squares if self._moved is None else self._moved + squares.to(self._moved.device)
+    def _compare(self, parameters: Collection[Tensor]) -> set[Tensor]:
+        """Notes which of these kept parameters have moved; returns those that are known not to, on a CPU."""
+        same: set[Tensor] = set()
+        for i, layer in enumerate(self._layers):
+            for p in (p for p in layer if p in parameters):
+                now, copy = local(p), self._copies[p]
+                if now.device.type != "cpu":  # not waited for
+                    self._moved.append((i, now.ne(copy).any()))
+                elif torch.equal(now, copy):
+                    same.add(p)
+                else:
+                    self._moved.append((i, torch.tensor(True)))
+        return same
 
     def opened(self, layers: Sequence[int]) -> list[list[nn.Parameter]]:
         """Returns the parameters of these layers that take part in this round."""
@@ -253,14 +261,17 @@ def step_sums(
 
 def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> tuple[Tensor, list[int]]:
     """Returns the sums of each tensor, (count, tensors), and the indices of those that are not finite."""
-    found = torch.stack([_blockwise_sums(n, b, count) for n, b in zip(now, before, strict=True)], dim=1)
+    found = torch.zeros(count, len(now), dtype=torch.float64)
+    for i, pair in enumerate(zip(now, before, strict=True)):
+        if pair[0].numel() >= SMALL:
+            found[:, i] = _blockwise_sums(*pair, count)
     least = torch.tensor([n.numel() * LEAST_SQUARE for n in now], dtype=torch.float64)
     sure = found.isfinite().all(dim=0) & (found[:2] > least).all(dim=0)
-    doubtful = [i for i, flag in enumerate(sure.tolist()) if not flag]
-    for i in doubtful:
-        found[:, i : i + 1] = _exact_sums(now[i : i + 1], before[i : i + 1], count)
-    finite = found.isfinite().all(dim=0).tolist() if doubtful else []
-    return found, [i for i, flag in enumerate(finite) if not flag]
+    rest = [i for i, flag in enumerate(sure.tolist()) if not flag]
+    if not rest:
+        return found, []
+    found[:, rest] = _exact_sums([now[i] for i in rest], [before[i] for i in rest], count)
+    return found, [i for i, flag in enumerate(found.isfinite().all(dim=0).tolist()) if not flag]
 
 
 def _exact_sums(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> Tensor:
@@ -280,23 +291,21 @@ def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
     Each row is summed in its own precision, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
     """
     flat, dtype = [t.reshape(-1) for t in (now, before)], torch.promote_types(now.dtype, torch.float32)
-    whole = len(flat[0]) // ROW * ROW
-    matrices = [[t[:whole].view(-1, ROW) for t in flat], [t[whole:].view(1, -1) for t in flat]]
-    total = torch.zeros(count, dtype=torch.float64)
-    for n_rows, b_rows in matrices if len(flat[0]) else []:
-        sums = torch.zeros(count, len(n_rows), dtype=dtype)
-        step = torch.empty(min(len(n_rows), BLOCK), n_rows.shape[1], dtype=dtype)
-        for start in range(0, len(n_rows), BLOCK):
-            rows = slice(start, start + BLOCK)
-            n, b = n_rows[rows].to(dtype), b_rows[rows].to(dtype)
-            s = torch.sub(b, n, out=step[: len(n)])
-            torch.linalg.vector_norm(b, dim=1, out=sums[0, rows])
-            torch.linalg.vector_norm(s, dim=1, out=sums[1, rows])
-            if count == 3:
-                torch.sum(s.mul_(n), dim=1, out=sums[2, rows])
-        sums = sums.double()
-        total[:2] += sums[:2].square().sum(dim=1)
-        total[2:] += sums[2:].sum(dim=1)
+    whole = now.numel() // ROW * ROW
+    rows = [t[:whole].view(-1, ROW) for t in flat]
+    sums, step = torch.empty(count, len(rows[0]), dtype=dtype), torch.empty(BLOCK, ROW, dtype=dtype)
+    for n, b, *out in zip(*(t.split(BLOCK) for t in (*rows, *sums)), strict=True):
+        n, b, s = n.to(dtype), b.to(dtype), step[: len(n)]
+        torch.sub(b, n, out=s)
+        torch.linalg.vector_norm(b, dim=1, out=out[0])
+        torch.linalg.vector_norm(s, dim=1, out=out[1])
+        if count == 3:
+            torch.sum(s.mul_(n), dim=1, out=out[2])
+    total = sums.double()
+    total[:2].square_()
+    total = total.sum(dim=1)
+    if whole < now.numel():
+        total += _exact_sums([flat[0][whole:]], [flat[1][whole:]], count)[:, 0]
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from support import TinyLM, fit, seeded
@@ -11,10 +12,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from depthcb import DepthProfile, EqualStep, LayerStack, UpdateRatioMonitor
+from depthcb.engine import StepEqualizer
 from depthcb.probe import Probe
 from depthcb.reference import Reference
 from depthcb.similarity import find_measures
 
+#: Not `torch.equal`, which is only used on a CPU: see the test on another device.
 READS = {
     "tolist",
     "item",
@@ -25,7 +28,6 @@ READS = {
     "cpu",
     "numpy",
     "nonzero",
-    "equal",
     "unique",
 }
 
@@ -67,6 +69,24 @@ def test_nothing_is_read_back_between_logs() -> None:
     for allowed, callback, per_step in callbacks:
         fit(seeded(TinyLM), [callback], log_every_n_steps=4, max_steps=8, max_epochs=2)
         assert [reads > allowed for reads in per_step] == [False] * 3 + [True] + [False] * 3 + [True]
+
+
+@pytest.mark.parametrize("target", ["mean", "median", "min", "geometric_mean", 1e-3, lambda ratios, step: ratios * 2])
+def test_nothing_is_read_back_from_another_device(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has no values: reading one is an error."""
+    monkeypatch.setattr("depthcb.engine.equalizer._check_weights", lambda groups: None)  # reads norms, once per fit
+    model = nn.Sequential(*[nn.Linear(8, 8, device="meta") for _ in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    control = StepEqualizer(target=target, every=1000).attach(model, [optimizer])
+    for _ in range(3):
+        control.keep_weights()  # as after a logged step
+        optimizer.step()
+    control.detach()
+    assert control.steps_made == 3
+    with pytest.raises(RuntimeError, match="meta"):
+        control.check_weights()  # as at a logged step, which waits for the device
 
 
 def test_equal_step_keeps_one_copy_of_the_stack() -> None:
