@@ -11,6 +11,7 @@ history of their fit, so their runs are read but never paired.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
@@ -272,15 +273,19 @@ def write_header(
         parts: See `Record`.
 
     Raises:
-        ValueError: The folder cannot be written.
+        ValueError: There is a file where the folder should be.
+        OSError: The disk is full or cannot be written.
     """
     head = {"version": VERSION, "callback": callback, "step": step, "settings": settings or {}, "fit": fit or {}}
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        _end_torn_line(_file(folder, name))
-        write_row(folder, name, {**head, "parts": parts, "provenance": provenance()})
-    except OSError as error:
-        raise _unwritable(folder, callback, error) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{callback} cannot write its record to {folder}: {error.strerror or error}. Pass another save_dir to the "
+            "logger, or logger=False to the Trainer to disable records."
+        ) from error
+    _end_torn_line(_file(folder, name))
+    write_row(folder, name, {**head, "parts": parts, "provenance": provenance()})
 
 
 def void_records(folder: Path, step: int) -> None:
@@ -291,22 +296,26 @@ def void_records(folder: Path, step: int) -> None:
         step: Number of the last step before this fit; rows of later steps become invalid (0: everything).
 
     Raises:
-        ValueError: A record cannot be written.
+        ValueError: A record cannot be written, so that its rows would be taken for this fit's.
     """
     for path in sorted((folder / FOLDER).glob("*.jsonl")):
         try:
             _end_torn_line(path)
             _append(path, {"step": step, "void": True})
         except OSError as error:
-            raise _unwritable(folder, path.name, error) from error
+            raise ValueError(
+                f"{path} has rows of an earlier fit and cannot be written ({error.strerror or error}): make it "
+                "writable, remove it, or pass another save_dir to the logger."
+            ) from error
 
 
-def write_row(folder: Path, name: str, row: Row, *, mend: bool = False) -> None:
-    """Appends one row to a callback's record; ``mend`` first ends a line that an error may have left incomplete."""
-    path = _file(folder, name)
-    if mend:
-        _end_torn_line(path)
-    _append(path, row)
+def write_row(folder: Path, name: str, row: Row) -> None:
+    """Appends one row to a callback's record.
+
+    Raises:
+        OSError: The row cannot be written; the record is as before.
+    """
+    _append(_file(folder, name), row)
 
 
 def null_names(name: str) -> tuple[str, str]:
@@ -391,15 +400,15 @@ def _git_commit() -> str | None:
 
 
 def _append(path: Path, row: Row) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(dumps(row) + "\n")
-
-
-def _unwritable(folder: Path, what: str, error: OSError) -> ValueError:
-    return ValueError(
-        f"{what} cannot write its record to {folder}: {error.strerror or error}. Pass another save_dir to the logger, "
-        "or logger=False to the Trainer to disable records."
-    )
+    line = (dumps(row) + "\n").encode()
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(line)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, end)  # a full disk takes a part of a line
+        raise
 
 
 def _file(folder: Path, name: str) -> Path:

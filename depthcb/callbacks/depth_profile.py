@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from depthcb.callbacks.logging import log_pictures, logged_step, record_row, run_folder, tolerated
+from depthcb.callbacks.logging import log_pictures, logged_step, record_row, write_record
 from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
@@ -249,10 +249,8 @@ class DepthProfile(RecordedCallback):
             self._log_pictures(trainer)
         with _probing(trainer, pl_module):
             null = self.recorder.measure_null()
-        folder = run_folder(trainer)
-        if null is not None and folder is not None:
-            with tolerated(self, f"write its null in {folder}", "make room there, or use another save_dir next time"):
-                write_null(folder, null, self.name)
+        if null is not None:
+            write_record(self, trainer, lambda folder: write_null(folder, null, self.name))
         end: dict[str, Any] = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
         if self.lost:
             end["lost"] = dict(self.lost)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
@@ -20,10 +21,14 @@ from depthcb.sinks import sink_of
 from depthcb.warn import warn
 
 
-class Named(Protocol):
+class Callback(Protocol):
     """A callback with a name that is unique in its run."""
 
     name: str
+
+
+class Named(Callback, Protocol):
+    """A callback that counts what it could not do."""
 
     @property
     def lost(self) -> Counter[str]:
@@ -49,6 +54,10 @@ def tolerated(callback: Named, what: str, remedy: str) -> Iterator[None]:
                 f"Training goes on without it: {remedy}."
             )
         callback.lost[what] += 1
+
+
+#: What the disk did not take in each Trainer's fit, oldest first: who writes it, and how.
+_WAITING: WeakKeyDictionary[pl.Trainer, list[tuple[Callback, Callable[[], None]]]] = WeakKeyDictionary()
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -93,12 +102,59 @@ def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
     return log
 
 
-def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
+def record_row(callback: Callback, trainer: pl.Trainer, row: Row) -> None:
     """Writes a row to the callback's record, on the first process only."""
+    write_record(callback, trainer, lambda folder: write_row(folder, callback.name, row))
+
+
+def write_record(callback: Callback, trainer: pl.Trainer, write: Callable[[Path], None]) -> None:
+    """Writes to the run's folder, on the first process only; what its disk does not take waits in memory.
+
+    Args:
+        callback: The callback that writes.
+        trainer: The Trainer.
+        write: Writes to a folder. If it raises an `OSError`, it is called again before the callback's next write.
+    """
     folder = run_folder(trainer)
-    if folder is not None:
-        with tolerated(callback, f"write its record in {folder}", "make room there, or use another save_dir next time"):
-            write_row(folder, callback.name, row, mend=bool(callback.lost))
+    if folder is None:
+        return
+    waiting = _WAITING.setdefault(trainer, [])
+    fresh = not waiting
+    waiting.append((callback, lambda: write(folder)))
+    error = write_waiting(trainer)
+    if error is not None and fresh:
+        warn(
+            f"{type(callback).__name__} {callback.name!r} cannot write its record in {folder} "
+            f"({error.strerror or error}). Training goes on, and the record waits in memory: make room there, or make "
+            "it writable, before the fit ends. Next time, use another save_dir, or logger=False for no records."
+        )
+
+
+def write_waiting(trainer: pl.Trainer) -> OSError | None:
+    """Writes what the disk did not take before; returns the last error if it still does not."""
+    waiting, last = _WAITING.get(trainer, []), None
+    left: list[tuple[Callback, Callable[[], None]]] = []
+    while waiting:
+        owner, write = waiting.pop(0)
+        if all(owner is not other for other, _ in left):
+            try:
+                write()
+                continue
+            except OSError as error:
+                last = error
+        left.append((owner, write))
+    waiting += left
+    return last
+
+
+def unwritten(callback: Callback, trainer: pl.Trainer) -> int:
+    """Returns how many writes of the callback wait."""
+    return sum(owner is callback for owner, _ in _WAITING.get(trainer, ()))
+
+
+def forget_waiting(trainer: pl.Trainer) -> None:
+    """Drops what an earlier fit of the Trainer could not write."""
+    _WAITING.pop(trainer, None)
 
 
 def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from depthcb.callbacks.logging import callbacks_of, control_of, first_step, fit_settings, run_folder, tolerated
+from depthcb.callbacks.logging import (
+    callbacks_of,
+    control_of,
+    first_step,
+    fit_settings,
+    forget_waiting,
+    run_folder,
+    tolerated,
+    unwritten,
+    write_record,
+    write_waiting,
+)
 from depthcb.fingerprint import weights_fingerprint
 from depthcb.plain import dumps, plain
 from depthcb.run import Row, null_names, void_records, write_header
@@ -62,9 +73,12 @@ class RecordedCallback(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
-        if self.lost:
-            told = ", ".join(f"could not {what} {count} times" for what, count in self.lost.items())
-            warn(f"{type(self).__name__} {self.name!r}: what it leaves is incomplete, because it {told}.")
+        write_waiting(trainer)
+        told = [f"could not {what} {count} times" for what, count in self.lost.items()]
+        if waiting := unwritten(self, trainer):
+            told.append(f"could not write the last {waiting} rows of its record in {run_folder(trainer)}")
+        if told:
+            warn(f"{type(self).__name__} {self.name!r}: what it leaves is incomplete, because it {', '.join(told)}.")
 
     def redacted(self, trainer: pl.Trainer) -> set[str]:
         """Returns the words of all recorded callbacks: what one of them keeps out is in none of their records."""
@@ -125,7 +139,7 @@ def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.L
         settings: The callback's resolved settings.
 
     Raises:
-        ValueError: The run's folder cannot be written.
+        ValueError: A record of an earlier fit cannot be made void.
     """
     callback.lost.clear()
     is_first = callback.continue_history(trainer, pl_module)
@@ -136,9 +150,15 @@ def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.L
     step, redact = first_step(trainer), callback.redacted(trainer)
     settings = plain(settings, redact)
     if is_first:
+        forget_waiting(trainer)
         void_records(folder, step)
     fit = fit_settings(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
-    write_header(folder, callback.name, kind_of(callback), step, settings, fit, callback.history["parts"])
+    parts = callback.history["parts"]
+    write_record(
+        callback,
+        trainer,
+        lambda folder: write_header(folder, callback.name, kind_of(callback), step, settings, fit, parts),
+    )
     for logger in trainer.loggers:
         with tolerated(callback, f"configure the {type(logger).__name__}", "the record has the settings"):
             sink_of(logger).configure(callback.name, settings, control_of(trainer))

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import depthcb_recipes
-from depthcb.callbacks.logging import run_folder
+from depthcb.callbacks.logging import run_folder, write_record
 from depthcb.run import write_header
 from depthcb_recipes.backbones.catalogue import CONFIGS
 from depthcb_recipes.backbones.pretraining import pretrain_if_missing
@@ -54,13 +54,13 @@ class PrecisionRecord(pl.Callback):
         choice: What was chosen.
     """
 
+    name = "precision"
+
     def __init__(self, choice: Precision) -> None:
         self.choice = choice
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = run_folder(trainer)
-        if folder is not None:
-            write_header(folder, "precision", "precision", 0, self.choice.to_dict())
+        write_record(self, trainer, lambda folder: write_header(folder, self.name, self.name, 0, self.choice.to_dict()))
 
 
 class FitCLI(LightningCLI):

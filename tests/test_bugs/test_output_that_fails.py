@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -71,18 +72,37 @@ def test_plots_that_fail(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file sizes cannot be limited")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """From some row of either record on; what was written before is read."""
+    """From some row of one record on; what was written before is read, and so is the other record."""
     finished = run_script("full_disk_fit.py", tmp_path, 40_000)
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert "steps 12" in lines
     assert sum("cannot write its record in" in line for line in lines) == 1, lines
-    assert any("what it leaves is incomplete" in line for line in lines)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the torn line
-        (run,) = read_runs(tmp_path)
+    assert any(re.search(r"could not write the last \d+ rows of its record in", line) for line in lines)
+    (run,) = read_runs(tmp_path)
     assert 0 < len(run.profiles["cka"]) < 6
+    assert not run.finished
     assert len(run.records["equal_step"].rows) == 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file sizes cannot be limited")
+@pytest.mark.parametrize("room", [0, 40_000])
+def test_what_a_full_disk_does_not_take_waits_for_room(room: int, tmp_path: Path) -> None:
+    finished = run_script("full_disk_fit.py", tmp_path, room, 10)
+    assert finished.returncode == 0, finished.stderr
+    assert sum("cannot write its record in" in line for line in finished.stdout.splitlines()) == 1
+    assert "incomplete" not in finished.stdout
+    (run,) = read_runs(tmp_path)
+    assert [p.step for p in run.profiles["cka"]] == [1, 3, 5, 7, 9, 11]
+    assert run.finished
+    assert run.null is not None
+    assert len(run.records["equal_step"].rows) == 12
+
+
+def test_an_older_record_that_cannot_be_made_void(tmp_path: Path) -> None:
+    (tmp_path / "depthcb/update_ratio.jsonl").mkdir(parents=True)  # no permission stops root
+    with pytest.raises(ValueError, match=r"update_ratio.jsonl has rows of an earlier fit and cannot be written"):
+        fit(seeded(TinyLM), [DepthProfile()], logger=TensorBoardLogger(tmp_path, name="", version=""))
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
