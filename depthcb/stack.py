@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from depthcb.warn import warn
 
@@ -114,6 +115,17 @@ class LayerStack:
             owned.append([p for p in layer.parameters() if id(p) not in seen])
             seen.update(map(id, owned[-1]))
         return owned
+
+    def replaced(self, known: Sequence[Sequence[nn.Parameter]]) -> list[str]:
+        """Returns the names of the layers with parameters that an earlier call of `parameters` did not return.
+
+        Sharded parameters are not asked: while they are gathered, a module has others.
+        """
+        return [
+            name
+            for name, now, before in zip(self.names, self.parameters(), known, strict=False)
+            if not any(isinstance(p, DTensor) for p in before) and not {*map(id, now)} <= {*map(id, before)}
+        ]
 
     def outside(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters outside the layers, by the module that owns them; a tied tensor appears once."""

@@ -98,7 +98,7 @@ class DepthProfile(RecordedCallback):
     def __init__(
         self,
         probe: Any = None,
-        layers: str | list[str] | None = None,
+        layers: list[str] | str | None = None,
         measures: Sequence[str | Measure] = ("cka", "cka_normalized"),
         rows: Rows = "mean",
         every_n_validations: int = 1,

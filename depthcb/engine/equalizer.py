@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from depthcb.adapters import made_weights
-from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
+from depthcb.engine.step_hooks import StepHooks, checkpoint_errors, warn_replaced
 from depthcb.errors import NotFiniteError
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack, half_dtypes
@@ -107,6 +107,7 @@ class StepEqualizer(StepHooks):
         #: Names of the controlled layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
+        self._stack: LayerStack
         self._groups: list[list[nn.Parameter]] = []
         self._steps = LayerSteps([])
         self._broken: Tensor | None = None
@@ -135,7 +136,7 @@ class StepEqualizer(StepHooks):
             ValueError: The layers cannot be found, train adapters or parametrizations, are all 0, or are frozen and
                 owned by no optimizer; or ``decay="outside"`` is not supported for an optimizer.
         """
-        stack = LayerStack.find(module, self.layers)
+        self._stack = stack = LayerStack.find(module, self.layers)
         groups = dict(zip(stack.names, stack.parameters(), strict=True))
         self._labels = [layer_key(i) for i in range(len(stack))]
         if self.outside == "layer":
@@ -193,6 +194,7 @@ class StepEqualizer(StepHooks):
 
     def check_weights(self) -> None:
         """Warns once of layers that something other than the steps seen has changed; waits for the device."""
+        warn_replaced("EqualStep", self._stack, self._groups)
         moved = self._steps.moved()
         if moved and not self._told:
             self._told = True

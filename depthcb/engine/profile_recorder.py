@@ -67,7 +67,7 @@ class ProfileRecorder(StepHooks):
     def __init__(
         self,
         probe: Any = None,
-        layers: str | list[str] | None = None,
+        layers: list[str] | str | None = None,
         measures: Sequence[str | Measure] = ("cka", "cka_normalized"),
         rows: Rows = "mean",
         name: str = "depth",

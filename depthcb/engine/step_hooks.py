@@ -17,7 +17,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from depthcb.stack import LayerStack
 from depthcb.step_ratio import parameters_of
+from depthcb.warn import warn
 
 #: Receives the measurements of a step: numbers by key, and the step number.
 Sink = Callable[[Mapping[str, float], int], object]
@@ -139,6 +141,23 @@ class _ReplacedStep:
             del self._optimizer.step
             if top._own is not None:
                 self._optimizer.step = top._own  # type: ignore[method-assign]
+
+
+def warn_replaced(who: str, stack: LayerStack, known: list[list[nn.Parameter]]) -> None:
+    """Warns once of layers whose parameters are other objects than at the start, and takes them for known then.
+
+    Args:
+        who: The callback, for the message.
+        stack: The layers.
+        known: Their parameters at the start; those of the layers concerned are replaced.
+    """
+    names = stack.replaced(known)
+    if names:
+        known[: len(stack)] = stack.parameters()
+        warn(
+            f"{who}: layer {', '.join(names)} has got new parameters since the fit began, whose steps are not seen: "
+            "change the values of a parameter instead of replacing it, or make a new optimizer for the new ones."
+        )
 
 
 class StepHooks(Hooked):

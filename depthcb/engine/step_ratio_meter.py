@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from depthcb.adapters import MadeWeights, made_weights
-from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
+from depthcb.engine.step_hooks import StepHooks, checkpoint_errors, warn_replaced
 from depthcb.profile import layer_key
 from depthcb.stack import LayerStack
 from depthcb.step_ratio import LayerSteps, MeanRatios, parameters_of, shares, step_ratios
@@ -39,7 +39,7 @@ class StepRatioMeter(StepHooks):
         [0.1, 0.1]
     """
 
-    def __init__(self, layers: str | list[str] | None = None, name: str = "update_ratio", every: int = 1) -> None:
+    def __init__(self, layers: list[str] | str | None = None, name: str = "update_ratio", every: int = 1) -> None:
         self.layers, self.name, self.every = layers, name, every
         #: Names of the measured layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
@@ -57,7 +57,8 @@ class StepRatioMeter(StepHooks):
         Raises:
             ValueError: The layers cannot be found, or their adapters cannot be measured.
         """
-        stack = LayerStack.find(module, self.layers)
+        self._stack = stack = LayerStack.find(module, self.layers)
+        self._known = stack.parameters()
         self.names = stack.names
         if len(self.mean.sums) != len(self.names):  # a different model
             self.reset()
@@ -111,6 +112,7 @@ class StepRatioMeter(StepHooks):
         if not done:
             return False
         self.steps_made += 1
+        warn_replaced("UpdateRatioMonitor", self._stack, self._known)
         ratios = dict(zip(done, self._ratios(done).tolist(), strict=True))
         broken = [self.names[i] for i, ratio in ratios.items() if not math.isfinite(ratio)]
         if broken:

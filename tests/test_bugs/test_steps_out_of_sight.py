@@ -11,12 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from support import Edges, fit
+from support import Edges, TinyLM, fit, seeded
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from depthcb import EqualStep, OptimizerStepCallback, UpdateRatioMonitor
+from depthcb import EqualStep, LayerStack, OptimizerStepCallback, UpdateRatioMonitor
 from depthcb.engine import StepEqualizer
 
 Make = Callable[[Any], Any]
@@ -381,3 +381,20 @@ def test_a_scheduler_made_before_keeps_its_wrapper() -> None:
     found = run(module, EqualStep(), max_epochs=2)
     assert found.max(axis=1) == pytest.approx(found.min(axis=1), rel=1e-4)
     assert hasattr(module.trainer.optimizers[0].step, "_wrapped_by_lr_sched")
+
+
+class NewWeight(pl.Callback):
+    """Replaces a layer's weight in mid-fit, as growing or pruning by hand does."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if index == 2:
+            layer = next(m for m in LayerStack.find(pl_module).modules[1].modules() if hasattr(m, "weight"))
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+            trainer.optimizers[0].add_param_group({"params": [layer.weight]})
+
+
+@pytest.mark.parametrize("make", [EqualStep, UpdateRatioMonitor])
+def test_a_parameter_that_is_replaced_is_named(make: Any) -> None:
+    with pytest.warns(UserWarning, match=rf"{make.__name__}: layer \S+1 has got new parameters since") as caught:
+        fit(seeded(TinyLM), [make(), NewWeight()], max_steps=6)
+    assert sum("new parameters" in str(w.message) for w in caught) == 1
