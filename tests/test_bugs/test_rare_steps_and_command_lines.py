@@ -13,7 +13,7 @@ from support import Rows, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from depthcb import EqualStep, UpdateRatioMonitor
+from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 
 def net() -> nn.Sequential:
@@ -102,3 +102,14 @@ def test_arguments_on_a_command_line(argument: str, name: str, value: Any) -> No
     assert getattr(control.equalizer, name) == value
     if value == 0.001:
         assert control.mean_realised.values() == pytest.approx([0.001] * 4, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", [DepthProfile, UpdateRatioMonitor])
+def test_layers_of_the_observers_on_a_command_line(kind: Any) -> None:
+    arguments = ["--trainer.logger=false", "--trainer.accelerator=cpu", f"--trainer.callbacks+=depthcb.{kind.__name__}"]
+    arguments += ["--trainer.callbacks.layers=[net.0, net.1]"]
+    callbacks: Any = LightningCLI(Lit, run=False, args=arguments, save_config_callback=None).trainer.callbacks  # type: ignore[attr-defined]
+    (watch,) = [c for c in callbacks if isinstance(c, kind)]
+    found = watch.recorder.layers if kind is DepthProfile else watch.meter.layers
+    assert found == ["net.0", "net.1"]
