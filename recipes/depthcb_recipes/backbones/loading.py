@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
 
 from depthcb_recipes.backbones import zoo
 from depthcb_recipes.backbones.zoo import Head
-from depthcb_recipes.cache import cache_folder
+from depthcb_recipes.cache import cache_folder, writing_cache
 from depthcb_recipes.publish import published
 from depthcb_recipes.silence import silent_transformers
 
@@ -249,6 +249,8 @@ def _converted(packaged: Packaged, gguf: Path) -> Path:
     folder = cache_folder() / "backbones" / f"{packaged.name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
     if _complete(folder):
         return folder
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with published(folder, _complete) as fresh, silent_transformers(), contextlib.redirect_stderr(io.StringIO()):
         _convert(gguf, fresh)  # the progress bar for GGUF files cannot be disabled
     return folder

@@ -29,6 +29,7 @@ from depthcb.isolation import isolated_rng
 from depthcb_recipes.backbones import zoo
 from depthcb_recipes.backbones.loading import AUTOS
 from depthcb_recipes.backbones.zoo import BLOCK, MINI_ZOO, SPECIAL, VOCABULARY, ZOO, MiniModel
+from depthcb_recipes.cache import writing_cache
 from depthcb_recipes.data.corpus import in_hashed_order, python_corpus, split_by_file
 from depthcb_recipes.data.packed_text import blocks, masking
 from depthcb_recipes.fit_progress import FitProgress, StepClock
@@ -66,10 +67,17 @@ def pretrain(name: str, model: MiniModel, minutes: float = MINUTES) -> Path:
         model: Model and training settings.
         minutes: Time limit for the training steps. On slow machines, fewer steps are run; ``pretraining.json`` records
             how many.
+
+    Raises:
+        CacheError: The model is not in the cache folder, which cannot be written.
     """
     folder = zoo.folder(name, model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    if zoo.is_pretrained(folder):  # a cache that others filled need not be writable
+        return folder
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
+    with lock:
         if not zoo.is_pretrained(folder):
             takes = f", about {minutes:g} minutes" if name in MINI_ZOO else ""
             print(f"Pretraining {name} once ({model.steps} steps{takes}) and saving it to {folder}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from depthcb_recipes.cache import CacheError
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.process import RUNNER, RunProcess, choose_precision, last_lines
 from depthcb_recipes.studies.result import Result, write_result
-from depthcb_recipes.studies.store import LOG, Store
-from depthcb_recipes.studies.worker import BUSY, FULL
+from depthcb_recipes.studies.store import LOG, Busy, Store
+from depthcb_recipes.studies.worker import BUSY, FULL, NO_CACHE
 
 #: Number of times that a run's process may die before the run is recorded as killed.
 MOST_KILLS = 3
@@ -147,6 +149,7 @@ def run_study(
 
     Raises:
         OSError: The disk is full. Finished runs are kept, unfinished ones are killed.
+        CacheError: The cache cannot be written; likewise.
     """
     return _Driver(configs, store, engine, report).drive()
 
@@ -214,6 +217,8 @@ class _Driver:
         if result is None:
             if status == FULL:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.root))
+            if status == NO_CACHE:
+                raise CacheError(last_lines(self._store.folder(config), 1))
             if status == BUSY:  # another process has it
                 self._busy.add(config.hash)
                 self._waiting.append(config)
@@ -232,14 +237,20 @@ class _Driver:
         self._progress.last = f"{config.name}: {result.summary}"
 
     def _give_up(self, config: RunConfig, status: int) -> Result:
-        """Records a run whose process was killed each time."""
+        """Records a run whose process was killed each time, unless another driver has its result by now."""
         folder = self._store.folder(config)
         how = f"by signal {-status}" if status < 0 else f"with status {status}" + " and no result" * (not status)
         also = " (as the system does where memory runs out)" if status == -9 else ""
         message = f"ended {how}{also} {MOST_KILLS} times; last lines: {last_lines(folder)}"
         result = Result("killed", config, message=message)
-        write_result(folder, result)
-        return result
+
+        def check() -> None:
+            if self._store.result(config) is not None:
+                raise Busy(str(folder))
+
+        with contextlib.suppress(Busy):
+            write_result(folder, result, check)
+        return self._store.result(config) or result
 
     def _count(self, result: Result) -> None:
         self._progress.done += result.finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from depthcb_recipes.precision import Precision
 from depthcb_recipes.publish import published, remove_left_over
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.result import FINISHED, Figures, Result
-from depthcb_recipes.studies.store import Store, full_disk
+from depthcb_recipes.studies.store import Store, cache_error, full_disk
 
 
 def run(config: RunConfig, folder: Path) -> Result:
@@ -39,7 +40,7 @@ def run(config: RunConfig, folder: Path) -> Result:
         folder: The run's folder in its study's.
 
     Raises:
-        Exception: The disk is full, which would fail the other runs too.
+        Exception: The disk is full or the cache cannot be written, which would fail the other runs too.
     """
     torch.set_num_threads(config.threads)
     settled = Store(folder.parents[1]).precision(config.device)
@@ -47,10 +48,10 @@ def run(config: RunConfig, folder: Path) -> Result:
     try:
         return Result(FINISHED, config, fit(config, folder, precision))
     except Exception as error:
-        if full_disk(error):
+        if full_disk(error) or cache_error(error):
             raise
         traceback.print_exc()
-        return Result(failure(error), config, message=" ".join(str(error).split()))
+        return Result(failure(error), config, message=" ".join(str(error).split()) or type(error).__name__)
 
 
 def failure(error: BaseException) -> str:
@@ -61,7 +62,8 @@ def failure(error: BaseException) -> str:
         ('out of memory', 'failed')
     """
     for e in chain(error):
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e):
+        refused = isinstance(e, OSError) and e.errno == errno.ENOMEM  # a fork, or a file mapped into memory
+        if refused or isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e):
             return "out of memory"
         if isinstance(e, NotFiniteError):
             return "not finite"

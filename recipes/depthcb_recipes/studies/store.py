@@ -24,6 +24,7 @@ import yaml
 from filelock import SoftFileLease, Timeout
 
 from depthcb.errors import chain
+from depthcb_recipes.cache import CacheError
 from depthcb_recipes.publish import temporary, write_whole
 from depthcb_recipes.studies.grid import AXES, PRECISION, VERSION, RunConfig
 from depthcb_recipes.studies.result import CONFIG, RESULT, Result, read_result
@@ -152,7 +153,7 @@ def seems_running(folder: Path) -> bool:
     owner = SoftFileLease(folder / LOCK, lease_duration=LEASE).owner
     with contextlib.suppress(OSError):
         if owner is not None and owner.hostname != socket.gethostname():
-            return time.time() - (folder / LOCK).stat().st_mtime < LEASE
+            return abs(time.time() - (folder / LOCK).stat().st_mtime) < LEASE  # a clock may have jumped back
         if owner is not None:
             os.kill(owner.pid, 0)  # sends no signal, only checks that the process exists
             return True
@@ -164,9 +165,14 @@ def full_disk(error: BaseException) -> bool:
     return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain(error))
 
 
+def cache_error(error: BaseException) -> CacheError | None:
+    """Returns the error of writing to the cache, if an error is one or was caused by one."""
+    return next((e for e in chain(error) if isinstance(e, CacheError)), None)
+
+
 def start_afresh(folder: Path) -> None:
     """Removes the files of an earlier attempt."""
     for path in folder.iterdir():
-        # Another driver may be rewriting the configuration right now, with the same content.
-        if path.name not in (CONFIG, LOG) and not path.name.startswith((LOCK, f".{CONFIG}.")):
+        # Another driver, which has no lock, may be rewriting the configuration, or recording the run as killed.
+        if path.name not in (CONFIG, LOG) and not path.name.startswith((LOCK, f".{CONFIG}.", f".{RESULT}.")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

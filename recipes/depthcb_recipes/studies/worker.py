@@ -13,10 +13,10 @@ import yaml
 
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.result import CONFIG, read_result, write_result
-from depthcb_recipes.studies.store import LEASE, Busy, full_disk, locked, start_afresh
+from depthcb_recipes.studies.store import LEASE, Busy, cache_error, full_disk, locked, start_afresh
 
-#: Exit statuses: another process has this run; the disk is full.
-BUSY, FULL = 75, 74
+#: Exit statuses: another process has this run; the disk is full; the cache cannot be written (see the log's last line).
+BUSY, FULL, NO_CACHE = 75, 74, 73
 _PR_SET_PDEATHSIG = 1
 
 
@@ -24,7 +24,7 @@ def main(folder: Path, module: str) -> int:
     """Makes the run by ``module.run(config, folder)``, unless it has a result or another process makes it.
 
     Returns:
-        The exit status: 0 with a result on disk, `BUSY`, `FULL`, or 1 if the module itself failed.
+        The exit status: 0 with a result on disk, `BUSY`, `FULL`, `NO_CACHE`, or 1 if the module itself failed.
     """
     die_with_the_parent()
     config = RunConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
@@ -42,6 +42,9 @@ def main(folder: Path, module: str) -> int:
         return BUSY
     except Exception as error:
         traceback.print_exc()
+        if cause := cache_error(error):
+            print(cause, file=sys.stderr)
+            return NO_CACHE
         return FULL if full_disk(error) else 1
     return 0
 
