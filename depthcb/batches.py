@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -121,10 +122,12 @@ def _drawn(loader: DataLoader[Any], limit: int, seed: int) -> list[Any]:
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
         options["sampler"] = order.sort().values.tolist()
+    # Where training reads in its own process, the dataset need not be picklable, nor the script importable: fork.
+    fork = loader.num_workers == 0 and sys.platform == "linux"
     worker = {
         "num_workers": 1,
         "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
+        "multiprocessing_context": "fork" if fork else loader.multiprocessing_context,
     }
     try:
         return _read(DataLoader(dataset, **options, **worker), limit)

@@ -67,6 +67,7 @@ exec "$@"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("unshare") is None, reason="needs Linux and unshare")
 def test_a_cache_that_has_everything_need_not_be_writable(tmp_path: Path) -> None:
     folder = pretrain("gpt2-tiny", ZOO["gpt2-tiny"])
