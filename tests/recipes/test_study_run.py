@@ -20,7 +20,7 @@ from depthcb.profile import Profile
 from depthcb.run import read_runs
 from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.fit import fit_cli
-from depthcb_recipes.studies.grid import read_study
+from depthcb_recipes.studies.grid import RunConfig, read_study
 from depthcb_recipes.studies.runner import configuration, fit
 from depthcb_recipes.studies.store import Store
 
@@ -69,6 +69,15 @@ def test_a_pair_shares_its_start_and_differs_in_the_control(made: tuple[Path, Pa
         assert result is not None
         assert result.status == "missing model"
         assert "./nowhere" in result.message
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # jsonargparse's own
+@pytest.mark.parametrize("name", ["a: b", "a #b", "1", "null", "[x", "x: |", "{a: 1}", "'q"])
+def test_any_name_of_a_folder_reaches_the_logger(name: str) -> None:
+    config = RunConfig("minilm", "causal_lm", "sgd", "standard", 0, options={"trainer.precision": "32-true"})
+    cli = fit_cli(configuration(config, Path(name)), run=False, exit_on_error=False)
+    assert cli.trainer.logger is not None
+    assert cli.trainer.logger.save_dir == name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # jsonargparse's own

@@ -22,7 +22,7 @@ import yaml
 from studies import FIGURES, alive, gone
 
 from depthcb.cli import main
-from depthcb_recipes.studies.commands import fitting, shard
+from depthcb_recipes.studies.commands import check_memory, fitting, shard
 from depthcb_recipes.studies.grid import VERSION, RunConfig, read_study
 from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
 from depthcb_recipes.studies.process import environment
@@ -284,6 +284,25 @@ def test_a_machine_that_gives_no_sign_of_life_loses_its_run_and_ends_it(tmp_path
             assert holder.wait(timeout=20) == 1, "it must not go on with what is another's"
 
 
+def test_a_file_that_is_edited_while_it_runs_mixes_nothing(runner: str, tmp_path: Path) -> None:
+    path, out = study(tmp_path, options={"seconds": 0.3}), tmp_path / "out"
+    before, store = read_study(path), Store(out)
+    first = drive(path, out)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(f"runs/*/{RESULT}"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    after = read_study(study(tmp_path, options={"seconds": 0.1}))
+    second = drive(path, out)
+    assert [first.wait(timeout=120), second.wait(timeout=120)] == [0, 0]
+    assert not {config.hash for config in before} & {config.hash for config in after}
+    assert sorted(made(store)) == sorted(config.hash for config in [*before, *after])
+    for config in [*before, *after]:
+        result = store.result(config)
+        assert result is not None
+        assert result.config == config
+
+
 def test_runs_never_share_a_gpu(runner: str, tmp_path: Path) -> None:
     configs = read_study(study(tmp_path, by={"model": {"a": {"gpus": 1}, "b": {"gpus": 2}}}, options={"seconds": 0.1}))
     assert {(config.model, config.gpus) for config in configs} == {("a", 1), ("b", 2)}
@@ -350,6 +369,19 @@ def test_what_a_machine_lacks_is_said_before_anything_runs(tmp_path: Path, capsy
     assert main(["study", "run", str(study(tmp_path)), "--out", str(out), "--jobs", "0"]) == 2
     assert "--jobs 0: it must be at least 1." in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_more_jobs_than_memory_are_refused_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"grid": GRID | {"seed": list(range(100_000))}}))
+    assert main(["study", "run", str(path), "--out", str(tmp_path / "out"), "--jobs", "100000"]) == 2
+    said = capsys.readouterr().err
+    assert "--jobs 100000: each run takes at least 0.5 GB of memory and " in said
+    assert not (tmp_path / "out").exists()
+    check_memory(4, 2 << 30)
+    check_memory(1, 0)
+    with pytest.raises(ValueError, match=r"--jobs 5: .* and 2\.0 GB are free: give 4 or fewer, or leave it out"):
+        check_memory(5, 2 << 30)
 
 
 def test_runs_that_this_machine_is_too_small_for_stop_no_other(tmp_path: Path, capsys: Any) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthcb_recipes.machine import available_cores
+from depthcb_recipes.machine import available_cores, free_memory
 from depthcb_recipes.stopping import stoppable
 from depthcb_recipes.studies.grid import RunConfig, read_study
 from depthcb_recipes.studies.store import Store, full_disk, seems_running
+
+#: Bytes that a run takes at least: a process with its libraries and the smallest model [ours].
+MEMORY = 1 << 29
 
 if TYPE_CHECKING:
     from depthcb_recipes.studies.pool import Engine
@@ -132,7 +135,18 @@ def _engine(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Engine:
 
     gpus = _gpus() if any(config.gpus for config in configs) else []
     threads = max(config.threads for config in configs)
+    check_memory(min(args.jobs or 1, len(configs)), free_memory())
     return Pool(args.jobs or max(1, available_cores() // threads), gpus)
+
+
+def check_memory(jobs: int, free: int) -> None:
+    """Raises a ValueError if so many simultaneous runs need more memory than is free, however small their models."""
+    most = max(1, free // MEMORY)
+    if jobs > most:
+        raise ValueError(
+            f"--jobs {jobs}: each run takes at least {MEMORY / 2**30:g} GB of memory and {free / 2**30:.1f} GB are "
+            f"free: give {most} or fewer, or leave it out for one run per core."
+        )
 
 
 def settle_precision(configs: Sequence[RunConfig], store: Store, engine: Engine) -> None:
