@@ -124,7 +124,7 @@ def _drawn(loader: DataLoader[Any], limit: int, seed: int) -> list[Any]:
         options["sampler"] = order.sort().values.tolist()
     # Where training reads in its own process, the dataset need not be picklable, nor the script importable: fork.
     fork = loader.num_workers == 0 and sys.platform == "linux"
-    worker = {
+    worker: dict[str, Any] = {
         "num_workers": 1,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": "fork" if fork else loader.multiprocessing_context,
