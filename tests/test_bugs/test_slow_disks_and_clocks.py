@@ -122,7 +122,7 @@ def test_clocks_that_jump_while_two_drivers_run(shim: Path, tmp_path: Path) -> N
     assert [driver.wait() for driver in drivers] == [0, 0]
     check(path, out)
     times = [float(line.split()[2]) for line in (out / "made").read_text().splitlines()]
-    assert max(times) - min(times) > HOUR, "the runs saw the clock jump"
+    assert any(abs(began - time.time()) > HOUR for began in times), "the runs saw the clock jump"
 
 
 @contextmanager
