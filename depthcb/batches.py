@@ -132,12 +132,15 @@ def _drawn(loader: DataLoader[Any], limit: int, seed: int) -> list[Any]:
     try:
         return _read(DataLoader(dataset, **options, **worker), limit)
     except Exception as error:  # whatever keeps a dataset from another process, or is wrong with it in any
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         try:
             copied = copy.deepcopy(dataset)
-        except Exception:
-            raise error from None
+        except Exception as no_copy:
+            raise ValueError(
+                f"The probe cannot be read from {type(dataset).__name__}, neither in another process ({reason}) nor "
+                f"from a copy ({no_copy}): pass probe= with a batch or a list of batches."
+            ) from error
         batches = _read(DataLoader(copied, **options), limit)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         warn(
             f"The probe was read from a copy of {type(dataset).__name__} in this process, because it could not be read "
             f"in another one ({reason}): files and connections that the copies share may have moved."

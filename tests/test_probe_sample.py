@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_what_no_worker_can_read_is_copied_and_said() -> None:
     assert chosen(probe) == chosen(Probe.collect(Noisy(), limit=20))
     assert dataset.served == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_can_be_neither_read_elsewhere_nor_copied_names_the_way_out() -> None:
+    class OnlyThis(OnlyHere):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+    match = (
+        r"OnlyThis, neither in another process .*CUDA.* nor from a copy .*lock.*: pass probe= with a batch or a list"
+    )
+    with pytest.raises(ValueError, match=match):
+        Probe.collect(DataLoader(OnlyThis(), batch_size=8), limit=20)
+    batches = list(DataLoader(OnlyThis(), batch_size=8))[:2]
+    assert len(Probe.collect(batches, limit=16).batches) == 2
 
 
 def test_an_error_of_the_dataset_is_the_users_to_see() -> None:
