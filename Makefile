@@ -5,7 +5,7 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all calibrate browser lint format dist clean
+.PHONY: demo test test-all bench calibrate browser lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
@@ -15,6 +15,10 @@ test: lint
 
 test-all: lint browser
 	$(BIN)/python -m pytest -n 2
+
+# Speed and memory as ratios within one run; the figures go into bench.json, with the kind of machine.
+bench: $(READY)
+	DEPTHCB_FIGURES=bench.json $(BIN)/python -m pytest -s tests/benchmarks
 
 # Error rates and power of verdicts and claims, on planted studies: half an hour on 2 cores.
 calibrate: $(READY)
