@@ -279,10 +279,10 @@ def _exact_sums(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> 
     dtype = _sum_dtype(now[0].device)
     now, before = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in (now, before))
     steps = torch._foreach_sub(before, now)
-    found = [torch.stack(torch._foreach_norm(ts, 2, dtype=dtype)).square() for ts in (before, steps)]
+    found = [[n.square() for n in torch._foreach_norm(ts, 2, dtype=dtype)] for ts in (before, steps)]
     if count == 3:
-        found.append(torch.stack([(s * n).sum(dtype=dtype) for s, n in zip(steps, now, strict=True)]))
-    return torch.stack(found)
+        found.append([(s * n).sum(dtype=dtype) for s, n in zip(steps, now, strict=True)])
+    return torch.stack([torch.stack([n.to(now[0].device) for n in column]) for column in found])
 
 
 def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
@@ -293,7 +293,9 @@ def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
     flat, dtype = [t.reshape(-1) for t in (now, before)], torch.promote_types(now.dtype, torch.float32)
     whole = now.numel() // ROW * ROW
     rows = [t[:whole].view(-1, ROW) for t in flat]
-    sums, step = torch.empty(count, len(rows[0]), dtype=dtype), torch.empty(BLOCK, ROW, dtype=dtype)
+    sums, step = (
+        torch.empty(*shape, dtype=dtype, device=now.device) for shape in ((count, len(rows[0])), (BLOCK, ROW))
+    )
     for n, b, *out in zip(*(t.split(BLOCK) for t in (*rows, *sums)), strict=True):
         n, b, s = n.to(dtype), b.to(dtype), step[: len(n)]
         torch.sub(b, n, out=s)

@@ -133,17 +133,18 @@ def write_record(callback: Callback, trainer: pl.Trainer, write: Callable[[Path]
 def write_waiting(trainer: pl.Trainer) -> OSError | None:
     """Writes what the disk did not take before; returns the last error if it still does not."""
     waiting, last = _WAITING.get(trainer, []), None
-    left: list[tuple[Callback, Callable[[], None]]] = []
-    while waiting:
-        owner, write = waiting.pop(0)
-        if all(owner is not other for other, _ in left):
-            try:
-                write()
-                continue
-            except OSError as error:
-                last = error
-        left.append((owner, write))
-    waiting += left
+    stuck: list[Callback] = []
+    for item in list(waiting):
+        owner, write = item
+        if any(owner is other for other in stuck):  # its rows stay in order
+            continue
+        try:
+            write()
+        except OSError as error:
+            stuck.append(owner)
+            last = error
+        else:
+            waiting.remove(item)
     return last
 
 
