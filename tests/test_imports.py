@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"depthcb": ROOT / "depthcb", "depthcb_recipes": ROOT / "recipes" / "depthcb_recipes"}
@@ -60,3 +64,14 @@ def test_no_module_leads_back_to_itself() -> None:
     found = {name: needed for name, needed in arrows().items() if name not in ROOMS}
     assert "depthcb.profile" in found["depthcb.run"], "the arrows are really read"
     assert len(list(TopologicalSorter(found).static_order())) == len(found)  # raises CycleError, which names the cycle
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import depthcb"], ["-m", "depthcb", "--version"], ["-m", "depthcb", "--help"]]
+)
+def test_the_package_and_its_help_import_nothing_slow(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert "depthcb" in imported
+    assert not {"torch", "lightning", "transformers", "numpy", "pandas", "pyarrow", "scipy", "wandb"} & imported

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from depthcb_recipes.machine import use_threads_politely
-from depthcb_recipes.studies import commands as study
+from depthcb_recipes.studies import parser as study
 
 
 def add_commands(commands: Any) -> None:
