@@ -229,6 +229,7 @@ def step_sums(
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
     *,
+    scale: Tensor | None = None,
     with_decay: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """Computes this process's part of the sums behind the step ratios, reading each tensor once.
@@ -237,6 +238,7 @@ def step_sums(
         now: As in `step_ratios`.
         before: As in `step_ratios`.
         shares: As in `step_ratios`.
+        scale: (L,) factors by which the steps are rescaled first, as by `rescale`, while the weights are in the cache.
         with_decay: Whether to compute the third sum.
 
     Returns:
@@ -247,8 +249,12 @@ def step_sums(
     count = 3 if with_decay else 2
     device = now[0][0].device
     if device.type == "cpu":
-        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), count)
+        factors = [None] * len(now) if scale is None else scale.unbind()
+        factor_of = [factor for factor, layer in zip(factors, now, strict=True) for _ in layer]
+        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), factor_of, count)
     else:
+        if scale is not None:
+            rescale(now, before, scale)
         parts = [_exact_sums(*layer, count) for layer in zip(now, before, strict=True)]
         columns, unsafe = torch.cat([part.to(device) for part in parts], dim=1), list(range(sum(map(len, now))))
     layer_of = [i for i, layer in enumerate(now) for _ in layer]
@@ -259,12 +265,18 @@ def step_sums(
     return found, sorted({layer_of[i] for i in unsafe})
 
 
-def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> tuple[Tensor, list[int]]:
+def _sums_on_cpu(
+    now: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Tensor | None], count: int
+) -> tuple[Tensor, list[int]]:
     """Returns the sums of each tensor, (count, tensors), and the indices of those that are not finite."""
     found = torch.zeros(count, len(now), dtype=torch.float64)
-    for i, pair in enumerate(zip(now, before, strict=True)):
-        if pair[0].numel() >= SMALL:
-            found[:, i] = _blockwise_sums(*pair, count)
+    for i, (n, b, factor) in enumerate(zip(now, before, factors, strict=True)):
+        large = n.numel() >= SMALL
+        if factor is not None and not (large and n.is_contiguous() and n.dtype.itemsize >= 4):
+            _interpolate(n, b, factor)
+            factor = None
+        if large:
+            found[:, i] = _blockwise_sums(n, b, factor, count)
     least = torch.tensor([n.numel() * LEAST_SQUARE for n in now], dtype=torch.float64)
     sure = found.isfinite().all(dim=0) & (found[:2] > least).all(dim=0)
     rest = [i for i, flag in enumerate(sure.tolist()) if not flag]
@@ -285,8 +297,10 @@ def _exact_sums(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> 
     return torch.stack([torch.stack([n.to(now[0].device) for n in column]) for column in found])
 
 
-def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
+def _blockwise_sums(now: Tensor, before: Tensor, factor: Tensor | None, count: int) -> Tensor:
     """Returns the sums of one tensor, (count,), in blocks that stay in the cache, so that memory is read only once.
+
+    With a factor, the step is rescaled first; ``now`` must be contiguous then, and of no lower precision than fp32.
 
     Each row is summed in its own precision, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
     """
@@ -298,6 +312,8 @@ def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
     )
     for n, b, *out in zip(*(t.split(BLOCK) for t in (*rows, *sums)), strict=True):
         n, b, s = n.to(dtype), b.to(dtype), step[: len(n)]
+        if factor is not None:
+            _interpolate(n, b, factor)
         torch.sub(b, n, out=s)
         torch.linalg.vector_norm(b, dim=1, out=out[0])
         torch.linalg.vector_norm(s, dim=1, out=out[1])
@@ -307,6 +323,8 @@ def _blockwise_sums(now: Tensor, before: Tensor, count: int) -> Tensor:
     total[:2].square_()
     total = total.sum(dim=1)
     if whole < now.numel():
+        if factor is not None:
+            _interpolate(flat[0][whole:], flat[1][whole:], factor)
         total += _exact_sums([flat[0][whole:]], [flat[1][whole:]], count)[:, 0]
     return total
 
@@ -360,11 +378,16 @@ def rescale(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]],
     """
     for layer, copies, factor in zip(now, before, scale.unbind(), strict=True):
         for parameter, copy in zip(layer, copies, strict=True):
-            weight = factor.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-            if parameter.dtype == weight.dtype:
-                torch.lerp(copy, parameter, weight, out=parameter)
-            else:  # the factor must not be rounded to half precision
-                parameter.copy_(torch.lerp(copy.to(weight.dtype), parameter.to(weight.dtype), weight))
+            _interpolate(parameter, copy, factor)
+
+
+def _interpolate(now: Tensor, before: Tensor, factor: Tensor) -> None:
+    """Rescales the step of one tensor in place."""
+    factor = factor.to(now.device, torch.promote_types(now.dtype, torch.float32))
+    if now.dtype == factor.dtype:
+        torch.lerp(before, now, factor, out=now)
+    else:  # the factor must not be rounded to half precision
+        now.copy_(torch.lerp(before.to(factor.dtype), now.to(factor.dtype), factor))
 
 
 def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:

@@ -232,7 +232,10 @@ class StepEqualizer(StepHooks):
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
-        rescale(now, before, scale)
+        if logs and not suspects:
+            sums, _ = step_sums(now, before, shares, scale=scale, with_decay=True)
+        else:
+            rescale(now, before, scale)
         if suspects:
             flags = torch.stack([broken[i] for i in suspects])
             revert([now[i] for i in suspects], [before[i] for i in suspects], flags)
@@ -240,7 +243,8 @@ class StepEqualizer(StepHooks):
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            sums, _ = step_sums(now, before, shares, with_decay=True)
+            if suspects:
+                sums, _ = step_sums(now, before, shares, with_decay=True)
             self._unlogged = LoggedStep(step, done, ratios, scale, sums, shares)
             if shares is None:
                 self._log_step(sums)
