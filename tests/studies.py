@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,31 @@ FIGURES = Figures(
     pair="", slope=1.0, profiles={}, null={}, wanted_spread=1.0, realised_spread=1.0, lowest_rank=4.0, loss_before=3.0,
     loss=2.0, seconds=1.0, provenance={}, initial_weights="", data_order="", objective_distance=None, backbone={},
 )  # fmt: skip
+
+
+HOLDER = """
+import socket, sys, time
+from pathlib import Path
+if sys.argv[2]:
+    socket.gethostname = lambda: sys.argv[2]
+from depthcb_recipes.studies.store import locked
+with locked(Path(sys.argv[1]), lease=float(sys.argv[3])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def hold(folder: Path, host: str = "", lease: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a run's lock, on another machine if a host name is given."""
+    arguments = [sys.executable, "-c", HOLDER, str(folder), host, str(lease)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder
+        finally:
+            holder.kill()
 
 
 def smoke(folder: Path, *models: str) -> Path:

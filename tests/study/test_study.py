@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -12,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from studies import FIGURES, alive, gone
+from studies import FIGURES, alive, gone, hold
 
 from depthcb.cli import main
 from depthcb_recipes.studies.commands import check_memory, fitting, shard
@@ -234,32 +232,6 @@ def test_two_drivers_at_once_make_no_run_twice(runner: str, tmp_path: Path) -> N
     drivers = [drive(path, out) for _ in range(2)]
     assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
     assert sorted(made(Store(out))) == sorted(config.hash for config in read_study(path))
-
-
-HOLDER = """
-import socket, sys, time
-from dataclasses import replace
-from pathlib import Path
-if sys.argv[2]:
-    socket.gethostname = lambda: sys.argv[2]
-from depthcb_recipes.studies.store import locked
-with locked(Path(sys.argv[1]), lease=float(sys.argv[3])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-@contextlib.contextmanager
-def hold(folder: Path, host: str = "", lease: float = 60) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a run's lock, on another machine if a host name is given."""
-    arguments = [sys.executable, "-c", HOLDER, str(folder), host, str(lease)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        try:
-            yield holder
-        finally:
-            holder.kill()
 
 
 def test_a_lock_is_void_with_its_process(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from studies import hold
 
 from depthcb_recipes.studies.grid import read_study
 from depthcb_recipes.studies.store import LOCK, Busy, Store, locked, seems_running
@@ -52,15 +51,6 @@ left = []
 report = lambda progress: progress.seconds_left is None or left.append(progress.seconds_left)
 run_study(read_study(sys.argv[1]), Store(Path(sys.argv[2])), Pool(2, runner="study_runner"), report)
 assert min(left, default=0) >= 0
-"""
-HOLDER = """
-import socket, sys, time
-from pathlib import Path
-socket.gethostname = lambda: "elsewhere"
-from depthcb_recipes.studies.store import locked
-with locked(Path(sys.argv[1]), lease=2):
-    print("held", flush=True)
-    time.sleep(60)
 """
 
 
@@ -125,21 +115,9 @@ def test_clocks_that_jump_while_two_drivers_run(shim: Path, tmp_path: Path) -> N
     assert any(abs(began - time.time()) > HOUR for began in times), "the runs saw the clock jump"
 
 
-@contextmanager
-def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another machine holds the lock."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        try:
-            yield holder
-        finally:
-            holder.kill()
-
-
 @pytest.mark.parametrize("jump", [-5 * HOUR, 5 * HOUR])
 def test_a_jump_takes_no_lock_from_its_holder(jump: float, tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as holder:
+    with hold(tmp_path, "elsewhere", lease=2) as holder:
         os.utime(tmp_path / LOCK, (time.time() + jump,) * 2)
         with pytest.raises(Busy), locked(tmp_path, patience=4, lease=2):
             pass
