@@ -21,8 +21,9 @@ NEEDS: dict[str, Callable[[], object]] = {
     "system": lambda: mmap.mmap(-1, TOO_MUCH),
 }
 
-resource.setrlimit(resource.RLIMIT_AS, (16 << 30,) * 2)
-for name, need in NEEDS.items():
-    runner.fit = lambda *_, need=need: need()  # type: ignore[assignment]
-    result = runner.run(RunConfig(name, "causal_lm", "sgd", "standard", 0), Path("study/runs/run"))
-    print(f"{name}: {result.status}: {result.message}")
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30,) * 2)
+    for name, need in NEEDS.items():
+        runner.fit = lambda *_, need=need: need()  # type: ignore[assignment]
+        result = runner.run(RunConfig(name, "causal_lm", "sgd", "standard", 0), Path("study/runs/run"))
+        print(f"{name}: {result.status}: {result.message}")

@@ -48,6 +48,7 @@ def test_commands_say_so_in_one_sentence(
     assert capsys.readouterr().err.splitlines()[-1] == f"depthcb {arguments[0]}: {no_folder}"
 
 
+@pytest.mark.slow
 def test_a_study_stops_at_the_first_run(no_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is recorded: with another cache folder, the same command makes all runs."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "study"), prepend=os.pathsep)

@@ -9,6 +9,7 @@ import pytest
 from support import run_script
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory cannot be limited")
 def test_out_of_memory_is_recorded_with_its_reason(tmp_path: Path) -> None:
     done = run_script("out_of_memory_runs.py", tmp_path)

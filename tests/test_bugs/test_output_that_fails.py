@@ -86,7 +86,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file sizes cannot be limited")
-@pytest.mark.parametrize("room", [0, 40_000])
+@pytest.mark.parametrize("room", [pytest.param(0, marks=pytest.mark.slow), 40_000])
 def test_what_a_full_disk_does_not_take_waits_for_room(room: int, tmp_path: Path) -> None:
     finished = run_script("full_disk_fit.py", tmp_path, room, 10)
     assert finished.returncode == 0, finished.stderr

@@ -47,7 +47,7 @@ print(sum("could not be read" in str(warning.message) for warning in caught))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be forked safely")
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_a_dataset_that_cannot_be_pickled(method: str, tmp_path: Path) -> None:
     """The script guards nothing by ``__name__``: another process that imported it would print as well."""
     (tmp_path / "script.py").write_text(SCRIPT)
