@@ -258,11 +258,17 @@ def step_sums(
         parts = [_exact_sums(*layer, count) for layer in zip(now, before, strict=True)]
         columns, unsafe = torch.cat([part.to(device) for part in parts], dim=1), list(range(sum(map(len, now))))
     layer_of = [i for i, layer in enumerate(now) for _ in layer]
-    if shares is not None:
-        columns = columns * _on_device(shares, device, columns.dtype)
     found = torch.zeros(3, len(now), dtype=columns.dtype, device=device)
-    found[:count].index_add_(1, _layer_index(tuple(map(len, now)), device), columns)
+    found[:count] = _by_layer(columns, now, shares)
     return found, sorted({layer_of[i] for i in unsafe})
+
+
+def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
+    """Adds up the columns of each layer's tensors, (n, tensors), weighted by their shares: (n, L)."""
+    if shares is not None:
+        columns = columns * _on_device(shares, columns.device, columns.dtype)
+    found = torch.zeros(len(columns), len(layers), dtype=columns.dtype, device=columns.device)
+    return found.index_add_(1, _layer_index(tuple(map(len, layers)), columns.device), columns)
 
 
 def _sums_on_cpu(
@@ -351,10 +357,7 @@ def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | Non
     device = flat[0].device
     dtype = _sum_dtype(device)
     squares = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)]).square()
-    if shares is not None:
-        squares = squares * _on_device(shares, device, dtype)
-    index = _layer_index(tuple(map(len, layers)), device)
-    return torch.zeros(len(layers), dtype=dtype, device=device).index_add_(0, index, squares)
+    return _by_layer(squares[None], layers, shares)[0]
 
 
 @torch.no_grad()

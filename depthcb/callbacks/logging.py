@@ -21,13 +21,13 @@ from depthcb.sinks import sink_of
 from depthcb.warn import warn
 
 
-class Callback(Protocol):
+class Named(Protocol):
     """A callback with a name that is unique in its run."""
 
     name: str
 
 
-class Named(Callback, Protocol):
+class Counting(Named, Protocol):
     """A callback that counts what it could not do."""
 
     @property
@@ -36,8 +36,12 @@ class Named(Callback, Protocol):
         ...
 
 
+#: What the disk did not take in each Trainer's fit, oldest first: who writes it, and how.
+_WAITING: WeakKeyDictionary[pl.Trainer, list[tuple[Named, Callable[[], None]]]] = WeakKeyDictionary()
+
+
 @contextmanager
-def tolerated(callback: Named, what: str, remedy: str) -> Iterator[None]:
+def tolerated(callback: Counting, what: str, remedy: str) -> Iterator[None]:
     """Counts an error instead of raising it, so that a full disk or a broken logger doesn't end a fit; warns once.
 
     Args:
@@ -54,10 +58,6 @@ def tolerated(callback: Named, what: str, remedy: str) -> Iterator[None]:
                 f"Training goes on without it: {remedy}."
             )
         callback.lost[what] += 1
-
-
-#: What the disk did not take in each Trainer's fit, oldest first: who writes it, and how.
-_WAITING: WeakKeyDictionary[pl.Trainer, list[tuple[Callback, Callable[[], None]]]] = WeakKeyDictionary()
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -90,7 +90,7 @@ class LogSteps:
         self._logged = batches
 
 
-def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
+def rows_of(callback: Counting, trainer: pl.Trainer) -> Sink:
     """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record."""
 
     def log(row: Mapping[str, float], step: int) -> None:
@@ -102,12 +102,12 @@ def rows_of(callback: Named, trainer: pl.Trainer) -> Sink:
     return log
 
 
-def record_row(callback: Callback, trainer: pl.Trainer, row: Row) -> None:
+def record_row(callback: Named, trainer: pl.Trainer, row: Row) -> None:
     """Writes a row to the callback's record, on the first process only."""
     write_record(callback, trainer, lambda folder: write_row(folder, callback.name, row))
 
 
-def write_record(callback: Callback, trainer: pl.Trainer, write: Callable[[Path], None]) -> None:
+def write_record(callback: Named, trainer: pl.Trainer, write: Callable[[Path], None]) -> None:
     """Writes to the run's folder, on the first process only; what its disk does not take waits in memory.
 
     Args:
@@ -133,7 +133,7 @@ def write_record(callback: Callback, trainer: pl.Trainer, write: Callable[[Path]
 def write_waiting(trainer: pl.Trainer) -> OSError | None:
     """Writes what the disk did not take before; returns the last error if it still does not."""
     waiting, last = _WAITING.get(trainer, []), None
-    stuck: list[Callback] = []
+    stuck: list[Named] = []
     for item in list(waiting):
         owner, write = item
         if any(owner is other for other in stuck):  # its rows stay in order
@@ -148,7 +148,7 @@ def write_waiting(trainer: pl.Trainer) -> OSError | None:
     return last
 
 
-def unwritten(callback: Callback, trainer: pl.Trainer) -> int:
+def unwritten(callback: Named, trainer: pl.Trainer) -> int:
     """Returns how many writes of the callback wait."""
     return sum(owner is callback for owner, _ in _WAITING.get(trainer, ()))
 
@@ -158,7 +158,9 @@ def forget_waiting(trainer: pl.Trainer) -> None:
     _WAITING.pop(trainer, None)
 
 
-def log_pictures(callback: Named, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int) -> None:
+def log_pictures(
+    callback: Counting, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int
+) -> None:
     """Logs plots of the profiles so far to the loggers that support them, on the first process only."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         with tolerated(callback, f"log plots to the {type(logger).__name__}", "`depthcb report` draws them later"):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarking import alternate, median_ratio
 
 from depthcb import LayerStack
 from depthcb.probe import Probe
@@ -20,20 +18,6 @@ from depthcb_recipes.backbones.loading import load_backbone
 from depthcb_recipes.precision import choose
 
 pytestmark = pytest.mark.slow
-
-
-def ratio(a: Callable[[], None], b: Callable[[], None], runs: int = 5) -> float:
-    """Median of time(a) / time(b) over alternating runs, after one warm-up each."""
-    a(), b()
-    ratios = []
-    for _ in range(runs):
-        times = []
-        for run in (a, b):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios)
 
 
 def test_the_control_costs_little_beside_a_training_step() -> None:
@@ -53,12 +37,12 @@ def test_the_control_costs_little_beside_a_training_step() -> None:
 
     def control() -> None:
         steps.begin(optimizer, [optimizer])
-        done = steps.finish(optimizer, [optimizer])
+        done = steps.finish(optimizer)
         now, before = steps.now(done), steps.before(done)
         ratios = step_ratios(now, before)
         rescale(now, before, imposed_ratios("mean", ratios, 0) / ratios.clamp(min=1e-12))
 
-    share = ratio(control, train, runs=3)
+    share = median_ratio(alternate({"control": control, "train": train}, 3), "control", "train")
     print(f"EqualStep adds {share:.1%} to a training step")
     assert share < 0.25
 
@@ -74,8 +58,10 @@ def test_the_interval_costs_little_beside_the_probe() -> None:
         for p in moved.parameters():
             p.add_(0.01 * p.std() * torch.randn(p.shape) if p.numel() > 1 else 0)
     recording = probe.record(moved, LayerStack.find(moved))
-    share = ratio(
-        lambda: reference.profiles(recording, measures, 0, 0) and None, lambda: probe.record(model, stack) and None
-    )
+    work = {
+        "profiles": lambda: reference.profiles(recording, measures, 0, 0),
+        "forward": lambda: probe.record(model, stack),
+    }
+    share = median_ratio(alternate(work, 5), "profiles", "forward")
     print(f"CKA and its intervals add {share:.1%} to the probe's forward")
     assert share < 0.5
