@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,19 +33,18 @@ class LayerSteps:
 
     If several optimizers own parameters of the layers, a round lasts until each of these parameters' optimizers has
     stepped, so that layers are comparable; a parameter is copied just before its own optimizer steps. The buffers (one
-    copy of every trainable parameter) are reused; between rounds they can hold the parameters to be compared later.
+    copy of every trainable parameter) are reused.
 
     Args:
         layers: The parameters of each layer; parameters that don't require a gradient when their optimizer steps are
             ignored.
+        offload: Whether to keep the copies in main memory, pinned if the parameters are on a GPU of CUDA.
     """
 
-    def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], offload: bool = False) -> None:
+        self._layers, self._offload = layers, offload
         self._parameters = {p for layer in layers for p in layer}
         self._copies: dict[Tensor, Tensor] = {}
-        self._kept: set[Tensor] = set()
-        self._moved: list[tuple[int, Tensor]] = []
         #: The parameters whose optimizers have yet to step in this round; empty between rounds.
         self.waiting: set[Tensor] = set()
         #: The parameters that an optimizer has owned in any round.
@@ -66,11 +65,18 @@ class LayerSteps:
         fresh: list[Tensor] = []
         for index, layer in enumerate(self._layers):
             new = [p for p in layer if p in owned and p.requires_grad and p not in opened]
-            self._open[index] += new
+            self._open[index] = [p for p in layer if p in {*self._open[index], *new}]
             fresh += new
-        same = self._compare(self._kept.intersection(fresh))
-        self._copy([p for p in fresh if p not in same])
-        self._kept.difference_update(fresh)
+        for parameter in fresh:
+            if parameter not in self._copies:
+                self._copies[parameter] = self._buffer(local(parameter))
+        if fresh:
+            torch._foreach_copy_([self._copies[p] for p in fresh], [local(p) for p in fresh], non_blocking=True)
+
+    def _buffer(self, values: Tensor) -> Tensor:
+        if not self._offload:
+            return torch.empty_like(values)
+        return torch.empty_like(values, device="cpu", pin_memory=values.device.type == "cuda")
 
     def finish(self, optimizer: torch.optim.Optimizer) -> list[int]:
         """Returns the layers of the round in depth order if this optimizer's step completes it, else an empty list."""
@@ -79,43 +85,9 @@ class LayerSteps:
         self.waiting -= parameters_of(optimizer)
         return [] if self.waiting else [i for i, layer in enumerate(self._open) if layer]
 
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copies the trainable parameters, to tell later whether anything but a step has changed them."""
-        self._kept = {p for p in self._parameters if p.requires_grad}
-        self._copy(self._kept)
-
-    @torch.no_grad()
-    def moved(self) -> list[int]:
-        """Returns the layers that have changed outside the rounds since `keep` and the last call; waits for the device.
-
-        A parameter is compared here or, if its optimizer has stepped, just before that step.
-        """
-        same = self._compare(self._kept)
-        self._copy(self._kept - same)
-        flags, self._moved = self._moved, []
-        return sorted({i for i, flag in flags if flag})
-
-    def _copy(self, parameters: Collection[Tensor]) -> None:
-        for parameter in parameters:
-            if parameter not in self._copies:
-                self._copies[parameter] = torch.empty_like(local(parameter))
-        if parameters:
-            torch._foreach_copy_([self._copies[p] for p in parameters], [local(p) for p in parameters])
-
-    def _compare(self, parameters: Collection[Tensor]) -> set[Tensor]:
-        """Notes which of these kept parameters have moved; returns those that are known not to, on a CPU."""
-        same: set[Tensor] = set()
-        for i, layer in enumerate(self._layers):
-            for p in (p for p in layer if p in parameters):
-                now, copy = local(p), self._copies[p]
-                if now.device.type != "cpu":  # not waited for
-                    self._moved.append((i, now.ne(copy).any()))
-                elif torch.equal(now, copy):
-                    same.add(p)
-                else:
-                    self._moved.append((i, torch.tensor(True)))
-        return same
+    def stepping(self) -> set[int]:
+        """Returns the layers that have begun a step in a round that is not complete."""
+        return {i for i, layer in enumerate(self._open) if layer} if self.waiting else set()
 
     def opened(self, layers: Sequence[int]) -> list[list[nn.Parameter]]:
         """Returns the parameters of these layers that take part in this round."""
@@ -216,7 +188,7 @@ def step_ratios(
 
     Args:
         now: The parameters of each of L layers, of any shapes, or this process's shards of them.
-        before: The values from before the step, in the same shapes.
+        before: The values from before the step, in the same shapes; on any device.
         shares: As returned by `LayerSteps.shares`; if given, makes one collective call.
     """
     sums, _ = step_sums(now, before, shares)
@@ -230,109 +202,119 @@ def step_sums(
     shares: tuple[float, ...] | None = None,
     *,
     scale: Tensor | None = None,
-    with_decay: bool = False,
 ) -> tuple[Tensor, list[int]]:
-    """Computes this process's part of the sums behind the step ratios, reading each tensor once.
+    """Computes this process's part of the sums behind the step ratios.
+
+    On a CPU, a sum depends on the values alone: equal tensors have equal sums, bit for bit.
 
     Args:
         now: As in `step_ratios`.
         before: As in `step_ratios`.
         shares: As in `step_ratios`.
-        scale: (L,) factors by which the steps are rescaled first, as by `rescale`, while the weights are in the cache.
-        with_decay: Whether to compute the third sum.
+        scale: (L,) factors by which the steps are rescaled first, as by `rescale`.
 
     Returns:
-        (3, L): ||before||^2, ||now - before||^2 and, for the cosine with decay, <before - now, now> of each layer, else
-        0; the second one is not finite if ``now`` is not. And the layers that may not be finite: all of them on an
-        accelerator, which is not waited for.
+        (2, L): ||before||^2 and ||now - before||^2 of each layer, the second one not finite if ``now`` is not; or, if
+        the steps are rescaled, (3, L): ||now||^2, ||now - before||^2 and <before - now, now>, for the cosine with
+        decay. And the layers that may not be finite: all of them on an accelerator, which is not waited for.
     """
-    count = 3 if with_decay else 2
     device = now[0][0].device
+    of_layer = [i for i, layer in enumerate(now) for _ in layer]
     if device.type == "cpu":
-        factors = [None] * len(now) if scale is None else scale.unbind()
-        factor_of = [factor for factor, layer in zip(factors, now, strict=True) for _ in layer]
-        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), factor_of, count)
-    else:
-        if scale is not None:
-            rescale(now, before, scale)
-        parts = [_exact_sums(*layer, count) for layer in zip(now, before, strict=True)]
-        columns, unsafe = torch.cat([part.to(device) for part in parts], dim=1), list(range(sum(map(len, now))))
-    layer_of = [i for i, layer in enumerate(now) for _ in layer]
-    found = torch.zeros(3, len(now), dtype=columns.dtype, device=device)
-    found[:count] = _by_layer(columns, now, shares)
-    return found, sorted({layer_of[i] for i in unsafe})
+        factors = None if scale is None else [scale[i] for i in of_layer]
+        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), factors)
+        return _by_layer(columns, now, shares), sorted({of_layer[i] for i in unsafe})
+    if scale is not None:
+        rescale(now, before, scale)
+    parts = [_sums_together(n, b, scale is not None, torch.float32) for n, b in zip(now, before, strict=True)]
+    return _by_layer(torch.cat([part.to(device) for part in parts], dim=1), now, shares), list(range(len(now)))
 
 
 def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
     """Adds up the columns of each layer's tensors, (n, tensors), weighted by their shares: (n, L)."""
     if shares is not None:
-        columns = columns * _on_device(shares, columns.device, columns.dtype)
+        columns = columns * on_device(shares, columns.device, columns.dtype)
     found = torch.zeros(len(columns), len(layers), dtype=columns.dtype, device=columns.device)
     return found.index_add_(1, _layer_index(tuple(map(len, layers)), columns.device), columns)
 
 
 def _sums_on_cpu(
-    now: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Tensor | None], count: int
+    now: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Tensor] | None
 ) -> tuple[Tensor, list[int]]:
-    """Returns the sums of each tensor, (count, tensors), and the indices of those that are not finite."""
-    found = torch.zeros(count, len(now), dtype=torch.float64)
-    for i, (n, b, factor) in enumerate(zip(now, before, factors, strict=True)):
-        large = n.numel() >= SMALL
-        if factor is not None and not (large and n.is_contiguous() and n.dtype.itemsize >= 4):
-            _interpolate(n, b, factor)
-            factor = None
-        if large:
-            found[:, i] = _blockwise_sums(n, b, factor, count)
-    least = torch.tensor([n.numel() * LEAST_SQUARE for n in now], dtype=torch.float64)
-    sure = found.isfinite().all(dim=0) & (found[:2] > least).all(dim=0)
-    rest = [i for i, flag in enumerate(sure.tolist()) if not flag]
-    if not rest:
-        return found, []
-    found[:, rest] = _exact_sums([now[i] for i in rest], [before[i] for i in rest], count)
-    return found, [i for i, flag in enumerate(found.isfinite().all(dim=0).tolist()) if not flag]
+    """Returns the sums of each tensor, as in `step_sums`, and the indices of those that are not finite."""
+    rescaled = factors is not None
+    found = torch.empty(3 if rescaled else 2, len(now), dtype=torch.float64)
+    least = []
+    small = []
+    for i, (n, b) in enumerate(zip(now, before, strict=True)):
+        if n.numel() >= SMALL:
+            found[:, i] = _sums_in_blocks(n, b, factors[i] if factors else None)
+            least.append(n.numel() * LEAST_SQUARE)
+            continue
+        if factors:
+            _interpolate(n, b, factors[i])
+        small.append(i)
+        least.append(-1.0)
+    if small:
+        found[:, small] = _sums_together([now[i] for i in small], [before[i] for i in small], rescaled, torch.float64)
+    sure = found.isfinite()
+    sure[:2] &= found[:2] > torch.tensor(least, dtype=torch.float64)
+    doubtful = [i for i, flag in enumerate(sure.all(dim=0).tolist()) if not flag]
+    for i in doubtful:
+        if least[i] > 0 and not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no lost square
+            exact = _sums_in_blocks(now[i].double(), before[i].double(), torch.ones(()) if rescaled else None)
+            found[:, i] = torch.where(sure[:, i], found[:, i], exact)
+    return found, [i for i in doubtful if not found[:, i].isfinite().all()]
 
 
-def _exact_sums(now: Sequence[Tensor], before: Sequence[Tensor], count: int) -> Tensor:
-    """Returns the sums of tensors of any size and scale; needs the memory of the tensors once more."""
-    dtype = _sum_dtype(now[0].device)
-    now, before = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in (now, before))
-    steps = torch._foreach_sub(before, now)
-    found = [[n.square() for n in torch._foreach_norm(ts, 2, dtype=dtype)] for ts in (before, steps)]
-    if count == 3:
-        found.append([(s * n).sum(dtype=dtype) for s, n in zip(steps, now, strict=True)])
-    return torch.stack([torch.stack([n.to(now[0].device) for n in column]) for column in found])
-
-
-def _blockwise_sums(now: Tensor, before: Tensor, factor: Tensor | None, count: int) -> Tensor:
-    """Returns the sums of one tensor, (count,), in blocks that stay in the cache, so that memory is read only once.
-
-    With a factor, the step is rescaled first; ``now`` must be contiguous then, and of no lower precision than fp32.
+def _sums_in_blocks(now: Tensor, before: Tensor, factor: Tensor | None) -> Tensor:
+    """Returns the sums of one tensor, in blocks that stay in the cache, so that memory is read only once.
 
     Each row is summed in its own precision, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
     """
-    flat, dtype = [t.reshape(-1) for t in (now, before)], torch.promote_types(now.dtype, torch.float32)
-    whole = now.numel() // ROW * ROW
-    rows = [t[:whole].view(-1, ROW) for t in flat]
-    sums, step = (
-        torch.empty(*shape, dtype=dtype, device=now.device) for shape in ((count, len(rows[0])), (BLOCK, ROW))
-    )
-    for n, b, *out in zip(*(t.split(BLOCK) for t in (*rows, *sums)), strict=True):
-        n, b, s = n.to(dtype), b.to(dtype), step[: len(n)]
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    rescaled = factor is not None
+    if factor is not None:
+        factor = factor.to(dtype)
+    if factor is not None and not (now.is_contiguous() and now.dtype == dtype):
+        _interpolate(now, before, factor)
+        factor = None
+    blocks = [_blocks(t) for t in (now, before)]
+    lengths = [len(block) for block in blocks[0]]
+    sums = torch.empty(3 if rescaled else 2, sum(lengths), dtype=dtype)
+    scratch = torch.empty(BLOCK * ROW, dtype=dtype)
+    for n, b, *out in zip(*blocks, *(row.split(lengths) for row in sums), strict=True):
+        n, b = n.to(dtype), b.to(dtype)
         if factor is not None:
             _interpolate(n, b, factor)
-        torch.sub(b, n, out=s)
-        torch.linalg.vector_norm(b, dim=1, out=out[0])
-        torch.linalg.vector_norm(s, dim=1, out=out[1])
-        if count == 3:
-            torch.sum(s.mul_(n), dim=1, out=out[2])
-    total = sums.double()
-    total[:2].square_()
-    total = total.sum(dim=1)
-    if whole < now.numel():
-        if factor is not None:
-            _interpolate(flat[0][whole:], flat[1][whole:], factor)
-        total += _exact_sums([flat[0][whole:]], [flat[1][whole:]], count)[:, 0]
-    return total
+        step = torch.sub(b, n, out=scratch[: n.numel()].view_as(n))
+        torch.linalg.vector_norm(n if rescaled else b, dim=1, out=out[0])
+        torch.linalg.vector_norm(step, dim=1, out=out[1])
+        if rescaled:
+            torch.sum(step.mul_(n), dim=1, out=out[2])
+    sums = sums.double()
+    sums[:2].square_()
+    return sums.sum(dim=1)
+
+
+def _blocks(tensor: Tensor) -> list[Tensor]:
+    """Splits a tensor into matrices with rows of ROW numbers, and the rest; views if the tensor is contiguous."""
+    flat = tensor.reshape(-1)
+    whole = len(flat) // ROW * ROW
+    rest = flat[whole:]
+    return [*torch.split(flat[:whole].view(-1, ROW), BLOCK), *([rest[None]] if len(rest) else [])]
+
+
+def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], rescaled: bool, dtype: torch.dtype) -> Tensor:
+    """Returns the sums of each tensor, as in `step_sums`, by few calls, which need the memory of the tensors."""
+    device = now[0].device
+    before = [_beside(b, n) for b, n in zip(before, now, strict=True)]
+    now, before = ([t.to(torch.promote_types(t.dtype, dtype)) for t in ts] for ts in (now, before))
+    steps = torch._foreach_sub(before, now)
+    found = [[n.square() for n in torch._foreach_norm(ts)] for ts in (now if rescaled else before, steps)]
+    if rescaled:
+        found.append([(s * n).sum() for s, n in zip(steps, now, strict=True)])
+    return torch.stack([torch.stack([n.to(device, dtype) for n in row]) for row in found])
 
 
 def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:
@@ -365,7 +347,7 @@ def revert(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]], 
     """Restores layers with NaN or infinite parameters to ``before``, where ``broken``, (L,) booleans, is set."""
     for layer, copies, flag in zip(now, before, broken.unbind(), strict=True):
         for parameter, copy in zip(layer, copies, strict=True):
-            torch.where(flag.to(parameter.device), copy, parameter, out=parameter)
+            torch.where(flag.to(parameter.device), _beside(copy, parameter), parameter, out=parameter)
 
 
 @torch.no_grad()
@@ -387,10 +369,16 @@ def rescale(now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]],
 def _interpolate(now: Tensor, before: Tensor, factor: Tensor) -> None:
     """Rescales the step of one tensor in place."""
     factor = factor.to(now.device, torch.promote_types(now.dtype, torch.float32))
+    before = _beside(before, now)
     if now.dtype == factor.dtype:
         torch.lerp(before, now, factor, out=now)
     else:  # the factor must not be rounded to half precision
         now.copy_(torch.lerp(before.to(factor.dtype), now.to(factor.dtype), factor))
+
+
+def _beside(copy: Tensor, parameter: Tensor) -> Tensor:
+    """Returns the copy on the device of the parameter."""
+    return copy.to(parameter.device, non_blocking=True)
 
 
 def imposed_ratios(target: Target, ratios: Tensor, step: int) -> Tensor:
@@ -470,11 +458,11 @@ def _flat(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _layer_index(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns the index of the layer that each tensor of a flat list belongs to."""
-    return _on_device(tuple(i for i, count in enumerate(counts) for _ in range(count)), device, torch.int64)
+    return on_device(tuple(i for i, count in enumerate(counts) for _ in range(count)), device, torch.int64)
 
 
 @functools.lru_cache(maxsize=16)
-def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns the numbers as a tensor, cached so that they are copied to a GPU only once."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 

@@ -24,8 +24,7 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
     keeps its direction and gets the target size. Layers without an update (frozen, no gradient, a skipped step) are
     left unchanged and don't count towards r*; layers that no optimizer owns yet are waited for. Optimizer state is not
     modified. A non-finite update is not applied, and
-    the next log step raises an error that names its layer. Memory: one copy of the controlled parameters, and a second
-    one during log steps.
+    the next log step raises an error that names its layer. Memory: one copy of the controlled parameters.
 
     Equal steps are equal paths, not equal net changes: where steps point the same way a layer gets further than where
     they turn (spread of the paths 1.000, of the net changes 1.35 after 200 steps in one run). Weight decay is a part of
@@ -57,6 +56,8 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         decay: ``"inside"`` (default) counts weight decay as a part of the step, with a warning if it makes up most of
             it; ``"outside"`` equalizes dW + lr * weight_decay * W and leaves the decay as it is, for optimizers of
             torch with decoupled decay (AdamW, Muon) [ours].
+        offload: Whether to keep the copy of the controlled parameters in main memory, pinned, instead of on the GPU,
+            which makes steps slower: each moves the parameters to main memory once and back twice.
         redact: Hyperparameters whose values are kept out of the record, see `DepthProfile`.
 
     Raises:
@@ -79,11 +80,12 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         outside: Outside = "leave",
         name: str = "equal_step",
         decay: Decay = "inside",
+        offload: bool = False,
         redact: Collection[str] = SECRETS,
     ) -> None:
         self.name, self.redact = name, redact
         #: The underlying equalizer, which works without a Trainer.
-        self.equalizer = StepEqualizer(layers, target, outside, name, decay=decay)
+        self.equalizer = StepEqualizer(layers, target, outside, name, decay=decay, offload=offload)
         self._seen: list[float] | None = None
 
     @property
@@ -137,7 +139,7 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if logged_step(trainer) == self._logs.start:
-            self.equalizer.keep_weights()
+            self.equalizer.note_weights()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,6 +24,8 @@ from depthcb.step_ratio import (
     check_target,
     imposed_ratios,
     layer_norms,
+    local,
+    on_device,
     parameters_of,
     rescale,
     revert,
@@ -35,6 +37,8 @@ Outside = Literal["leave", "layer"]
 Decay = Literal["inside", "outside"]
 #: Cosine of the step with -W above which the step mostly shrinks the layer [ours].
 MOSTLY_DECAY = 0.5
+#: Relative error of a sum of squares in fp32, on an accelerator, where the order of a sum depends on more than values.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class LoggedStep:
         done: Indices of the K controlled layers.
         ratios: (K,) ratios that the optimizer wanted.
         scale: (K,) factors applied.
-        sums: (3, K) this process's part of the realised ratios, as returned by `step_sums`.
+        sums: (3, K) this process's part of ||before||^2, and of ||now - before||^2 and <before - now, now> as realised.
         shares: As returned by `LayerSteps.shares`.
     """
 
@@ -69,6 +73,7 @@ class StepEqualizer(StepHooks):
         outside: ``"leave"`` ignores parameters outside the stack; ``"layer"`` treats each module that owns some as a
             layer.
         decay: ``"inside"`` counts weight decay as a part of the step; ``"outside"`` equalizes the rest of it.
+        offload: Whether to keep the copy of the parameters in main memory.
         name: Prefix of the logged keys.
         every: Log every n-th step; ignored in a Trainer.
 
@@ -96,6 +101,7 @@ class StepEqualizer(StepHooks):
         name: str = "equal_step",
         every: int = 1,
         decay: Decay = "inside",
+        offload: bool = False,
     ) -> None:
         check_target(target)
         if decay not in ("inside", "outside"):
@@ -104,12 +110,15 @@ class StepEqualizer(StepHooks):
         if outside not in ("leave", "layer"):
             raise ValueError(f"outside={outside!r} is unknown: use 'leave' or 'layer'.")
         self.layers, self.target, self.outside, self.name, self.every = layers, target, outside, name, every
+        self.offload = offload
         #: Names of the controlled layers, available after `prepare`.
         self.names: tuple[str, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
         self._stack: LayerStack
         self._groups: list[list[nn.Parameter]] = []
         self._steps = LayerSteps([])
+        self._left: dict[int, tuple[list[nn.Parameter], Tensor]] = {}
+        self._moved: list[tuple[int, Tensor]] = []
         self._broken: Tensor | None = None
         self._unlogged: LoggedStep | None = None
         self._kept: dict[Tensor, Any] = {}
@@ -156,8 +165,8 @@ class StepEqualizer(StepHooks):
             self.reset()
         self._optimizers = optimizers
         self._groups = list(groups.values())
-        self._steps = LayerSteps(self._groups)
-        self._broken, self._unlogged = None, None  # an exception may have left some
+        self._steps = LayerSteps(self._groups, self.offload)
+        self._left, self._moved, self._broken, self._unlogged = {}, [], None, None  # an exception may have left some
         self._stepped = self._told = self._apart = False
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -174,17 +183,20 @@ class StepEqualizer(StepHooks):
         """Equalizes the step; steps are numbered from 0."""
         self.equalize(optimizer, self.steps_made, logs=(self.steps_made + 1) % self.every == 0)
 
-    def keep_weights(self) -> None:
-        """Copies the weights, so that `check_first_step` and `check_weights` can tell whether a step was missed."""
-        self._steps.keep()
+    def note_weights(self) -> None:
+        """Notes the norms of the weights, so that `check_first_step` and `check_weights` can tell of missed steps."""
+        trained = {i: [p for p in group if p.requires_grad] for i, group in enumerate(self._groups)}
+        trained = {i: parameters for i, parameters in trained.items() if parameters}
+        if trained:
+            self._note(trained, _squares(trained.values()))
 
     def check_first_step(self) -> None:
-        """Checks that the first change since `keep_weights` was a step that could be controlled.
+        """Checks that the first change since `note_weights` was a step that could be controlled.
 
         Raises:
             ValueError: The weights changed and no step was seen.
         """
-        moved = [] if self._stepped else self._steps.moved()
+        moved = [] if self._stepped else self._moved_layers()
         if moved:
             raise ValueError(
                 f"EqualStep: layer {self._list(moved)} changed without a step of an optimizer that owns it, so nothing "
@@ -195,7 +207,7 @@ class StepEqualizer(StepHooks):
     def check_weights(self) -> None:
         """Warns once of layers that something other than the steps seen has changed; waits for the device."""
         warn_replaced("EqualStep", self._stack, self._groups)
-        moved = self._steps.moved()
+        moved = self._moved_layers()
         if moved and not self._told:
             self._told = True
             warn(
@@ -203,6 +215,33 @@ class StepEqualizer(StepHooks):
                 "not the equal ones that are logged: make that change in the optimizer's `step`, or remove it (clipped "
                 "weights, another control of the same layer)."
             )
+
+    def _note(self, layers: Mapping[int, list[nn.Parameter]], squares: Tensor) -> None:
+        """Notes that these parameters of K layers were left with the (K,) squared norms."""
+        self._left |= dict(zip(layers, zip(layers.values(), squares.unbind(), strict=True), strict=True))
+
+    def _compare(self, layers: Mapping[int, list[nn.Parameter]], squares: Tensor) -> None:
+        """Notes which of K layers no longer have the norms that they were left with.
+
+        Norms take every number into account, and cost nothing where they are computed anyway. A change that keeps a
+        norm to the last bit, as a flip of all signs does, is not seen.
+        """
+        for (i, parameters), square in zip(layers.items(), squares.unbind(), strict=True):
+            known, left = self._left.pop(i, (parameters, square))
+            if set(known) == set(parameters):
+                tolerance = 0.0 if square.device.type == "cpu" else ROUNDING
+                self._moved.append((i, (square - left).abs() > tolerance * left))
+
+    def _moved_layers(self) -> list[int]:
+        """Returns the layers that have changed outside the steps seen, since the last call; waits for the device."""
+        stepping = self._steps.stepping()
+        layers = {i: parameters for i, (parameters, _) in self._left.items() if i not in stepping}
+        if layers:  # without a step since
+            squares = _squares(layers.values())
+            self._compare(layers, squares)
+            self._note(layers, squares)
+        found, self._moved = self._moved, []
+        return sorted({i for i, flag in found if flag})
 
     def equalize(self, optimizer: Optimizer, step: int, logs: bool) -> bool:
         """Equalizes the round of steps if this optimizer's step completes it.
@@ -221,41 +260,40 @@ class StepEqualizer(StepHooks):
         done = self._steps.finish(optimizer)
         if not done:
             return False
-        now, before = self._steps.now(done), self._steps.before(done)
-        if self.decay == "outside":
-            self._decay(now, before, done)
-        shares = self._steps.shares(done)
+        opened = dict(zip(done, self._steps.opened(done), strict=True))
+        now, before, shares = self._steps.now(done), self._steps.before(done), self._steps.shares(done)
         # One all-reduce per step: the realised ratios of a logged step are reduced together with the next step's.
         pending = [] if self._unlogged is None else [self._unlogged.sums]
         sums, suspects = step_sums(now, before, shares)
-        squares, *reduced = all_reduce([sums[:2], *pending], shares)
+        self._compare(opened, sums[0])
+        if self.decay == "outside":
+            self._decay(before, done, broken=~sums[1].isfinite())
+            sums, suspects = step_sums(now, before, shares)
+        squares, *reduced = all_reduce([sums, *pending], shares)
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
-        if logs and not suspects:
-            sums, _ = step_sums(now, before, shares, scale=scale, with_decay=True)
-        else:
+        if suspects or not logs:
             rescale(now, before, scale)
         if suspects:
             flags = torch.stack([broken[i] for i in suspects])
             revert([now[i] for i in suspects], [before[i] for i in suspects], flags)
+        if logs:
+            after, _ = step_sums(now, before, shares, scale=torch.ones_like(scale) if suspects else scale)
         self._record_broken(broken, done)
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            if suspects:
-                sums, _ = step_sums(now, before, shares, with_decay=True)
-            self._unlogged = LoggedStep(step, done, ratios, scale, sums, shares)
+            self._unlogged = LoggedStep(step, done, ratios, scale, torch.cat([sums[:1], after[1:]]), shares)
             if shares is None:
-                self._log_step(sums)
+                self._log_step(self._unlogged.sums)
             self.check_weights()
-            self._steps.keep()
+            self._note(opened, after[0])
             self._warn_apart(done)
         return True
 
-    def _decay(self, now: list[list[Tensor]], before: list[list[Tensor]], done: list[int]) -> None:
-        """Applies the optimizers' weight decay to the copies, except in layers with non-finite weights."""
-        broken = ~layer_norms(now).isfinite()
+    def _decay(self, before: list[list[Tensor]], done: list[int], broken: Tensor) -> None:
+        """Applies the optimizers' weight decay to the copies, except in ``broken`` layers, (K,) booleans."""
         for copies, parameters, undone in zip(before, self._steps.opened(done), broken.unbind(), strict=True):
             for copy, parameter in zip(copies, parameters, strict=True):
                 copy.mul_(torch.where(undone.to(copy.device), 1.0, self._kept[parameter]))
@@ -360,7 +398,7 @@ class StepEqualizer(StepHooks):
 
     def _wanted(self, ratios: Tensor, done: list[int]) -> Tensor:
         """Returns the (K,) ratios to impose on the given layers; the target is evaluated over all layers."""
-        index = torch.tensor(done, device=ratios.device)
+        index = on_device(tuple(done), ratios.device, torch.int64)
         all_ratios = torch.zeros(len(self.names), dtype=ratios.dtype, device=ratios.device)
         all_ratios.index_copy_(0, index, ratios)
         return imposed_ratios(self.target, all_ratios, self.steps_made).index_select(0, index)
@@ -369,7 +407,8 @@ class StepEqualizer(StepHooks):
         """Records, on the device, the broken layers of the first step that has any; ``broken`` is (K,)."""
         if self._broken is None:
             self._broken = torch.zeros(len(self.names), dtype=torch.bool, device=broken.device)
-        flags = torch.zeros_like(self._broken).index_copy_(0, torch.tensor(done, device=broken.device), broken)
+        index = on_device(tuple(done), broken.device, torch.int64)
+        flags = torch.zeros_like(self._broken).index_copy_(0, index, broken)
         self._broken = torch.where(self._broken.any(), self._broken, flags)
 
     def _log_step(self, sums: Tensor) -> None:
@@ -443,6 +482,12 @@ def _check_owners(groups: Mapping[str, list[nn.Parameter]], optimizers: Sequence
             "unfrozen later, use a callback such as BackboneFinetuning, or give them to the optimizer while frozen."
         )
     warn(f"{problem}: they are controlled once one does. If other layers are trained, name these with layers=.")
+
+
+def _squares(layers: Iterable[list[nn.Parameter]]) -> Tensor:
+    """Returns the (K,) squared norms, in this process, of the parameters of K layers as they are now."""
+    weights = [[local(p) for p in parameters] for parameters in layers]
+    return step_sums(weights, weights)[0][0]
 
 
 def _check_weights(groups: Mapping[str, list[nn.Parameter]]) -> None:

@@ -72,7 +72,7 @@ def test_the_control_costs_few_steps_of_adamw_and_less_than_one_by_hand(make: An
         for every, trained in ((10**9, quiet), (1, logging))
     }
     for control in controls.values():
-        control.keep_weights()
+        control.note_weights()
     steps = {"adamw": plain.step, "by hand": by_hand.step_by_hand, "control": quiet.step, "logged": logging.step}
     times = alternate(steps)
     for control in controls.values():
