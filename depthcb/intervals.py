@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from depthcb.profile import FloatArray, interval_over_halves
 
@@ -43,6 +43,11 @@ class Estimate:
         return f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
 
 
+def _t(degrees: int) -> float:
+    """Returns the 97.5 % point of Student's t distribution."""
+    return float(special.stdtrit(degrees, 0.975))  # scipy.stats takes a second to import
+
+
 def mean_interval(values: Sequence[float] | FloatArray) -> Estimate:
     """Returns the mean of n >= 2 replicates with Student's t interval on n - 1 degrees of freedom.
 
@@ -51,7 +56,7 @@ def mean_interval(values: Sequence[float] | FloatArray) -> Estimate:
         '+2 [-0.484, +4.48]'
     """
     x = np.asarray(values, dtype=np.float64)
-    half = float(stats.t.ppf(0.975, len(x) - 1)) * math.sqrt(float(x.var(ddof=1)) / len(x))
+    half = _t(len(x) - 1) * math.sqrt(float(x.var(ddof=1)) / len(x))
     mean = float(x.mean())
     return Estimate(mean, mean - half, mean + half)
 
@@ -72,7 +77,7 @@ def share_interval(parts: Sequence[float] | FloatArray, wholes: Sequence[float] 
     if mean_interval(y).sign == 0:
         return None
     n = len(x)
-    cov = np.cov(x, y, ddof=1) * float(stats.t.ppf(0.975, n - 1)) ** 2 / n
+    cov = np.cov(x, y, ddof=1) * _t(n - 1) ** 2 / n
     # (x - q y)^2 <= t^2 var(x - q y) / n is a quadratic inequality in q
     a, b, c = y.mean() ** 2 - cov[1, 1], x.mean() * y.mean() - cov[0, 1], x.mean() ** 2 - cov[0, 0]
     root = math.sqrt(max(b * b - a * c, 0.0))  # below 0 by rounding alone, when the replicates are equal

@@ -62,7 +62,7 @@ def dumps(value: Any) -> str:
 
 def loads(text: str) -> Any:
     """Reads what `dumps` wrote; NaN and infinity are numbers again."""
-    return json.loads(text, object_hook=_floats)
+    return json.loads(text, object_hook=_floats if TYPE in text else None)
 
 
 def _floats(fields: dict[str, Any]) -> Any:

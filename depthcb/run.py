@@ -3,7 +3,8 @@
 Each callback appends JSON lines to its own file, ``<run folder>/depthcb/<name>.jsonl``: a header at the start of a fit,
 then one row per log event. Nothing is rewritten, so a killed run loses at most its last line. The records of a folder
 belong to one fit: a fit from step 0 makes all earlier rows of all files void, a resumed fit those after its checkpoint.
-For duplicate steps, the last row wins. Reports read only these files, and see the logged values in full precision.
+For duplicate steps, the last row wins. Reports read only these files, and see the logged values in full precision;
+rows of numbers alone are kept as arrays, so that 100,000 of them need little memory.
 
 What cannot be read is named in a warning and left out; the rest is read. Files of version 0.1 have no version and no
 history of their fit, so their runs are read but never paired.
@@ -13,23 +14,28 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import itertools
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote, unquote
 
+import numpy as np
+
 from depthcb.plain import UNKNOWN, dumps, loads, plain
-from depthcb.profile import Profile, Profiles
+from depthcb.profile import FloatArray, Profile, Profiles
 from depthcb.style import printable
 
 if TYPE_CHECKING:
@@ -47,6 +53,30 @@ Row = Mapping[str, Any]
 #: The optimizer's own steps, or steps of equal relative size in all layers.
 Control = Literal["standard", "equal-step"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+
+
+class NumberRow(Mapping[str, float]):
+    """A row of a step number and floats, in an array.
+
+    Args:
+        index: Position of each key.
+        numbers: The values.
+    """
+
+    __slots__ = ("_index", "_numbers")
+
+    def __init__(self, index: Mapping[str, int], numbers: array[float]) -> None:
+        self._index, self._numbers = index, numbers
+
+    def __getitem__(self, key: str) -> float:
+        number = self._numbers[self._index[key]]
+        return int(number) if key == "step" else number
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
 
 @dataclass(frozen=True)
@@ -189,7 +219,10 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as JSON-serialisable data."""
-        records = {name: {f.name: getattr(r, f.name) for f in fields(r)} for name, r in self.records.items()}
+        records = {
+            name: {f.name: getattr(r, f.name) for f in fields(r)} | {"rows": [dict(row) for row in r.rows]}
+            for name, r in self.records.items()
+        }
         found: dict[str, Any] = plain({"name": self.name, "records": records})
         return found
 
@@ -212,38 +245,49 @@ class Run:
         watch = next(((n, r) for n, r in self.records.items() if r.callback == "UpdateRatioMonitor"), None)
         if control:
             return StepRatios.read(control[1], f"{control[0]}/{kind}/")
-        return StepRatios.read(watch[1], f"{watch[0]}/") if watch else StepRatios((), ())
+        return StepRatios.read(watch[1], f"{watch[0]}/") if watch else StepRatios((), np.empty((0, 0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepRatios:
     """Step ratios over time and depth.
 
     Args:
         steps: The S logged steps.
-        ratios: (S, L); None where a layer had no update.
+        table: (S, L); NaN where a layer had no update.
     """
 
     steps: tuple[int, ...]
-    ratios: tuple[tuple[float | None, ...], ...]
+    table: FloatArray
 
     @classmethod
     def read(cls, record: Record, prefix: str) -> StepRatios:
         """Reads the columns ``<prefix>L00``, ``<prefix>L01``, ... of a record."""
         layer = re.compile(re.escape(prefix) + r"L(\d+)")
-        rows = [
-            (row["step"], {int(m[1]): value for key, value in row.items() if (m := layer.fullmatch(key))})
-            for row in record.rows
-        ]
-        layers = 1 + max((i for _, row in rows for i in row), default=-1)
-        known = [(step, tuple(row.get(i) for i in range(layers))) for step, row in rows if row]
-        return cls(tuple(step for step, _ in known), tuple(row for _, row in known))
+
+        @functools.cache  # there are few different ones
+        def columns(keys: tuple[str, ...]) -> dict[int, str]:
+            return {int(m[1]): key for key in keys if (m := layer.fullmatch(key))}
+
+        rows = [row for row in record.rows if columns(tuple(row))]
+        layers = 1 + max((i for row in rows for i in columns(tuple(row))), default=-1)
+        table = np.full((len(rows), layers), np.nan)
+        for ratios, row in zip(table, rows, strict=True):
+            for i, key in columns(tuple(row)).items():
+                ratios[i] = row[key]
+        return cls(tuple(row["step"] for row in rows), table)
+
+    @property
+    def ratios(self) -> tuple[tuple[float | None, ...], ...]:
+        """The table as S tuples of L ratios; None where a layer had no update."""
+        return tuple(tuple(None if math.isnan(r) else r for r in row) for row in self.table.tolist())
 
     @cached_property
     def mean(self) -> list[float | None]:
         """Mean ratio of each layer over the steps that updated it; None if no step did."""
-        columns = [[r for r in column if r is not None] for column in zip(*self.ratios, strict=True)]
-        return [sum(column) / len(column) if column else None for column in columns]
+        known = ~np.isnan(self.table)
+        sums = np.where(known, self.table, 0.0).sum(axis=0).tolist()
+        return [total / count if count else None for total, count in zip(sums, known.sum(axis=0).tolist(), strict=True)]
 
     @property
     def spread(self) -> float | None:
@@ -417,8 +461,11 @@ def _file(folder: Path, name: str) -> Path:
 
 def _end_torn_line(path: Path) -> None:
     """Terminates a line that a killed process left incomplete, so that the next row starts on a new line."""
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with open(path, "ab") as file:
+    if not path.exists() or not path.stat().st_size:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
             file.write(b"\n")
 
 
@@ -468,14 +515,19 @@ def _records(folder: Path) -> Iterator[tuple[str, Record]]:
 def _read(path: Path) -> Record | None:
     """Reads the last fit recorded in a file; returns None if the file has no readable header of it."""
     try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            return _record_of(path, lines)
     except OSError as error:
         _warn(f"{path} cannot be read and is left out: {error.strerror or error}.")
         return None
+
+
+def _record_of(path: Path, lines: Iterable[str]) -> Record | None:
     head: dict[str, Any] | None = None
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Row] = {}
     end: dict[str, Any] | None = None
     without_head = 0
+    indices: dict[tuple[str, ...], dict[str, int]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = loads(line)
@@ -492,8 +544,8 @@ def _read(path: Path) -> Record | None:
             without_head = without_head or number
         elif "end" in row:
             end = row["end"]
-        else:
-            rows[step] = rows.get(step, {}) | row  # optimizers that step in turn share a step number
+        else:  # optimizers that step in turn share a step number
+            rows[step] = _compact({**rows[step], **row} if step in rows else row, indices)
     if head is not None and head.get("version", 1) > VERSION:
         _warn(
             f"{path} is left out: it has version {head['version']}, and this depthcb reads up to {VERSION}: update "
@@ -507,6 +559,17 @@ def _read(path: Path) -> Record | None:
     ordered = tuple(rows[step] for step in sorted(rows))
     parts = tuple(head.get("parts", ()))
     return Record(head["callback"], head["settings"], head["fit"], head["provenance"], ordered, end, parts)
+
+
+def _compact(row: Row, indices: dict[tuple[str, ...], dict[str, int]]) -> Row:
+    """Returns a row as an array if its values are numbers; rows with the same keys share their index."""
+    kinds = list(map(type, row.values()))
+    if kinds.count(float) < len(kinds) - 1 or type(row["step"]) is not int or abs(row["step"]) >= 2**53:
+        return row
+    keys = tuple(row)
+    if keys not in indices:
+        indices[keys] = {key: i for i, key in enumerate(keys)}
+    return NumberRow(indices[keys], array("d", row.values()))
 
 
 def _check_header(row: dict[str, Any]) -> None:

@@ -11,6 +11,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from runs import make_runs
+
+from depthcb.run import write_header, write_row
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"depthcb": ROOT / "depthcb", "depthcb_recipes": ROOT / "recipes" / "depthcb_recipes"}
@@ -66,12 +69,29 @@ def test_no_module_leads_back_to_itself() -> None:
     assert len(list(TopologicalSorter(found).static_order())) == len(found)  # raises CycleError, which names the cycle
 
 
+def imported_by(*arguments: str | Path) -> set[str]:
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {line.rpartition("|")[2].strip() for line in told.splitlines()}
+
+
 @pytest.mark.parametrize(
     "arguments", [["-c", "import depthcb"], ["-m", "depthcb", "--version"], ["-m", "depthcb", "--help"]]
 )
 def test_the_package_and_its_help_import_nothing_slow(arguments: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", *arguments]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    imported = imported_by(*arguments)
     assert "depthcb" in imported
     assert not {"torch", "lightning", "transformers", "numpy", "pandas", "pyarrow", "scipy", "wandb"} & imported
+
+
+def test_reading_a_record_imports_only_what_it_shows(tmp_path: Path) -> None:
+    run = make_runs(layers=6, validations=(3,))[0]
+    for name, record in run.records.items():
+        write_header(tmp_path, name, record.callback, 0, record.settings, record.fit, record.parts)
+        for row in record.rows:
+            write_row(tmp_path, name, dict(row))
+    show = imported_by("-m", "depthcb", "show", tmp_path)
+    report = imported_by("-m", "depthcb", "report", tmp_path, "--out", tmp_path / "page.html")
+    for imported in (show, report):
+        assert not {"torch", "lightning", "transformers", "matplotlib", "pandas", "scipy.stats", "wandb"} & imported
+    assert "plotly" in report - show

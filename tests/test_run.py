@@ -153,6 +153,21 @@ def test_optimizers_that_step_in_turns_share_a_row(tmp_path: Path) -> None:
     write_row(tmp_path, "equal_step", {"step": 1, "equal_step/ratio/L01": 0.3})
     (run,) = read_runs(tmp_path)
     assert run.wanted_ratio.ratios == ((0.1, 0.3),)
+    (row,) = run.records["equal_step"].rows
+    assert row == {"step": 1, "equal_step/ratio/L00": 0.1, "equal_step/ratio/L01": 0.3}
+    assert type(row["step"]) is int
+
+
+@pytest.mark.parametrize("step", [0, 7, 2**53 + 1, 10**400])
+@pytest.mark.parametrize("value", [0.1, 1, float("nan"), None, "text", [0.1], True])
+def test_rows_are_read_as_they_were_written(step: int, value: Any, tmp_path: Path) -> None:
+    row = {"step": step, "a": 0.25, "b": value}
+    write_header(tmp_path, "equal_step", "EqualStep", 0)
+    write_row(tmp_path, "equal_step", row)
+    (run,) = read_runs(tmp_path)
+    for read in (run, Run.from_dict(run.to_dict())):
+        (found,) = read.records["equal_step"].rows
+        assert repr(dict(found)) == repr(row)
 
 
 def test_names_tell_runs_apart_and_any_callback_name_is_a_file(tmp_path: Path) -> None:

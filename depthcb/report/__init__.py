@@ -5,8 +5,31 @@ All reports are based on the runs' records, and share the pairing of runs and th
 as not measured and is not plotted.
 """
 
-from depthcb.report.figure import figure, write_png
-from depthcb.report.page import read_html, write_html
-from depthcb.report.terminal import print_bars, print_runs
+from __future__ import annotations
 
-__all__ = ["figure", "print_bars", "print_runs", "read_html", "write_html", "write_png"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthcb.report.page import read_html as read_html
+    from depthcb.report.page import write_html as write_html
+    from depthcb.report.static_figure import figure as figure
+    from depthcb.report.static_figure import write_png as write_png
+    from depthcb.report.terminal import print_bars as print_bars
+    from depthcb.report.terminal import print_runs as print_runs
+
+_MODULES = {
+    "figure": "static_figure",
+    "print_bars": "terminal",
+    "print_runs": "terminal",
+    "read_html": "page",
+    "write_html": "page",
+    "write_png": "static_figure",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:  # lazily: the terminal needs neither matplotlib nor plotly
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"depthcb.report.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'depthcb.report' has no attribute {name!r}")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -209,13 +210,15 @@ def ratio_heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
     fig = _grid(rows, columns, titles)
     for index, run in enumerate(runs):
         if run.step_ratio.steps:
-            pairs = thinned(list(zip(run.step_ratio.steps, run.step_ratio.ratios, strict=True)), most)
-            logs = [[math.log10(r) if r else None for r in ratios] for _, ratios in pairs]
-            trace = _heatmap([s for s, _ in pairs], logs, run.layers, "coloraxis", [list(r) for _, r in pairs])
+            shown = thinned(range(len(run.step_ratio.steps)), most)
+            ratios = [[r if r > 0 else None for r in row] for row in run.step_ratio.table[shown].tolist()]
+            logs = [[math.log10(r) if r else None for r in row] for row in ratios]
+            trace = _heatmap([run.step_ratio.steps[s] for s in shown], logs, run.layers, "coloraxis", ratios)
             row, col = divmod(index, columns)
             fig.add_trace(trace, 1 + row, 1 + col)
-    known = [math.log10(r) for run in runs for ratios in run.step_ratio.ratios for r in ratios if r]
-    ticks = [min(known), (min(known) + max(known)) / 2, max(known)]
+    every = np.concatenate([run.step_ratio.table.ravel() for run in runs])
+    low, high = (math.log10(bound) for bound in (every[every > 0].min(), every[every > 0].max()))
+    ticks = [low, (low + high) / 2, high]
     bar: dict[str, Any] = {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
     bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
     colors = _colors(0, 1, rows)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from depthcb_recipes import LabelledText, LabelledTokens, PackedText, TextPairs
 from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.backbones.pretraining import pretrain_if_missing
 from depthcb_recipes.objectives.causal_lm import CausalLM
 from depthcb_recipes.objectives.completion_lm import CompletionLM
 from depthcb_recipes.objectives.contrastive import Contrastive
@@ -150,6 +151,7 @@ def test_a_resumed_run_does_not_measure_again(folders: dict[str, str], tmp_path:
 @pytest.mark.parametrize("name", ["smollm2-135m", "gpt2-mini", "neox-mini", "bert-mini"])
 def test_classification_is_further_than_more_of_the_pretraining(name: str) -> None:
     """On real pretrained networks: the interval of the distance lies above 0."""
+    pretrain_if_missing(name)
     data = LabelledText(name, val_rows=384, batch_size=16, max_length=64)
     loader = data.val_dataloader()
     torch.manual_seed(0)
