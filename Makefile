@@ -18,6 +18,7 @@ test-all: lint browser
 
 # Speed and memory as ratios within one run; the figures go into bench.json, with the kind of machine.
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pytorch-cka==1.1.3 torch-cka==0.21
 	DEPTHCB_FIGURES=bench.json $(BIN)/python -m pytest -s tests/benchmarks
 
 # Error rates and power of verdicts and claims, on planted studies: half an hour on 2 cores.

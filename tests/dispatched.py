@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts operations, the bytes of given tensors that they read and write, and the memory that they allocate.
+    """Counts operations, the bytes of given tensors that they read and write, and the memory of their results.
 
     Args:
         tensors: Tensors whose memory is watched, also through views.
@@ -23,8 +24,10 @@ class Dispatched(TorchDispatchMode):
         self.count = 0
         #: Bytes read from and written to the watched memory.
         self.traffic = 0
-        #: Size of each new block of memory, in bytes.
+        #: Size of each new block of memory, and the most that was in use of them at once, in bytes.
         self.allocated: list[int] = []
+        self.peak = 0
+        self._in_use: list[tuple[StorageWeakRef, int]] = []
         self._watched = {_memory(t) for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,8 +35,11 @@ class Dispatched(TorchDispatchMode):
         before = {_memory(t) for t in _tensors((args, kwargs))}
         found = func(*args, **kwargs)
         self.count += 1
-        new = {_memory(t): t.untyped_storage().nbytes() for t in _tensors(found) if _memory(t) not in before}
-        self.allocated += new.values()
+        new = {_memory(t): t.untyped_storage() for t in _tensors(found) if _memory(t) not in before}
+        self.allocated += [storage.nbytes() for storage in new.values()]
+        self._in_use = [(ref, size) for ref, size in self._in_use if not ref.expired()]
+        self._in_use += [(StorageWeakRef(storage), storage.nbytes()) for storage in new.values()]
+        self.peak = max(self.peak, sum(size for _, size in self._in_use))
         if not func.is_view:
             self.traffic += sum(self._bytes(func, args, kwargs))
         return found

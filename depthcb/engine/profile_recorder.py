@@ -21,8 +21,11 @@ from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures, gram
 from depthcb.stack import LayerStack, half_dtypes
+from depthcb.style import thinned
 from depthcb.warn import warn
 
+#: Maximum number of profiles in a checkpoint: 4 MB with two measures of 12 layers.
+MOST_SAVED = 256
 #: With fewer distinct examples (or documents) the intervals cover the truth less often than they say [ours].
 FEW_EXAMPLES = 30
 
@@ -233,10 +236,14 @@ class ProfileRecorder(StepHooks):
         return {key: value for key, value in found.items() if value is not None}  # NaN stops EarlyStopping
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``."""
+        """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``.
+
+        Of more than 256 profiles, evenly spaced ones are saved, so that checkpoints don't grow; the record has all.
+        """
+        saved = {m: thinned(profiles, MOST_SAVED) for m, profiles in self.profiles_by_measure.items()}
         return {
             "reference": None if self.reference is None else self.reference.state_dict(),
-            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in self.profiles_by_measure.items()},
+            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in saved.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

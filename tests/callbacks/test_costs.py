@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +197,26 @@ def test_a_monitor_does_nothing_at_steps_that_it_does_not_log() -> None:
     monitor, operations = watched(UpdateRatioMonitor, Dispatched)
     fit(seeded(TinyLM), [monitor], log_every_n_steps=4, max_steps=8, max_epochs=2)
     assert [bool(count) for count in operations] == [False] * 3 + [True] + [False] * 3 + [True]
+
+
+def test_checkpoints_do_not_grow_with_the_number_of_validations() -> None:
+    watch = DepthProfile()
+    fit(seeded(TinyLM), [watch])
+    profiles = watch.profiles_by_measure
+    (first, *_), sizes = profiles["cka"], []
+    for count in (255, 1000, 2000):
+        for measure, (profile, *_) in profiles.items():
+            profiles[measure][:] = [replace(profile, step=step) for step in range(count)]
+        file = io.BytesIO()
+        torch.save(watch.state_dict(), file)
+        sizes.append(file.tell())
+        resumed = DepthProfile()
+        resumed.load_state_dict(watch.state_dict())
+        steps = [profile.step for profile in resumed.profiles]
+        assert (len(steps), steps[0], steps[-1]) == (min(count, 256), 0, count - 1)
+        assert max(b - a for a, b in itertools.pairwise(steps)) <= count / 256 + 2
+        assert resumed.profiles[0] == replace(first, step=0)
+    assert sizes[2] < 1.01 * sizes[1] < 1.05 * sizes[0]
 
 
 def test_the_reference_does_not_grow_with_width_or_time() -> None:

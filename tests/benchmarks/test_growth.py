@@ -1,0 +1,124 @@
+"""How time and memory grow with the size of the model, the probe and the fit: exponents fitted over a wide range."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from benchmarking import note
+from dispatched import Dispatched
+from torch import nn
+
+from depthcb.engine import ProfileRecorder, StepEqualizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+Cost = tuple[float, float]  # seconds and bytes
+
+
+def cost(run: Callable[[], object], repeats: int = 3) -> Cost:
+    """Returns the least seconds that a call takes, and the most memory that tensors need in it at once."""
+    with Dispatched() as counting:
+        run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), float(counting.peak)
+
+
+def exponents(costs: Mapping[int, Cost]) -> tuple[float, float]:
+    """Returns the exponents of time and memory in a size, fitted to the logarithms."""
+    sizes = np.log(list(costs))
+    seconds, memory = (np.polyfit(sizes, np.log(values), 1)[0] for values in zip(*costs.values(), strict=True))
+    return float(seconds), float(memory)
+
+
+def measuring(layers: int = 12, rows: int = 256, width: int = 256) -> Callable[[], object]:
+    """One measurement of a model of single matrices."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+    recorder = ProfileRecorder(torch.randn(rows, width))
+    recorder.prepare(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    return lambda: recorder.measure(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "limits"),
+    [
+        ("layers", (6, 12, 24, 48), (1.1, 1.1)),
+        ("rows", (128, 256, 512, 1024, 2048), (2.2, 2.2)),  # the Gram matrices have n x n numbers
+        ("width", (512, 1024, 2048, 4096), (2.1, 2.1)),  # the matrices of the model have d x d
+    ],
+)
+def test_a_measurement_grows_as_its_matrices(name: str, sizes: tuple[int, ...], limits: tuple[float, float]) -> None:
+    found = exponents({size: cost(measuring(**{name: size})) for size in sizes})
+    for what, exponent, limit in zip(("time", "memory"), found, limits, strict=True):
+        note(f"exponent of a measurement's {what} in {name}", exponent, limit)
+        assert exponent < limit
+
+
+def test_a_measurement_does_not_grow_with_those_before() -> None:
+    torch.manual_seed(0)
+    recorder = ProfileRecorder(torch.randn(64, 32))
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)])
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+    recorder.prepare(model)
+    seconds, sizes = [], {}
+    for number in range(2000):
+        start = time.perf_counter()
+        recorder.measure(number)
+        seconds.append(time.perf_counter() - start)
+        if number + 1 in (500, 1000, 2000):
+            file = io.BytesIO()
+            torch.save(recorder.state_dict(), file)
+            sizes[number + 1] = (np.median(seconds[-250:]), float(file.tell()))
+    for what, exponent in zip(("time", "size of its state"), exponents(sizes), strict=True):
+        note(f"exponent of a measurement's {what} in those before", exponent, 0.1)
+        assert exponent < 0.1
+
+
+def test_a_logged_step_does_not_grow_with_those_before() -> None:
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    control, seconds, sizes = StepEqualizer().attach(model, [optimizer], log=lambda row, step: None), [], {}
+    for number in range(50_000):
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+        if number + 1 in (2_000, 10_000, 50_000):
+            file = io.BytesIO()
+            torch.save(control.state_dict(), file)
+            sizes[number + 1] = (np.median(seconds[-1000:]), float(file.tell()))
+    control.detach()
+    for what, exponent in zip(("time", "size of its state"), exponents(sizes), strict=True):
+        note(f"exponent of a logged step's {what} in those before", exponent, 0.1)
+        assert exponent < 0.1
+
+
+@pytest.mark.parametrize(("width", "limit"), [(768, 1.0), (4096, 1.0)])
+def test_the_reference_of_a_large_model(width: int, limit: float) -> None:
+    """48 layers and 1,024 rows: its size does not depend on the width."""
+    torch.manual_seed(0)
+    recorder = ProfileRecorder(torch.randn(1024, width))
+    recorder.prepare(nn.Sequential(*[nn.Linear(width, width) for _ in range(48)]))
+    file = io.BytesIO()
+    torch.save(recorder.state_dict(), file)
+    file.seek(0)
+    start = time.perf_counter()
+    resumed = ProfileRecorder(torch.randn(1024, width))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    note(f"seconds to load the state of 48 layers of width {width}, 1,024 rows", time.perf_counter() - start, 10)
+    size = file.getbuffer().nbytes / (48 * 1024**2 * 8)
+    note(f"size of the state of 48 layers of width {width}, in 48 n x n matrices of float64", size, 1.02)
+    assert size < 1.02
