@@ -1,8 +1,7 @@
 """CKA over many subsets of the rows at once, by matrix products instead of one Gram matrix per subset.
 
-With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B with zero diagonals is
-With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without diagonals is
-is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
+With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without diagonals is a
+quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
 relative precision, as in `half_squared_distance`.
 
 Functions take Gram matrices (n, n) in float64, doubly centred over all rows, and the subsets as the columns of a 0/1
