@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
 Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
-#: Weights are summed in rows of this length, and in blocks of so many rows, which stay in the cache (1 MB in fp32).
-ROW, BLOCK = 256, 1024
+#: Weights are summed in rows of this length; those of half precision in blocks of so many rows (1 MB in fp32).
+ROW, BLOCK = 128, 2048
 #: Number of elements below which tensors are summed together instead, which calls fewer functions.
 SMALL = 2**14
 #: Mean square in fp32 below which squares that vanish, each at most 1e-38, can change a sum by more than 1e-7.
@@ -201,7 +201,7 @@ def step_sums(
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
     *,
-    scale: Tensor | None = None,
+    of_now: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """Computes this process's part of the sums behind the step ratios.
 
@@ -211,23 +211,19 @@ def step_sums(
         now: As in `step_ratios`.
         before: As in `step_ratios`.
         shares: As in `step_ratios`.
-        scale: (L,) factors by which the steps are rescaled first, as by `rescale`.
+        of_now: Whether to return ||now||^2 instead of ||before||^2.
 
     Returns:
-        (2, L): ||before||^2 and ||now - before||^2 of each layer, the second one not finite if ``now`` is not; or, if
-        the steps are rescaled, (3, L): ||now||^2, ||now - before||^2 and <before - now, now>, for the cosine with
-        decay. And the layers that may not be finite: all of them on an accelerator, which is not waited for.
+        (2, L): ||before||^2 and ||now - before||^2 of each layer, the second one not finite if ``now`` is not. And the
+        layers that may not be finite: all of them on an accelerator, which is not waited for.
     """
     device = now[0][0].device
-    of_layer = [i for i, layer in enumerate(now) for _ in layer]
     if device.type == "cpu":
-        factors = None if scale is None else [scale[i] for i in of_layer]
-        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), factors)
+        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), of_now)
+        of_layer = [i for i, layer in enumerate(now) for _ in layer]
         return _by_layer(columns, now, shares), sorted({of_layer[i] for i in unsafe})
-    if scale is not None:
-        rescale(now, before, scale)
-    parts = [_sums_together(n, b, scale is not None, torch.float32) for n, b in zip(now, before, strict=True)]
-    return _by_layer(torch.cat([part.to(device) for part in parts], dim=1), now, shares), list(range(len(now)))
+    parts = [_sums_together(*layer, of_now, torch.float32).to(device) for layer in zip(now, before, strict=True)]
+    return _by_layer(torch.cat(parts, dim=1), now, shares), list(range(len(now)))
 
 
 def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
@@ -238,83 +234,56 @@ def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple
     return found.index_add_(1, _layer_index(tuple(map(len, layers)), columns.device), columns)
 
 
-def _sums_on_cpu(
-    now: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Tensor] | None
-) -> tuple[Tensor, list[int]]:
+def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> tuple[Tensor, list[int]]:
     """Returns the sums of each tensor, as in `step_sums`, and the indices of those that are not finite."""
-    rescaled = factors is not None
-    found = torch.empty(3 if rescaled else 2, len(now), dtype=torch.float64)
-    least = []
-    small = []
-    for i, (n, b) in enumerate(zip(now, before, strict=True)):
-        if n.numel() >= SMALL:
-            found[:, i] = _sums_in_blocks(n, b, factors[i] if factors else None)
-            least.append(n.numel() * LEAST_SQUARE)
-            continue
-        if factors:
-            _interpolate(n, b, factors[i])
-        small.append(i)
-        least.append(-1.0)
+    found = torch.empty(2, len(now), dtype=torch.float64)
+    small = [i for i, n in enumerate(now) if n.numel() < SMALL]
+    large = [i for i, n in enumerate(now) if n.numel() >= SMALL]
     if small:
-        found[:, small] = _sums_together([now[i] for i in small], [before[i] for i in small], rescaled, torch.float64)
-    sure = found.isfinite()
-    sure[:2] &= found[:2] > torch.tensor(least, dtype=torch.float64)
+        found[:, small] = _sums_together([now[i] for i in small], [before[i] for i in small], of_now, torch.float64)
+    for i in large:
+        found[:, i] = _sums_of_rows(now[i], before[i], of_now, torch.promote_types(now[i].dtype, torch.float32))
+    least = torch.full((len(now),), -1.0, dtype=torch.float64)
+    least[large] = torch.tensor([now[i].numel() * LEAST_SQUARE for i in large], dtype=torch.float64)
+    sure = found.isfinite() & (found > least)
     doubtful = [i for i, flag in enumerate(sure.all(dim=0).tolist()) if not flag]
-    for i in doubtful:
-        if least[i] > 0 and not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no lost square
-            exact = _sums_in_blocks(now[i].double(), before[i].double(), torch.ones(()) if rescaled else None)
+    for i in set(doubtful).intersection(large):
+        if not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no square that vanished
+            exact = _sums_of_rows(now[i], before[i], of_now, torch.float64)
             found[:, i] = torch.where(sure[:, i], found[:, i], exact)
     return found, [i for i in doubtful if not found[:, i].isfinite().all()]
 
 
-def _sums_in_blocks(now: Tensor, before: Tensor, factor: Tensor | None) -> Tensor:
-    """Returns the sums of one tensor, in blocks that stay in the cache, so that memory is read only once.
+def _sums_of_rows(now: Tensor, before: Tensor, of_now: bool, dtype: torch.dtype) -> Tensor:
+    """Returns the sums of one tensor, (2,), as in `step_sums`, without writing the differences to memory.
 
-    Each row is summed in its own precision, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
+    Each row is summed in ``dtype``, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
     """
-    dtype = torch.promote_types(now.dtype, torch.float32)
-    rescaled = factor is not None
-    if factor is not None:
-        factor = factor.to(dtype)
-    if factor is not None and not (now.is_contiguous() and now.dtype == dtype):
-        _interpolate(now, before, factor)
-        factor = None
-    blocks = [_blocks(t) for t in (now, before)]
-    lengths = [len(block) for block in blocks[0]]
-    sums = torch.empty(3 if rescaled else 2, sum(lengths), dtype=dtype)
-    scratch = torch.empty(BLOCK * ROW, dtype=dtype)
-    for n, b, *out in zip(*blocks, *(row.split(lengths) for row in sums), strict=True):
+    sums = torch.zeros(2, dtype=torch.float64)
+    for n, b in zip(*(_rows(t, dtype) for t in (now, before)), strict=True):
         n, b = n.to(dtype), b.to(dtype)
-        if factor is not None:
-            _interpolate(n, b, factor)
-        step = torch.sub(b, n, out=scratch[: n.numel()].view_as(n))
-        torch.linalg.vector_norm(n if rescaled else b, dim=1, out=out[0])
-        torch.linalg.vector_norm(step, dim=1, out=out[1])
-        if rescaled:
-            torch.sum(step.mul_(n), dim=1, out=out[2])
-    sums = sums.double()
-    sums[:2].square_()
-    return sums.sum(dim=1)
+        sizes = torch.linalg.vector_norm(n if of_now else b, dim=1)
+        steps = torch.cdist(n[:, None], b[:, None], compute_mode="donot_use_mm_for_euclid_dist")  # of one row to one
+        sums += torch.stack([rows.double().square_().sum() for rows in (sizes, steps)])
+    return sums
 
 
-def _blocks(tensor: Tensor) -> list[Tensor]:
-    """Splits a tensor into matrices with rows of ROW numbers, and the rest; views if the tensor is contiguous."""
+def _rows(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Splits a tensor into a matrix with rows of ROW numbers, and the rest; into blocks if they will be converted."""
     flat = tensor.reshape(-1)
     whole = len(flat) // ROW * ROW
-    rest = flat[whole:]
-    return [*torch.split(flat[:whole].view(-1, ROW), BLOCK), *([rest[None]] if len(rest) else [])]
+    rows, rest = flat[:whole].view(-1, ROW), flat[whole:]
+    blocks = [rows] if tensor.dtype == dtype else list(torch.split(rows, BLOCK))
+    return [*blocks, *([rest[None]] if len(rest) else [])]
 
 
-def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], rescaled: bool, dtype: torch.dtype) -> Tensor:
+def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool, dtype: torch.dtype) -> Tensor:
     """Returns the sums of each tensor, as in `step_sums`, by few calls, which need the memory of the tensors."""
     device = now[0].device
     before = [_beside(b, n) for b, n in zip(before, now, strict=True)]
     now, before = ([t.to(torch.promote_types(t.dtype, dtype)) for t in ts] for ts in (now, before))
-    steps = torch._foreach_sub(before, now)
-    found = [[n.square() for n in torch._foreach_norm(ts)] for ts in (now if rescaled else before, steps)]
-    if rescaled:
-        found.append([(s * n).sum() for s, n in zip(steps, now, strict=True)])
-    return torch.stack([torch.stack([n.to(device, dtype) for n in row]) for row in found])
+    norms = [torch._foreach_norm(side) for side in (now if of_now else before, torch._foreach_sub(before, now))]
+    return torch.stack([torch.stack([n.to(device, dtype) for n in side]) for side in norms]).square_()
 
 
 def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:

@@ -37,7 +37,7 @@ Outside = Literal["leave", "layer"]
 Decay = Literal["inside", "outside"]
 #: Cosine of the step with -W above which the step mostly shrinks the layer [ours].
 MOSTLY_DECAY = 0.5
-#: Relative error of a sum of squares in fp32, on an accelerator, where the order of a sum depends on more than values.
+#: Relative error of a sum of squares in fp32, on an accelerator, where its order depends on more than the values.
 ROUNDING = 1e-6
 
 
@@ -50,7 +50,7 @@ class LoggedStep:
         done: Indices of the K controlled layers.
         ratios: (K,) ratios that the optimizer wanted.
         scale: (K,) factors applied.
-        sums: (3, K) this process's part of ||before||^2, and of ||now - before||^2 and <before - now, now> as realised.
+        sums: (3, K) this process's part of ||before||^2, and of ||now||^2 and ||now - before||^2 as realised.
         shares: As returned by `LayerSteps.shares`.
     """
 
@@ -273,18 +273,16 @@ class StepEqualizer(StepHooks):
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
-        if suspects or not logs:
-            rescale(now, before, scale)
+        rescale(now, before, scale)
         if suspects:
             flags = torch.stack([broken[i] for i in suspects])
             revert([now[i] for i in suspects], [before[i] for i in suspects], flags)
-        if logs:
-            after, _ = step_sums(now, before, shares, scale=torch.ones_like(scale) if suspects else scale)
         self._record_broken(broken, done)
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            self._unlogged = LoggedStep(step, done, ratios, scale, torch.cat([sums[:1], after[1:]]), shares)
+            after, _ = step_sums(now, before, shares, of_now=True)
+            self._unlogged = LoggedStep(step, done, ratios, scale, torch.cat([sums[:1], after]), shares)
             if shares is None:
                 self._log_step(self._unlogged.sums)
             self.check_weights()
@@ -415,7 +413,7 @@ class StepEqualizer(StepHooks):
         """Logs the pending step, given the globally reduced (3, K) sums of `LoggedStep`."""
         logged, self._unlogged = self._unlogged, None
         assert logged is not None
-        columns = torch.stack([logged.ratios, logged.scale, as_ratios(sums[:2])]).tolist()
+        columns = torch.stack([logged.ratios, logged.scale, as_ratios(sums[[0, 2]])]).tolist()
         rows = [(i, *row) for i, row in zip(logged.done, zip(*columns, strict=True), strict=True) if row[0] > 0]
         if not rows:
             return
@@ -435,8 +433,11 @@ class StepEqualizer(StepHooks):
         decays = any(group.get("weight_decay") for o in self._optimizers for group in o.param_groups)
         if self.decay == "outside" or not decays:
             return
-        cosines = (sums[2] / (sums[0] * sums[1]).sqrt()).tolist()
-        fresh = {i: c for i, c in zip(done, cosines, strict=True) if c > MOSTLY_DECAY and i not in self._shrinking}
+        before, now, step = sums
+        cosine = (before - now - step) / 2 / (now * step).sqrt()  # <before - now, now>, from the squares of all three
+        sure = cosine - ROUNDING * (now / step).sqrt() > MOSTLY_DECAY
+        found = zip(done, cosine.tolist(), sure.tolist(), strict=True)
+        fresh = {i: c for i, c, flag in found if flag and i not in self._shrinking}
         self._shrinking |= set(fresh)
         if fresh:
             shown = ", ".join(f"{self.names[i]} ({c:.2f})" for i, c in fresh.items())

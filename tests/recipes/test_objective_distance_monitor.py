@@ -150,18 +150,24 @@ def test_a_resumed_run_does_not_measure_again(folders: dict[str, str], tmp_path:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["smollm2-135m", "gpt2-mini", "neox-mini", "bert-mini"])
 def test_classification_is_further_than_more_of_the_pretraining(name: str) -> None:
-    """On real pretrained networks: the interval of the distance lies above 0."""
+    """On real pretrained networks: the interval of the distance lies above 0, where the batches resolve it.
+
+    A small model can be trained to where its gradient is all noise, which depends on the machine that trained it.
+    """
     pretrain_if_missing(name)
     data = LabelledText(name, val_rows=384, batch_size=16, max_length=64)
     loader = data.val_dataloader()
     torch.manual_seed(0)
     module = SequenceClassification(name, num_labels=8)
     monitor = ObjectiveDistanceMonitor(most_batches=24)
-    fit(module, [monitor], (DataLoader(loader.dataset, 16, collate_fn=loader.collate_fn), loader), max_steps=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(module, [monitor], (DataLoader(loader.dataset, 16, collate_fn=loader.collate_fn), loader), max_steps=1)
     found = monitor.distance
     assert found is not None
-    if name in ("gpt2-mini", "bert-mini") and found.interval is None:
-        return  # trained to where its gradient is all noise: 24 batches do not resolve it, and it says so
+    if name != "smollm2-135m" and found.interval is None:
+        assert any("batch noise" in str(warning.message) for warning in told)
+        return
     assert found.overall is not None
     assert found.interval is not None
     assert found.interval[0] > 0.2
