@@ -222,7 +222,7 @@ def step_sums(
         columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), of_now)
         of_layer = [i for i, layer in enumerate(now) for _ in layer]
         return _by_layer(columns, now, shares), sorted({of_layer[i] for i in unsafe})
-    parts = [_sums_together(*layer, of_now, torch.float32).to(device) for layer in zip(now, before, strict=True)]
+    parts = [_sums_together(*layer, of_now).to(device) for layer in zip(now, before, strict=True)]
     return _by_layer(torch.cat(parts, dim=1), now, shares), list(range(len(now)))
 
 
@@ -236,36 +236,34 @@ def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple
 
 def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> tuple[Tensor, list[int]]:
     """Returns the sums of each tensor, as in `step_sums`, and the indices of those that are not finite."""
-    found = torch.empty(2, len(now), dtype=torch.float64)
-    small = [i for i, n in enumerate(now) if n.numel() < SMALL]
-    large = [i for i, n in enumerate(now) if n.numel() >= SMALL]
-    if small:
-        found[:, small] = _sums_together([now[i] for i in small], [before[i] for i in small], of_now, torch.float64)
-    for i in large:
-        found[:, i] = _sums_of_rows(now[i], before[i], of_now, torch.promote_types(now[i].dtype, torch.float32))
-    least = torch.full((len(now),), -1.0, dtype=torch.float64)
-    least[large] = torch.tensor([now[i].numel() * LEAST_SQUARE for i in large], dtype=torch.float64)
-    sure = found.isfinite() & (found > least)
+    parts, least = [], []
+    for n, b in zip(now, before, strict=True):
+        large = n.numel() >= SMALL
+        parts.append(_row_norms(n, b, of_now) if large else _in_double(n, b, of_now))
+        least.append(n.numel() * LEAST_SQUARE if large else -1.0)
+    found = _squares_of(parts)
+    sure = found.isfinite() & (found > torch.tensor(least, dtype=torch.float64))
     doubtful = [i for i, flag in enumerate(sure.all(dim=0).tolist()) if not flag]
-    for i in set(doubtful).intersection(large):
-        if not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no square that vanished
-            exact = _sums_of_rows(now[i], before[i], of_now, torch.float64)
+    for i in doubtful:
+        if least[i] > 0 and not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no lost square
+            exact = _squares_of([_in_double(now[i], before[i], of_now)])[:, 0]
             found[:, i] = torch.where(sure[:, i], found[:, i], exact)
     return found, [i for i in doubtful if not found[:, i].isfinite().all()]
 
 
-def _sums_of_rows(now: Tensor, before: Tensor, of_now: bool, dtype: torch.dtype) -> Tensor:
-    """Returns the sums of one tensor, (2,), as in `step_sums`, without writing the differences to memory.
+def _row_norms(now: Tensor, before: Tensor, of_now: bool) -> tuple[Tensor, Tensor]:
+    """Returns the norms of pieces of a tensor and of its step, without writing the step to memory.
 
-    Each row is summed in ``dtype``, the rows in float64: 1M equal numbers summed in fp32 are off by 1e-4.
+    The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    norms = []
     for n, b in zip(*(_rows(t, dtype) for t in (now, before)), strict=True):
         n, b = n.to(dtype), b.to(dtype)
-        sizes = torch.linalg.vector_norm(n if of_now else b, dim=1)
         steps = torch.cdist(n[:, None], b[:, None], compute_mode="donot_use_mm_for_euclid_dist")  # of one row to one
-        sums += torch.stack([rows.double().square_().sum() for rows in (sizes, steps)])
-    return sums
+        norms.append((torch.linalg.vector_norm(n if of_now else b, dim=1), steps.flatten()))
+    sizes, moved = (norm[0] if len(norm) == 1 else torch.cat(norm) for norm in zip(*norms, strict=True))
+    return sizes, moved
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -274,16 +272,28 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
     whole = len(flat) // ROW * ROW
     rows, rest = flat[:whole].view(-1, ROW), flat[whole:]
     blocks = [rows] if tensor.dtype == dtype else list(torch.split(rows, BLOCK))
-    return [*blocks, *([rest[None]] if len(rest) else [])]
+    return [*blocks, rest[None]] if len(rest) else blocks
 
 
-def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool, dtype: torch.dtype) -> Tensor:
+def _in_double(now: Tensor, before: Tensor, of_now: bool) -> tuple[Tensor, Tensor]:
+    """Returns a tensor and its step in float64."""
+    n, b = now.double(), before.double()
+    return n if of_now else b, b - n
+
+
+def _squares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns the squared norms of pairs of tensors: (2, pairs), in float64."""
+    norms = torch._foreach_norm([side for pair in parts for side in pair], dtype=torch.float64)
+    return torch.stack(norms).view(-1, 2).mT.square()
+
+
+def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> Tensor:
     """Returns the sums of each tensor, as in `step_sums`, by few calls, which need the memory of the tensors."""
     device = now[0].device
     before = [_beside(b, n) for b, n in zip(before, now, strict=True)]
-    now, before = ([t.to(torch.promote_types(t.dtype, dtype)) for t in ts] for ts in (now, before))
+    now, before = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in (now, before))
     norms = [torch._foreach_norm(side) for side in (now if of_now else before, torch._foreach_sub(before, now))]
-    return torch.stack([torch.stack([n.to(device, dtype) for n in side]) for side in norms]).square_()
+    return torch.stack([torch.stack([n.to(device, torch.float32) for n in side]) for side in norms]).square_()
 
 
 def all_reduce(sums: Sequence[Tensor], shares: tuple[float, ...] | None) -> list[Tensor]:

@@ -84,9 +84,9 @@ def test_the_control_costs_few_steps_of_adamw_and_less_than_one_by_hand(make: An
     own = median_ratio(times, "control", "adamw", minus="adamw")
     faster = median_ratio(times, "by hand", "adamw", minus="adamw") / own
     logged = median_ratio(times, "logged", "adamw", minus="adamw") / own
-    note(f"{name}: control, in steps of fused AdamW", own, 3.0)
-    note(f"{name}: control by hand, in controls", faster, 1.5)
-    note(f"{name}: a logged step, in unlogged ones", logged, 3.0)
+    note(f"{name}: control, in steps of fused AdamW", own, 2.0)
+    note(f"{name}: control by hand, in controls", faster, 2.0)
+    note(f"{name}: a logged step, in unlogged ones", logged, 1.5)
     assert own < 3.0
     assert faster > 1.5
-    assert logged < 3.0
+    assert logged < 2.0
