@@ -24,8 +24,8 @@ from depthcb.stack import LayerStack, half_dtypes
 from depthcb.style import thinned
 from depthcb.warn import warn
 
-#: Maximum number of profiles in a checkpoint: 4 MB with two measures of 12 layers.
-MOST_SAVED = 256
+#: Maximum number of profiles in a checkpoint: 9 MB with two measures of 12 layers.
+MOST_SAVED = 512
 #: With fewer distinct examples (or documents) the intervals cover the truth less often than they say [ours].
 FEW_EXAMPLES = 30
 
@@ -238,7 +238,7 @@ class ProfileRecorder(StepHooks):
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``.
 
-        Of more than 256 profiles, evenly spaced ones are saved, so that checkpoints don't grow; the record has all.
+        Of more than 512 profiles, evenly spaced ones are saved, so that checkpoints don't grow; the record has all.
         """
         saved = {m: thinned(profiles, MOST_SAVED) for m, profiles in self.profiles_by_measure.items()}
         return {
