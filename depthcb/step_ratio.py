@@ -192,7 +192,7 @@ def step_ratios(
         shares: As returned by `LayerSteps.shares`; if given, makes one collective call.
     """
     sums, _ = step_sums(now, before, shares)
-    return as_ratios(all_reduce([sums[:2]], shares)[0])
+    return as_ratios(all_reduce([sums], shares)[0])
 
 
 @torch.no_grad()

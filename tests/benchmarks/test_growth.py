@@ -106,8 +106,8 @@ def test_a_logged_step_does_not_grow_with_those_before() -> None:
         assert exponent < 0.1
 
 
-@pytest.mark.parametrize(("width", "limit"), [(768, 1.0), (4096, 1.0)])
-def test_the_reference_of_a_large_model(width: int, limit: float) -> None:
+@pytest.mark.parametrize("width", [768, 4096])
+def test_the_reference_of_a_large_model(width: int) -> None:
     """48 layers and 1,024 rows: its size does not depend on the width."""
     torch.manual_seed(0)
     recorder = ProfileRecorder(torch.randn(1024, width))
