@@ -39,7 +39,8 @@ class Profile:
         epoch: The epoch of that validation.
         rows: Number of probe rows.
         band: 2.5 % and 97.5 % points of each layer's change over random halves of the probe, or None. With several rows
-            per example or document, the halves are shifted so that their mean is the change.
+            per example or document, or a measure that depends on the number of rows, the halves are shifted so that
+            their mean is the change.
         slope_interval: 95 % interval of ``slope`` over the same halves, or None. It covers the choice of probe rows,
             not training seeds [ours].
         relative_slope_interval: The same for ``relative_slope``.

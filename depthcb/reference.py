@@ -15,7 +15,7 @@ from depthcb.layout import Layout
 from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
 from depthcb.rounding import rounding_floor
-from depthcb.similarity import Measure, check_defined, effective_rank, gram
+from depthcb.similarity import Measure, check_defined, effective_rank, sketch
 from depthcb.stack import LayerStack
 
 HALVES = 200
@@ -33,8 +33,8 @@ class Reference:
 
     Args:
         sketches: Tensors by kind, one per layer: ``"gram"``, the doubly centred, unnormalised Gram matrix including its
-            diagonal (n, n) in float64, whose memory is independent of layer width and training time; ``"rows"`` (n, d)
-            only if a measure needs them.
+            diagonal (n, n) in float64, whose memory is independent of layer width and training time; ``"factor"`` and
+            ``"rows"``, see `depthcb.similarity.Measure`, only if a measure needs them.
         examples: (n,) number of the example that each row comes from, or of its document where the probe names it.
         layer_names: Names of the L layers.
         probe_hash: `Probe.hash` of the recorded probe.
@@ -68,17 +68,25 @@ class Reference:
         return halves_of(self.examples)
 
     @classmethod
-    def record(cls, probe: Probe, model: nn.Module, stack: LayerStack, measures: Sequence[Measure]) -> Reference:
-        """Records ``model`` as the reference.
+    def record(
+        cls,
+        probe: Probe,
+        model: nn.Module,
+        stack: LayerStack,
+        measures: Sequence[Measure],
+        layout: Layout | None = None,
+    ) -> Reference:
+        """Records ``model`` as the reference, with a known layout or with the one that is found.
 
         Raises:
             ValueError: `Probe.record` failed, or a layer's activations are non-finite or identical for all rows.
         """
-        recording = probe.record(model, stack)
+        recording = probe.record(model, stack, layout)
         kinds = {"gram"} | {m.needs for m in measures}  # the effective rank always needs the Grams
-        sketches = {kind: [_sketch(kind, r).cpu() for r in recording.rows] for kind in sorted(kinds)}
-        for name, rows, k in zip(stack.names, recording.rows, sketches["gram"], strict=True):
+        for name, rows in zip(stack.names, recording.rows, strict=True):
             _check_finite(name, rows)
+        sketches = {kind: [sketch(kind, r).cpu() for r in recording.rows] for kind in sorted(kinds)}
+        for name, k in zip(stack.names, sketches["gram"], strict=True):
             if not bool(k.any()):
                 raise ValueError(f"Layer {name!r} has the same activations for all probe rows: nothing to compare.")
         ranks = tuple(effective_rank(k).item() for k in sketches["gram"])
@@ -109,7 +117,7 @@ class Reference:
         halves = self.halves if intervals else self.halves[:, :0]
         for name, rows in zip(self.layer_names, recording.rows, strict=True):
             _check_finite(name, rows)
-        now = {kind: [_sketch(kind, r) for r in recording.rows] for kind in {m.needs for m in measures}}
+        now = {kind: [sketch(kind, r) for r in recording.rows] for kind in {m.needs for m in measures}}
         return {m.name: self._profile(m, now[m.needs], halves, step, epoch) for m in measures}
 
     def _profile(self, measure: Measure, now: list[Tensor], halves: Tensor, step: int, epoch: int) -> Profile:
@@ -134,7 +142,7 @@ class Reference:
         samples = torch.stack(over_halves, dim=1)
         if int((~samples.isnan().any(dim=1)).sum()) < ENOUGH_HALVES:  # all rows of a half may be identical
             return Profile(tuple(change), **fields)
-        if len(self.examples) > self.distinct:
+        if measure.depends_on_rows or len(self.examples) > self.distinct:
             # Rows of one document resemble each other and are a larger part of a half's pairs, which shifts its change.
             samples += torch.tensor(change, dtype=torch.float64) - samples.nanmean(dim=0)
         return Profile.from_halves(change, samples.numpy(), **fields)
@@ -173,14 +181,11 @@ class Reference:
         for kind, layers in found.sketches.items():
             n, fits = len(found.examples), len(layers) == len(found.layer_names)
             for k in layers:
-                fits = fits and k.shape == (n, n if kind == "gram" else k.shape[-1]) and bool(k.isfinite().all())
+                wide = {"gram": k.shape[-1] == n, "factor": k.shape[-1] <= n}.get(kind, True)
+                fits = fits and len(k) == n and k.ndim == 2 and wide and bool(k.isfinite().all())
             if not fits:
                 raise ValueError(f"the {kind} sketches do not match the layers and rows, or are not finite")
         return found
-
-
-def _sketch(kind: str, rows: Tensor) -> Tensor:
-    return gram(rows) if kind == "gram" else rows
 
 
 def _check_finite(name: str, rows: Tensor) -> None:
@@ -209,7 +214,7 @@ def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: Tensor
 
     Args:
         measure: The measure.
-        before: (n, n) or (n, d) of the reference.
+        before: (n, k) of the reference, see `depthcb.similarity.Measure`.
         after: The same for the current model.
         halves: (n, h), see `Reference.halves`.
     """

@@ -15,7 +15,7 @@ from depthcb.batches import batch_size, examples_of
 from depthcb.feeding import Call
 from depthcb.layout import Layout
 from depthcb.probe import Probe
-from depthcb.similarity import Measure, gram
+from depthcb.similarity import Measure, sketch
 from depthcb.stack import LayerStack
 
 #: Share of the probe's examples that is also run in float64, and the smallest number of them.
@@ -55,8 +55,7 @@ def rounding_floor(
         exact = few.record(model, stack, layout, _in_double).rows
         found = {
             m.name: tuple(
-                float(m(gram(a), gram(b.double())) if m.needs == "gram" else m(a, b.double()))
-                for a, b in zip(exact, rounded, strict=True)
+                float(m(sketch(m.needs, a), sketch(m.needs, b.double()))) for a, b in zip(exact, rounded, strict=True)
             )
             for m in measures
         }

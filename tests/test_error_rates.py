@@ -22,8 +22,8 @@ from depthcb.null import null_profiles
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Probe, Recording
 from depthcb.profile import FloatArray, Profile, Profiles
-from depthcb.reference import Reference
-from depthcb.similarity import find_measures, gram
+from depthcb.reference import Reference, halves_of
+from depthcb.similarity import find_measures, gram, sketch
 from depthcb.verdict import Verdict, compare_pair, judge
 from depthcb_recipes import MaskedLM, PackedText
 from depthcb_recipes.backbones.loading import load_backbone
@@ -109,6 +109,41 @@ def test_intervals_cover_the_truth_of_planted_documents(per_document: int) -> No
     if per_document > 1:
         del found["slope"]  # resemblance within documents shifts the change itself, in all layers by the same factor
     check(found, f"{per_document} rows each, planted")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_intervals_of_procrustes_cover_the_truth_with_more_features_than_rows() -> None:
+    """290 rows of 768 features with a decaying spectrum: as often as those of CKA do on the same samples."""
+    rows, width, samples = 290, 768, 300
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5
+    mixing = [torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5 for _ in range(3)]
+    halves, measures = halves_of(torch.arange(rows)), find_measures(["procrustes", "cka"])
+    slopes: dict[str, list[float]] = {m.name: [] for m in measures}
+    intervals: dict[str, list[tuple[float, float]]] = {m.name: [] for m in measures}
+    for _ in range(samples):
+        size = torch.empty(rows, 1, dtype=torch.float64).log_normal_(0, 0.1, generator=generator)
+        before = [torch.randn(rows, width, generator=generator, dtype=torch.float64) * spectrum for _ in mixing]
+        layers = list(zip(before, mixing, strict=True))
+        after = [b + size * (0.05 + 0.1 * i) * torch.tanh(3 * b @ w) for i, (b, w) in enumerate(layers)]
+        for m in measures:
+            sides = [[sketch(m.needs, r) for r in side] for side in (before, after)]
+            changes = [m(a, b).item() for a, b in zip(*sides, strict=True)]
+            assert m.over_subsets is not None
+            over = [m.over_subsets(a, b, halves) for a, b in zip(*sides, strict=True)]
+            found = Profile.from_halves(
+                changes, torch.stack(over, dim=1).numpy(), layer_names=("a", "b", "c"), measure=""
+            )
+            assert found.relative_slope is not None
+            assert found.relative_slope_interval is not None
+            slopes[m.name].append(found.relative_slope)
+            intervals[m.name].append(found.relative_slope_interval)
+    hits = {
+        name: sum(low <= np.mean(slopes[name]) <= high for low, high in found) / samples
+        for name, found in intervals.items()
+    }
+    check(hits, f"{rows} rows of {width} features")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from depthcb.similarity.cka import (
     cka_change,
     cka_normalized_change,
 )
-from depthcb.similarity.gram import effective_rank, gram
+from depthcb.similarity.gram import effective_rank, gram, sketch
 from depthcb.similarity.measure import MEASURES, Measure, find_measures
 from depthcb.similarity.rows import cosine_change, procrustes_change, relative_l2_change
 
@@ -25,4 +25,5 @@ __all__ = [
     "gram",
     "procrustes_change",
     "relative_l2_change",
+    "sketch",
 ]

@@ -28,6 +28,26 @@ def gram(rows: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
+def factor(rows: Tensor) -> Tensor:
+    """Returns centred (n, d) rows in coordinates of their own span, (n, min(n, d)) in float64, with their Gram matrix.
+
+    All zeros if the rows differ by rounding errors only.
+
+    >>> factor(torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]])).norm(dim=1).tolist()
+    [2.5, 2.5]
+    """
+    rows = to_float64(rows)
+    centred = rows - rows.mean(dim=0)
+    if torch.linalg.matrix_norm(centred) <= DEGENERATE * torch.linalg.matrix_norm(rows):
+        centred = torch.zeros_like(centred)
+    return centred if rows.shape[1] <= rows.shape[0] else torch.linalg.qr(centred.mT, mode="r").R.mT
+
+
+def sketch(kind: str, rows: Tensor) -> Tensor:
+    """Returns what a measure that needs ``kind`` compares of (n, d) rows, see `Measure`."""
+    return gram(rows) if kind == "gram" else factor(rows) if kind == "factor" else rows
+
+
 def doubly_centred(k: Tensor) -> Tensor:
     """Returns H K H with H = I - 11'/n: the Gram matrix of the rows minus their mean."""
     rows = k.mean(dim=-1, keepdim=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import Tensor
 
 Change = Callable[[Tensor, Tensor], Tensor]
+OverSubsets = Callable[[Tensor, Tensor, Tensor], Tensor]
+Needs = Literal["gram", "factor", "rows"]
 Function = TypeVar("Function", bound=Change)
 
 
@@ -19,15 +21,18 @@ class Measure:
 
     Args:
         name: The name used in ``measures=`` and in logged keys.
-        needs: What it needs of the reference: ``"gram"``, the doubly centred Gram matrix (n, n) including its diagonal,
-            or ``"rows"`` (n, d), for n rows of d features.
-        change: Maps reference and current, both (..., n, n) or (..., n, d), to the change (...) in float64: 0 where
-            nothing moved, never negative, NaN where undefined.
+        needs: What it needs of the reference: ``"gram"``, the doubly centred Gram matrix (n, n) including its diagonal;
+            ``"factor"``, the centred rows in coordinates of their own span, (n, min(n, d)); or ``"rows"`` (n, d), for n
+            rows of d features.
+        change: Maps two of these, of the reference and current, both (..., n, k), to the change (...) in float64: 0
+            where nothing moved, never negative, NaN where undefined.
         title: Display name; defaults to ``name``.
         unit: Axis label; defaults to ``name``.
         definition: One-sentence definition, including the estimator.
-        over_subsets: Maps reference and current, (n, n) or (n, d), and the columns of a 0/1 matrix (n, h) to the change
-            (h,) over each of these subsets of the rows, faster than one after the other; None if there is no such way.
+        over_subsets: Maps reference and current, (n, k), and the columns of a 0/1 matrix (n, h) to the change (h,) over
+            each of these subsets of the rows, faster than one after the other; None if there is no such way.
+        depends_on_rows: Whether its expected value depends on the number of rows, as it does without debiasing. Changes
+            over halves of the rows are then shifted so that their mean is the change over all rows.
 
     Example:
         >>> import torch
@@ -42,16 +47,17 @@ class Measure:
     """
 
     name: str
-    needs: Literal["gram", "rows"]
+    needs: Needs
     change: Change
     title: str = ""
     unit: str = ""
     definition: str = ""
-    over_subsets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    over_subsets: OverSubsets | None = None
+    depends_on_rows: bool = False
 
     def __post_init__(self) -> None:
-        if self.needs not in ("gram", "rows"):
-            raise ValueError(f"Measure {self.name!r}: needs={self.needs!r} is unknown: use 'gram' or 'rows'.")
+        if self.needs not in get_args(Needs):
+            raise ValueError(f"Measure {self.name!r}: needs={self.needs!r} is unknown: use one of {get_args(Needs)}.")
         if not re.fullmatch(r"\w+", self.name):
             raise ValueError(
                 f"Measure {self.name!r}: the name is part of logged keys: use only letters, digits and '_'."
@@ -61,7 +67,7 @@ class Measure:
         """Computes the change.
 
         Args:
-            before: (..., n, n) or (..., n, d) of the reference.
+            before: (..., n, k) of the reference, see ``needs``.
             after: The same for the current model.
 
         Returns:
@@ -85,16 +91,17 @@ MEASURES: dict[str, Measure] = {}
 
 def register(
     name: str,
-    needs: Literal["gram", "rows"],
+    needs: Needs,
     title: str,
     unit: str,
     definition: str,
-    over_subsets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    over_subsets: OverSubsets | None = None,
+    depends_on_rows: bool = False,
 ) -> Callable[[Function], Function]:
     """Returns a decorator that registers a function as a built-in measure; the arguments are those of `Measure`."""
 
     def add(change: Function) -> Function:
-        MEASURES[name] = Measure(name, needs, change, title, unit, definition, over_subsets)
+        MEASURES[name] = Measure(name, needs, change, title, unit, definition, over_subsets, depends_on_rows)
         return change
 
     return add

@@ -1,4 +1,4 @@
-"""Measures that compare the rows themselves, which requires storing the reference rows (n, d).
+"""Measures that compare the rows themselves, or in coordinates of their span, instead of Gram matrices.
 
 All functions take (..., n, d) tensors and return (...) in float64.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depthcb.similarity.gram import half_squared_distance, to_float64, unit_norm
 from depthcb.similarity.measure import register
+from depthcb.similarity.subsets import procrustes_over_subsets
 
 
 @register(
@@ -61,18 +62,22 @@ def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
 
 @register(
     "procrustes",
-    "rows",
+    "factor",
     title="Procrustes change",
     unit="Procrustes change  (0 = unchanged)",
     definition="The part of the change that no rotation explains: half the squared distance between the activations, "
-    "centred and scaled to unit norm, after the best rotation. 0 is unchanged, 1 the maximum. Dimensionless.",
+    "centred and scaled to unit norm, after the best rotation; with more features than rows that explains part of any "
+    "change, so that only probes of one size are comparable. 0 is unchanged, 1 the maximum. Dimensionless.",
+    over_subsets=procrustes_over_subsets,
+    depends_on_rows=True,
 )
 def procrustes_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns the change no rotation explains: min over orthogonal R of ||A - B R||^2 / 2 = 1 - ||A'B||_*, in [0, 1].
 
     A and B are the two sides with columns centred, scaled to Frobenius norm 1. Source: the Procrustes distance in Ding
-    et al., "Grounding representation similarity through statistical testing" (2021), halved to match the scale of
-    1 - CKA [ours]. Invariant to rotating, shifting and scaling either side. NaN if all rows of a side are equal.
+    et al., "Grounding representation similarity through statistical testing" (2021), one of the paper's two measures
+    [second-hand], halved to match the scale of 1 - CKA [ours]. Invariant to rotating, shifting and scaling either side.
+    NaN if all rows of a side are equal.
 
     Example:
         >>> x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))

@@ -1,11 +1,11 @@
-"""CKA over many subsets of the rows at once, by matrix products instead of one Gram matrix per subset.
+"""Changes over many subsets of the rows at once, by matrix products instead of one subset after the other.
 
-With s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without diagonals is a
-quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
+For CKA, with s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without
+diagonals is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
 relative precision, as in `half_squared_distance`.
 
-Functions take Gram matrices (n, n) in float64, doubly centred over all rows, and the subsets as the columns of a 0/1
-matrix (n, h); they return changes (h,).
+Functions take Gram matrices (n, n), or factors (n, k), in float64, centred over all rows, and the subsets as the
+columns of a 0/1 matrix (n, h); they return changes (h,).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depthcb.similarity.gram import DEGENERATE
+from depthcb.similarity.gram import DEGENERATE, unit_norm
 
 
 def cka_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
@@ -61,6 +61,35 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     of_e = p * (before @ v) + v * (before @ p) + now * (moved @ now)
     nn, ne, ee = _u_inner(nn, of_n, of_n, m), _u_inner(ne, of_n, of_e, m), _u_inner(ee, of_e, of_e, m)
     return torch.where(defined & (nn > 0), _change(nn, ne, ee, nn + 2 * ne + ee, nn + ne), torch.nan)
+
+
+def procrustes_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
+    """Returns the `procrustes_change` of all n rows plus the mean of each subset's jackknife values; NaN if undefined.
+
+    A rotation fitted to a half explains more of the change than one fitted to all rows, so that halves vary too little:
+    with 290 rows of 768 features, intervals of recomputed halves covered the truth in 85 % of planted samples, these in
+    94 %, as those of `cka_over_subsets` did [ours]. The change c_i without row i follows to second order in e, the
+    unexplained part of the rows: with both sides x and y = x + e of norm 1, rotated so that x'y = diag(s), and
+    f = n / (n - 1),
+
+        c_i = (c - f |e_i|^2 / 2 - q_i - (r(x) - r(y))^2 / 2) / (r(x) r(y)),  r(x)^2 = 1 - f |x_i|^2,
+        q_i = f^2 sum over j, k of (e_ij x_ik - e_ik x_ij)^2 / (4 (s_j + s_k)): what the rotation gains without the row.
+    """
+    n = len(reference)
+    sides = [unit_norm(side, side) for side in (reference, current)]
+    if any(bool(side.isnan().any()) for side in sides):
+        return torch.full((subsets.shape[1],), torch.nan, dtype=subsets.dtype, device=subsets.device)
+    u, s, v = torch.linalg.svd(sides[1].mT @ sides[0], full_matrices=False)
+    x, y = sides[0] @ v.mT, sides[1] @ u
+    e, f = y - x, n / (n - 1)
+    weights = 1 / (s[:, None] + s).clamp(min=DEGENERATE * float(s[0]))
+    gained = f**2 / 2 * (e.square() * (x.square() @ weights) - e * x * ((e * x) @ weights)).sum(dim=1)
+    left = [(1 - f * side.square().sum(dim=1)).clamp(min=0).sqrt() for side in (x, y)]
+    change, own = e.square().sum() / 2, f * e.square().sum(dim=1) / 2
+    without = (change - own - gained - (left[0] - left[1]).square() / 2) / (left[0] * left[1])
+    values = (n - 1) * (change - without)
+    found: Tensor = change + subsets.mT @ (values - values.mean()) / subsets.sum(dim=0)
+    return found
 
 
 def _u_inner(total: Tensor, of_a: Tensor, of_b: Tensor, m: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from depthcb.similarity import (
     procrustes_change,
     relative_l2_change,
 )
-from depthcb.similarity.gram import u_centred
+from depthcb.similarity.gram import factor, u_centred
+from depthcb.similarity.subsets import procrustes_over_subsets
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:
@@ -216,3 +217,32 @@ def test_unknown_measures_are_refused() -> None:
         find_measures("cka")
     with pytest.raises(ValueError, match="distinct"):
         find_measures(["cka", "cka"])
+
+
+@pytest.mark.parametrize("d", [6, 90])
+def test_a_factor_stands_for_the_rows(d: int) -> None:
+    x, y = rows(40, d, 0), rows(40, d, 0) + 0.1 * rows(40, d, 1)
+    a, b = factor(x), factor(y)
+    assert a.shape == (40, min(40, d))
+    torch.testing.assert_close(a @ a.T, gram(x))
+    assert procrustes_change(a, b).item() == pytest.approx(procrustes_change(x, y).item())
+    assert not factor(torch.full((5, 3), 0.1)).any()
+
+
+@pytest.mark.parametrize("size", [1e-5, 0.1])
+def test_the_procrustes_change_without_a_row_is_foreseen(size: float) -> None:
+    """The jackknife values are those of scipy's rotation, fitted again without each row."""
+    x, y = rows(60, 8, 0), rows(60, 8, 0) + size * rows(60, 8, 1)
+
+    def change(a: np.ndarray, b: np.ndarray) -> float:
+        a, b = ((m - m.mean(0)) / np.linalg.norm(m - m.mean(0)) for m in (a, b))
+        turn, _ = scipy.linalg.orthogonal_procrustes(b, a)
+        return float(np.linalg.norm(a - b @ turn) ** 2 / 2)
+
+    a, b = x.double().numpy(), y.double().numpy()
+    without = np.array([change(np.delete(a, i, 0), np.delete(b, i, 0)) for i in range(60)])
+    values = 59 * (change(a, b) - without)
+    one_by_one = torch.eye(60, dtype=torch.float64)
+    found = procrustes_over_subsets(factor(x), factor(y), one_by_one).numpy() - change(a, b)
+    assert np.allclose(found, values - values.mean(), rtol=0.05, atol=0.1 * values.std())
+    assert found.std() == pytest.approx(values.std(), rel=0.03)
