@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from depthcb.glossary import RATIO_UNIT
 from depthcb.style import (
     BLUE,
     PALE,
@@ -28,6 +30,7 @@ from depthcb.style import (
     tick_step,
     tick_text,
 )
+from depthcb.unit_grid import UnitGrid
 
 Interval = tuple[float, float]
 
@@ -129,6 +132,36 @@ def draw_heatmap(ax: Axes, profiles: Sequence[Curve]) -> None:
     ax.set_title(literal(profiles[0].title + alone), fontsize=10)
     assert ax.figure is not None
     ax.figure.colorbar(image, ax=ax, label=literal(profiles[0].unit), format=FuncFormatter(tick_text))
+
+
+def draw_units(ax: Axes, grid: UnitGrid, title: str) -> None:
+    """Plots a heatmap of the step ratio, layer x kind of unit, on a logarithmic colour scale; white is none.
+
+    Args:
+        ax: The axes to plot on.
+        grid: Positive ratios of units smaller than layers.
+        title: The title.
+    """
+    image = ax.imshow(grid.values, cmap="cividis", norm="log", aspect="auto", origin="lower", interpolation="nearest")
+    ax.set_xticks(range(len(grid.kinds)), [literal(name) for name in grid.labels], rotation=35, ha="right", fontsize=7)
+    shown = range(0, len(grid.layers), tick_step(len(grid.layers)))
+    ax.set_yticks(shown, [literal(grid.layers[i]) for i in shown])
+    ax.set_ylabel("layer  (L00 = input side)")
+    ax.set_title(literal(title), fontsize=10)
+    assert ax.figure is not None
+    low, high = np.nanmin(grid.values), np.nanmax(grid.values)
+    ticks = [low, math.sqrt(low * high), high]
+    bar = ax.figure.colorbar(image, ax=ax, label=literal(RATIO_UNIT))
+    bar.ax.minorticks_off()
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+
+
+def units_image(grid: UnitGrid, step: int) -> npt.NDArray[np.uint8]:
+    """Returns the heatmap of `draw_units` for one step as an image (height, width, 3)."""
+    fig = Figure(figsize=(max(5.6, 2.4 + 0.35 * len(grid.kinds)), 4.8), facecolor="white", dpi=100)
+    fig.set_layout_engine("constrained")  # room for the names of the kinds
+    draw_units(fig.subplots(), grid, f"step ratio inside the layers at step {step}")
+    return _pixels(fig)
 
 
 def heatmap_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.uint8]:

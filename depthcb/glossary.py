@@ -8,6 +8,8 @@ RUN_COLUMNS = {
     "layer": "Position in the stack, counted from 0 at the input side, and the module's name.",
     "step ratio": "Norm of the optimizer's step divided by the norm of the layer's weights, ‖ΔW‖ / ‖W‖, averaged over "
     "the logged steps. A tensor that several layers share counts for the first of them. Dimensionless.",
+    "matrix spread": "Largest divided by smallest step ratio of the matrices inside the layer, averaged over the "
+    "logged steps. Steps that are equal in all layers can differ in it. Dimensionless.",
     "effective rank": "Number of directions of the layer's activations that CKA effectively sees. Below 5 (marked !) "
     "the layer's change rests on a few directions. Unit: directions.",
     "run": "Folder of the run.",

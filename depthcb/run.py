@@ -35,8 +35,9 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from depthcb.plain import UNKNOWN, dumps, loads, plain
-from depthcb.profile import FloatArray, Profile, Profiles
+from depthcb.profile import FloatArray, Profile, Profiles, layer_key
 from depthcb.style import printable
+from depthcb.unit_grid import UnitGrid, small_unit
 
 if TYPE_CHECKING:
     from depthcb.null import Null
@@ -217,6 +218,28 @@ class Run:
         """The step ratios that the optimizer wanted; the same as `step_ratio` without `EqualStep`."""
         return self._ratios("ratio")
 
+    @cached_property
+    def matrix_spread(self) -> list[float | None]:
+        """Max / min of the step ratio over each layer's matrices, averaged over the steps; none if not measured."""
+        found = self._ratios("matrix_spread", "matrix_spread/")
+        return found.mean if found.by_layer else []
+
+    @property
+    def layer_ratio(self) -> StepRatios:
+        """`step_ratio` if its units are layers, else none."""
+        return self.step_ratio if self.step_ratio.by_layer else NO_RATIOS
+
+    @property
+    def unit_ratio(self) -> StepRatios:
+        """`wanted_ratio` if its units are smaller than layers, else none: under a control the others are all equal."""
+        return NO_RATIOS if self.wanted_ratio.by_layer else self.wanted_ratio
+
+    @property
+    def controlled(self) -> Row:
+        """The settings of `EqualStep`, what they are equal in among them; none without it."""
+        control = self.record("EqualStep")
+        return control.settings if control else {}
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as JSON-serialisable data."""
         records = {
@@ -240,42 +263,56 @@ class Run:
     def _depth(self) -> Record | None:
         return self.record("DepthProfile")
 
-    def _ratios(self, kind: str) -> StepRatios:
+    def _ratios(self, kind: str, watched: str = "") -> StepRatios:
+        """Reads a kind of column that `EqualStep` logs, or, without it, what `UpdateRatioMonitor` calls ``watched``."""
         control = next(((n, r) for n, r in self.records.items() if r.callback == "EqualStep"), None)
         watch = next(((n, r) for n, r in self.records.items() if r.callback == "UpdateRatioMonitor"), None)
         if control:
             return StepRatios.read(control[1], f"{control[0]}/{kind}/")
-        return StepRatios.read(watch[1], f"{watch[0]}/") if watch else StepRatios((), np.empty((0, 0)))
+        return StepRatios.read(watch[1], f"{watch[0]}/{watched}") if watch else NO_RATIOS
 
 
 @dataclass(frozen=True, eq=False)
 class StepRatios:
-    """Step ratios over time and depth.
+    """Step ratios over time and depth, of layers or of smaller units.
 
     Args:
         steps: The S logged steps.
         table: (S, L); NaN where a layer had no update.
+        units: The keys of the L units in depth order: ``L00``, ``L01``, ... or, of smaller ones, ``L00/attention``, ...
     """
 
     steps: tuple[int, ...]
     table: FloatArray
+    units: tuple[str, ...] = ()
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the units are layers, so that the position in the table is that in the stack."""
+        return not any(map(small_unit, self.units))
 
     @classmethod
     def read(cls, record: Record, prefix: str) -> StepRatios:
-        """Reads the columns ``<prefix>L00``, ``<prefix>L01``, ... of a record."""
-        layer = re.compile(re.escape(prefix) + r"L(\d+)")
+        """Reads the columns ``<prefix>L00``, ``<prefix>L01``, ... of a record, or ``<prefix>L00/attention``, ..."""
+        unit = re.compile(re.escape(prefix) + r"(L(\d+)(/.+)?)")
 
         @functools.cache  # there are few different ones
-        def columns(keys: tuple[str, ...]) -> dict[int, str]:
-            return {int(m[1]): key for key in keys if (m := layer.fullmatch(key))}
+        def columns(keys: tuple[str, ...]) -> dict[str, str]:
+            return {m[1]: key for key in keys if (m := unit.fullmatch(key))}
 
         rows = [row for row in record.rows if columns(tuple(row))]
-        layers = 1 + max((i for row in rows for i in columns(tuple(row))), default=-1)
-        table = np.full((len(rows), layers), np.nan)
+        found = list(dict.fromkeys(key for row in rows for key in columns(tuple(row))))
+        numbers = [int(key.partition("/")[0][1:]) for key in found]
+        if any(map(small_unit, found)):  # a unit without an update has no column
+            found = [key for _, key in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
+        else:
+            found = [layer_key(i) for i in range(1 + max(numbers, default=-1))]
+        position = {key: i for i, key in enumerate(found)}
+        table = np.full((len(rows), len(found)), np.nan)
         for ratios, row in zip(table, rows, strict=True):
-            for i, key in columns(tuple(row)).items():
-                ratios[i] = row[key]
-        return cls(tuple(row["step"] for row in rows), table)
+            for key, column in columns(tuple(row)).items():
+                ratios[position[key]] = row[column]
+        return cls(tuple(row["step"] for row in rows), table, tuple(found))
 
     @property
     def ratios(self) -> tuple[tuple[float | None, ...], ...]:
@@ -290,10 +327,19 @@ class StepRatios:
         return [total / count if count else None for total, count in zip(sums, known.sum(axis=0).tolist(), strict=True)]
 
     @property
+    def grid(self) -> UnitGrid:
+        """The mean ratios of units smaller than layers, by layer and kind."""
+        return UnitGrid.of({key: r for key, r in zip(self.units, self.mean, strict=True) if r})
+
+    @property
     def spread(self) -> float | None:
         """Largest divided by smallest mean ratio, over the layers that were updated; None if none was."""
         known = [r for r in self.mean if r]
         return max(known) / min(known) if known else None
+
+
+#: The step ratios of a run that has none.
+NO_RATIOS = StepRatios((), np.empty((0, 0)))
 
 
 def write_header(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str 
 ROW, BLOCK = 128, 2048
 #: Number of elements below which tensors are summed together instead, which calls fewer functions.
 SMALL = 2**14
+#: Number of elements that an accelerator sums together at most, which needs as much memory.
+TOGETHER = 2**24
 #: Mean square in fp32 below which squares that vanish, each at most 1e-38, can change a sum by more than 1e-7.
 LEAST_SQUARE = 1e-30
 NAMED_TARGETS = ("mean", "median", "min", "geometric_mean")
@@ -195,15 +197,23 @@ def step_ratios(
     return as_ratios(all_reduce([sums], shares)[0])
 
 
-@torch.no_grad()
 def step_sums(
+    now: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None = None
+) -> tuple[Tensor, list[int]]:
+    """Returns the sums of `tensor_sums`, added up for each layer, (2, L), and the layers that may not be finite."""
+    sums, suspects = tensor_sums(now, before, shares)
+    return by_layer(sums, now), suspects
+
+
+@torch.no_grad()
+def tensor_sums(
     now: Sequence[Sequence[Tensor]],
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
     *,
     of_now: bool = False,
 ) -> tuple[Tensor, list[int]]:
-    """Computes this process's part of the sums behind the step ratios.
+    """Computes this process's part of the sums behind the step ratios, for each of the layers' T tensors.
 
     On a CPU, a sum depends on the values alone: equal tensors have equal sums, bit for bit.
 
@@ -214,22 +224,26 @@ def step_sums(
         of_now: Whether to return ||now||^2 instead of ||before||^2.
 
     Returns:
-        (2, L): ||before||^2 and ||now - before||^2 of each layer, the second one not finite if ``now`` is not. And the
-        layers that may not be finite: all of them on an accelerator, which is not waited for.
+        (2, T): ||before||^2 and ||now - before||^2, the second one not finite if ``now`` is not. And the layers that
+        may not be finite: all of them on an accelerator, which is not waited for.
     """
     device = now[0][0].device
     if device.type == "cpu":
         columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), of_now)
         of_layer = [i for i, layer in enumerate(now) for _ in layer]
-        return _by_layer(columns, now, shares), sorted({of_layer[i] for i in unsafe})
-    parts = [_sums_together(*layer, of_now).to(device) for layer in zip(now, before, strict=True)]
-    return _by_layer(torch.cat(parts, dim=1), now, shares), list(range(len(now)))
+        return weighted(columns, shares), sorted({of_layer[i] for i in unsafe})
+    pairs = _together(_flat(now), _flat(before))
+    parts = [_sums_together(n, b, of_now).to(device) for n, b in pairs]
+    return weighted(torch.cat(parts, dim=1), shares), list(range(len(now)))
 
 
-def _by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
-    """Adds up the columns of each layer's tensors, (n, tensors), weighted by their shares: (n, L)."""
-    if shares is not None:
-        columns = columns * on_device(shares, columns.device, columns.dtype)
+def weighted(columns: Tensor, shares: tuple[float, ...] | None) -> Tensor:
+    """Weights the columns of T tensors, (n, T), by their shares."""
+    return columns if shares is None else columns * on_device(shares, columns.device, columns.dtype)
+
+
+def by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Adds up the columns, (n, T), of the T tensors of L layers: (n, L)."""
     found = torch.zeros(len(columns), len(layers), dtype=columns.dtype, device=columns.device)
     return found.index_add_(1, _layer_index(tuple(map(len, layers)), columns.device), columns)
 
@@ -287,6 +301,17 @@ def _squares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack(norms).view(-1, 2).mT.square()
 
 
+def _together(now: list[Tensor], before: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yields runs of tensors with at most TOGETHER numbers, or one tensor, whatever their units."""
+    start = size = 0
+    for i, tensor in enumerate(now):
+        if size and size + tensor.numel() > TOGETHER:
+            yield now[start:i], before[start:i]
+            start, size = i, 0
+        size += tensor.numel()
+    yield now[start:], before[start:]
+
+
 def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> Tensor:
     """Returns the sums of each tensor, as in `step_sums`, by few calls, which need the memory of the tensors."""
     device = now[0].device
@@ -312,13 +337,30 @@ def as_ratios(squares: Tensor) -> Tensor:
     return torch.where(moved == 0, 0.0, moved / sizes)  # an all-zero layer that did not move gives 0, not NaN
 
 
+def matrix_spreads(ratios: Sequence[float], layers: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Returns max / min of the step ratio over each layer's matrices: (L,); NaN with fewer than 2 that have one [ours].
+
+    Args:
+        ratios: (T,) step ratios of the layers' tensors; 0 for one without an update.
+        layers: The tensors of L layers; those of two or more dimensions are matrices.
+
+    Example:
+        >>> layers = [[torch.ones(2, 2), torch.ones(2), torch.ones(2, 2)], [torch.ones(2, 2)]]
+        >>> matrix_spreads([0.1, 9.0, 0.4, 0.1], layers)
+        [4.0, nan]
+    """
+    of_tensor = iter(ratios)
+    found = [[r for t, r in zip(layer, of_tensor) if t.dim() > 1 and 0 < r < math.inf] for layer in layers]  # noqa: B905
+    return [max(known) / min(known) if len(known) > 1 else math.nan for known in found]
+
+
 def _squares(layers: Sequence[Sequence[Tensor]], shares: tuple[float, ...] | None) -> Tensor:
     """Returns the sum of squares of each layer's tensors, weighted by their shares: (L,)."""
     flat = _flat(layers)
     device = flat[0].device
-    dtype = _sum_dtype(device)
+    dtype = sum_dtype(device)
     squares = torch.stack([n.to(device, dtype) for n in torch._foreach_norm(flat, 2, dtype=dtype)]).square()
-    return _by_layer(squares[None], layers, shares)[0]
+    return by_layer(weighted(squares[None], shares), layers)[0]
 
 
 @torch.no_grad()
@@ -427,7 +469,8 @@ def check_target(target: Target, layers: int | None = None) -> None:
         raise ValueError(f"target has {len(numbers)} numbers for {layers} controlled layers: give one per layer.")
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which sums over weights are added up."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 

@@ -14,7 +14,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from depthcb.callbacks.logging import log_pictures, logged_step, record_row, write_record
+from depthcb.callbacks.logging import (
+    callbacks_of,
+    deserves_pictures,
+    log_pictures,
+    logged_step,
+    record_row,
+    write_record,
+)
 from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import refuse_sharding
 from depthcb.engine.profile_recorder import ProfileRecorder
@@ -187,8 +194,7 @@ class DepthProfile(RecordedCallback):
         Args:
             measurements: Number of measurements so far, including this one.
         """
-        every: int = 2 ** max(0, (measurements - 1).bit_length() - 5)
-        return measurements % every == 0
+        return deserves_pictures(measurements)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_sharding(self, trainer)
@@ -340,6 +346,15 @@ def _fed(module: nn.Module, stack: LayerStack, batch: Any) -> Call | None:
     if not is_overridden("validation_step", module, parent=pl.LightningModule):
         return None
     return validation_call(module, stack, batch)
+
+
+def pretrained_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> PretrainedWeights | None:
+    """Returns the pretrained weights that a `DepthProfile` of the Trainer keeps, from fit start; None if none does."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, DepthProfile) and callback.recorder.pretrained is not None:
+            callback.recorder.take_weights(pl_module)
+            return callback.recorder.weights
+    return None
 
 
 def first_validation_loader(trainer: pl.Trainer) -> Any:

@@ -12,9 +12,11 @@ from depthcb.callbacks.depth_profile import DepthProfile
 from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, rows_of
 from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
+from depthcb.callbacks.unit_pictures import UnitPictures
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.plain import SECRETS
 from depthcb.step_ratio import MeanRatios, Target
+from depthcb.units import Groups, UnitKind, unit_settings
 
 
 class EqualStep(RecordedCallback, OptimizerStepCallback):
@@ -31,18 +33,23 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
     the step unless ``decay="outside"``: a layer without a gradient is then moved by its decay alone, amplified to the
     size of the others' steps. A tensor that several layers share counts for the first of them.
 
-    ========================  =====================================================================================
-    logged key                meaning (every ``log_every_n_steps``, or at the next step of the layers' optimizer; layers
-                              without an update are left out)
-    ========================  =====================================================================================
-    ``equal_step/ratio/L00``    step ratio r that the optimizer wanted
-    ``equal_step/scale/L00``    r* / r, the factor on the layer's step
-    ``equal_step/realised/L00`` step ratio measured after rescaling, rounding included
-    ``equal_step/target``       mean of the imposed ratios r*
-    ``equal_step/spread``       max r / min r: what the control had to remove (1: nothing)
-    ``equal_step/net_spread``   max / min of the layers' net changes since pretraining, at each validation where a
-                                `DepthProfile` keeps the pretrained weights (``pretrained="cpu"``)
-    ========================  =====================================================================================
+    ================================  =================================================================================
+    logged key                        meaning (every ``log_every_n_steps``, or at the next step of the layers'
+                                      optimizer; layers without an update are left out)
+    ================================  =================================================================================
+    ``equal_step/ratio/L00``          step ratio r that the optimizer wanted
+    ``equal_step/scale/L00``          r* / r, the factor on the layer's step
+    ``equal_step/realised/L00``       step ratio measured after rescaling, rounding included
+    ``equal_step/matrix_spread/L00``  max / min of the step ratio over the matrices of layer 0, which get one factor
+    ``equal_step/target``             mean of the imposed ratios r*
+    ``equal_step/spread``             max r / min r: what the control had to remove (1: nothing)
+    ``equal_step/net_spread``         max / min of the layers' net changes since pretraining, at each validation where
+                                      a `DepthProfile` keeps the pretrained weights (``pretrained="cpu"``)
+    ================================  =================================================================================
+
+    With ``unit="group"`` or ``"matrix"``, the keys end in ``L00/attention`` or ``L00/mlp.c_fc.weight`` instead of
+    ``L00``, and what is said of layers holds for these units. Loggers with pictures (W&B, TensorBoard, MLflow, Comet)
+    get a heatmap of the ratios at each validation instead of these columns, ``<name>/units``; the record has all.
 
     Args:
         layers: The layers, as accepted by `LayerStack.find`; None searches for them.
@@ -59,6 +66,11 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         offload: Whether to keep the copy of the controlled parameters in main memory, pinned, instead of on the GPU,
             which makes steps slower: each moves the parameters to main memory once and back twice.
         redact: Hyperparameters whose values are kept out of the record, see `DepthProfile`.
+        unit: What gets equal steps: ``"layer"`` (default) [paper]; ``"matrix"``, each tensor of two or more dimensions,
+            with all vectors of a layer as one more unit; or ``"group"``, attention, MLP and norms in each layer (a
+            mixer and norms in Mamba, which has no attention), found by structure [ours].
+        groups: Groups named by globs over the names of a layer's parameters, such as ``{"experts": "*.experts.*"}``,
+            for ``unit="group"``; what none of them matches is found by structure.
 
     Raises:
         ValueError: At fit start, the target cannot be imposed, the layers cannot be found, all are frozen, or one has
@@ -82,15 +94,20 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         decay: Decay = "inside",
         offload: bool = False,
         redact: Collection[str] = SECRETS,
+        unit: UnitKind = "layer",
+        groups: Groups | None = None,
     ) -> None:
         self.name, self.redact = name, redact
         #: The underlying equalizer, which works without a Trainer.
-        self.equalizer = StepEqualizer(layers, target, outside, name, decay=decay, offload=offload)
+        self.equalizer = StepEqualizer(
+            layers, target, outside, name, decay=decay, offload=offload, unit=unit, groups=groups
+        )
         self._seen: list[float] | None = None
+        self._pictures: UnitPictures | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the controlled layers, available from fit start."""
+        """Names of the controlled layers or other units, available from fit start."""
         return self.equalizer.names
 
     @property
@@ -105,9 +122,15 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
 
     @property
     def steering(self) -> Mapping[str, Any]:
-        """The layers, target and treatment of other parameters and of weight decay."""
+        """The layers, units, target and treatment of other parameters and of weight decay."""
         control = self.equalizer
-        return {"layers": self.names, "target": control.target, "outside": control.outside, "decay": control.decay}
+        return {
+            "layers": control.layer_names,
+            "target": control.target,
+            "outside": control.outside,
+            "decay": control.decay,
+            **unit_settings(control.unit, control.groups),
+        }
 
     @property
     def state_key(self) -> str:
@@ -124,7 +147,8 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 or len(self.mean_wanted.sums) != len(self.names):  # not resumed, or a new model
             self.equalizer.reset()
-        self.equalizer.log = rows_of(self, trainer)
+        self._pictures = UnitPictures(self, trainer, f"{self.name}/ratio/")
+        self.equalizer.log = self._pictures.log
         self._logs = LogSteps(trainer)
         open_record(self, trainer, pl_module, self.steering)
         super().on_train_start(trainer, pl_module)
@@ -165,6 +189,8 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
         self.equalizer.log_waiting()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._pictures is not None:
+            self._pictures.draw()
         known = (c.recorder.net_change for c in callbacks_of(trainer) if isinstance(c, DepthProfile))
         net = next((changes for changes in known if changes is not None), None)
         if net is None or net is self._seen:  # not measured at this validation
@@ -179,6 +205,8 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.equalizer.finish()
+        if self._pictures is not None:
+            self._pictures.draw(end=True)
 
     def state_dict(self) -> dict[str, Any]:
         return self.equalizer.state_dict()

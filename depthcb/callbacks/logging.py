@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from depthcb.plain import plain
 from depthcb.profile import Profile
 from depthcb.run import Row, write_row
 from depthcb.sinks import sink_of
+from depthcb.unit_grid import UnitGrid
 from depthcb.warn import warn
 
 
@@ -91,12 +93,18 @@ class LogSteps:
 
 
 def rows_of(callback: Counting, trainer: pl.Trainer) -> Sink:
-    """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record."""
+    """Returns a sink that passes each row to all loggers of the Trainer and writes it to the callback's record.
+
+    Loggers that draw get no columns of units smaller than layers: they would be hundreds of line charts.
+    """
+    of_small_unit = re.compile(re.escape(callback.name) + r"/(\w+/)?L\d+/.")
 
     def log(row: Mapping[str, float], step: int) -> None:
+        small = {key for key in row if of_small_unit.match(key)}
         for logger in trainer.loggers:
             with tolerated(callback, f"log to the {type(logger).__name__}", "the record has these values"):
-                logger.log_metrics(dict(row), step=step)
+                drawn = small if small and sink_of(logger).draws else ()
+                logger.log_metrics({key: value for key, value in row.items() if key not in drawn}, step=step)
         record_row(callback, trainer, {"step": step, **row})
 
     return log
@@ -168,6 +176,22 @@ def log_pictures(
                 sink_of(logger).pictures(callback.name, by_measure, step)
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(f"{error.name} is not installed: pip install 'depthcb[wandb]'") from error
+
+
+def log_units(callback: Counting, trainer: pl.Trainer, grid: UnitGrid, step: int) -> None:
+    """Logs a heatmap of step ratios to the loggers that draw, on the first process only."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with tolerated(callback, f"log plots to the {type(logger).__name__}", "`depthcb report` draws them later"):
+            try:
+                sink_of(logger).units(callback.name, grid, step)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(f"{error.name} is not installed: pip install 'depthcb[wandb]'") from error
+
+
+def deserves_pictures(count: int) -> bool:
+    """Returns whether to draw for the count-th time: the first 32 times, then every 2nd, 4th, ... as counts double."""
+    every: int = 2 ** max(0, (count - 1).bit_length() - 5)
+    return count % every == 0
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from torch.optim import Optimizer
 from depthcb.adapters import made_weights
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors, warn_replaced
 from depthcb.errors import NotFiniteError
-from depthcb.profile import layer_key
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.step_ratio import (
     LayerSteps,
@@ -21,16 +21,20 @@ from depthcb.step_ratio import (
     Target,
     all_reduce,
     as_ratios,
+    by_layer,
     check_target,
     imposed_ratios,
     layer_norms,
     local,
+    matrix_spreads,
     on_device,
     parameters_of,
     rescale,
     revert,
     step_sums,
+    tensor_sums,
 )
+from depthcb.units import Groups, UnitKind, check_unit, find_units
 from depthcb.warn import warn
 
 Outside = Literal["leave", "layer"]
@@ -48,14 +52,16 @@ class LoggedStep:
     Args:
         step: The step number.
         done: Indices of the K controlled layers.
+        layers: Their parameters, T in all.
         ratios: (K,) ratios that the optimizer wanted.
         scale: (K,) factors applied.
-        sums: (3, K) this process's part of ||before||^2, and of ||now||^2 and ||now - before||^2 as realised.
+        sums: (3, T) this process's part of ||before||^2, and of ||now||^2 and ||now - before||^2 as realised.
         shares: As returned by `LayerSteps.shares`.
     """
 
     step: int
     done: list[int]
+    layers: list[list[nn.Parameter]]
     ratios: Tensor
     scale: Tensor
     sums: Tensor
@@ -76,9 +82,12 @@ class StepEqualizer(StepHooks):
         offload: Whether to keep the copy of the parameters in main memory.
         name: Prefix of the logged keys.
         every: Log every n-th step; ignored in a Trainer.
+        unit: What gets equal steps: ``"layer"``, ``"matrix"`` or ``"group"``; see `depthcb.units.find_units`. What is
+            said of a layer here holds for each unit.
+        groups: Globs that name groups.
 
     Raises:
-        ValueError: The target cannot be imposed, or ``outside`` or ``decay`` is unknown.
+        ValueError: The target cannot be imposed, or ``outside``, ``decay`` or ``unit`` is unknown.
 
     Example:
         >>> import torch
@@ -102,8 +111,13 @@ class StepEqualizer(StepHooks):
         every: int = 1,
         decay: Decay = "inside",
         offload: bool = False,
+        unit: UnitKind = "layer",
+        groups: Groups | None = None,
     ) -> None:
         check_target(target)
+        check_unit(unit, groups)
+        self.unit: UnitKind = unit
+        self.groups = groups
         if decay not in ("inside", "outside"):
             raise ValueError(f"decay={decay!r} is unknown: use 'inside' or 'outside'.")
         self.decay = decay
@@ -111,10 +125,14 @@ class StepEqualizer(StepHooks):
             raise ValueError(f"outside={outside!r} is unknown: use 'leave' or 'layer'.")
         self.layers, self.target, self.outside, self.name, self.every = layers, target, outside, name, every
         self.offload = offload
-        #: Names of the controlled layers, available after `prepare`.
+        #: Names of the controlled layers or other units, available after `prepare`.
         self.names: tuple[str, ...] = ()
+        #: Their names in logged keys, and the names of the layers that contain them.
+        self.keys: tuple[str, ...] = ()
+        self.layer_names: tuple[str, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
         self._stack: LayerStack
+        self._known: list[list[nn.Parameter]] = []
         self._groups: list[list[nn.Parameter]] = []
         self._steps = LayerSteps([])
         self._left: dict[int, tuple[list[nn.Parameter], Tensor]] = {}
@@ -146,13 +164,11 @@ class StepEqualizer(StepHooks):
                 owned by no optimizer; or ``decay="outside"`` is not supported for an optimizer.
         """
         self._stack = stack = LayerStack.find(module, self.layers)
-        groups = dict(zip(stack.names, stack.parameters(), strict=True))
-        self._labels = [layer_key(i) for i in range(len(stack))]
-        if self.outside == "layer":
-            outside = stack.outside()
-            groups |= outside
-            self._labels += list(outside)
-        self.names = tuple(groups)
+        units = find_units(stack, self.unit, self.groups, outside=self.outside == "layer")
+        groups = {unit.name: unit.parameters for unit in units}
+        self.names, self.keys = tuple(groups), tuple(unit.key for unit in units)
+        self.layer_names = self.names if self.unit == "layer" else stack.names
+        self._known = stack.parameters()
         self._unscalable = _unscalable(stack, groups)
         self._check_scalable(p for p in self._unscalable if p.requires_grad)
         check_target(self.target, len(groups))
@@ -206,7 +222,7 @@ class StepEqualizer(StepHooks):
 
     def check_weights(self) -> None:
         """Warns once of layers that something other than the steps seen has changed; waits for the device."""
-        warn_replaced("EqualStep", self._stack, self._groups)
+        warn_replaced("EqualStep", self._stack, self._known)
         moved = self._moved_layers()
         if moved and not self._told:
             self._told = True
@@ -264,12 +280,14 @@ class StepEqualizer(StepHooks):
         now, before, shares = self._steps.now(done), self._steps.before(done), self._steps.shares(done)
         # One all-reduce per step: the realised ratios of a logged step are reduced together with the next step's.
         pending = [] if self._unlogged is None else [self._unlogged.sums]
-        sums, suspects = step_sums(now, before, shares)
-        self._compare(opened, sums[0])
+        sums, suspects = tensor_sums(now, before, shares)
+        squares = by_layer(sums, now)
+        self._compare(opened, squares[0])
         if self.decay == "outside":
-            self._decay(before, done, broken=~sums[1].isfinite())
-            sums, suspects = step_sums(now, before, shares)
-        squares, *reduced = all_reduce([sums, *pending], shares)
+            self._decay(before, done, broken=~squares[1].isfinite())
+            sums, suspects = tensor_sums(now, before, shares)
+            squares = by_layer(sums, now)
+        squares, *reduced = all_reduce([squares, *pending], shares)
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
@@ -281,12 +299,13 @@ class StepEqualizer(StepHooks):
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            after, _ = step_sums(now, before, shares, of_now=True)
-            self._unlogged = LoggedStep(step, done, ratios, scale, torch.cat([sums[:1], after]), shares)
+            after, _ = tensor_sums(now, before, shares, of_now=True)
+            layers = list(opened.values())
+            self._unlogged = LoggedStep(step, done, layers, ratios, scale, torch.cat([sums[:1], after]), shares)
             if shares is None:
                 self._log_step(self._unlogged.sums)
             self.check_weights()
-            self._note(opened, after[0])
+            self._note(opened, by_layer(after, now)[0])
             self._warn_apart(done)
         return True
 
@@ -410,9 +429,11 @@ class StepEqualizer(StepHooks):
         self._broken = torch.where(self._broken.any(), self._broken, flags)
 
     def _log_step(self, sums: Tensor) -> None:
-        """Logs the pending step, given the globally reduced (3, K) sums of `LoggedStep`."""
+        """Logs the pending step, given the globally reduced (3, T) sums of `LoggedStep`."""
         logged, self._unlogged = self._unlogged, None
         assert logged is not None
+        of_matrices = matrix_spreads(as_ratios(sums[[0, 2]]).tolist(), logged.layers)
+        sums = by_layer(sums, logged.layers)
         columns = torch.stack([logged.ratios, logged.scale, as_ratios(sums[[0, 2]])]).tolist()
         rows = [(i, *row) for i, row in zip(logged.done, zip(*columns, strict=True), strict=True) if row[0] > 0]
         if not rows:
@@ -421,8 +442,11 @@ class StepEqualizer(StepHooks):
         wanted = [r for _, r, _, _ in rows]
         values = {"target": sum(r * s for _, r, s, _ in rows) / len(rows), "spread": max(wanted) / min(wanted)}
         for i, r, s, actual in rows:
-            label = self._labels[i]
-            values |= {f"ratio/{label}": r, f"scale/{label}": s, f"realised/{label}": actual}
+            key = self.keys[i]
+            values |= {f"ratio/{key}": r, f"scale/{key}": s, f"realised/{key}": actual}
+        for i, spread in zip(logged.done, of_matrices, strict=True):
+            if math.isfinite(spread):
+                values[f"matrix_spread/{self.keys[i]}"] = spread
         if self.log is not None:
             self.log({f"{self.name}/{key}": value for key, value in values.items()}, logged.step)
         self.mean_wanted.note({i: r for i, r, _, _ in rows})
@@ -500,7 +524,7 @@ def _check_weights(groups: Mapping[str, list[nn.Parameter]]) -> None:
     if zero:
         raise ValueError(
             f"EqualStep: the trainable parameters of layer {', '.join(zero)} are all 0, so ||dW|| / ||W|| is "
-            "undefined: exclude it with layers=[...]."
+            "undefined: exclude it with layers=[...], or count it with others by a larger unit=."
         )
     half = half_dtypes(p for group in groups.values() for p in group)
     if half:

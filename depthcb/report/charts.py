@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthcb.glossary import RATIO_UNIT
-from depthcb.profile import Profile, layer_key, relative_depth
+from depthcb.profile import FloatArray, Profile, layer_key, relative_depth
 from depthcb.report.groups import Group, label, last, log_axis, null_change, title_of, unit_of
 from depthcb.run import Run
 from depthcb.style import PALE, line_style, thinned, tick_step
@@ -203,27 +203,59 @@ def ratio_heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
         values: Maximum number of values in all heatmaps.
     """
     runs = group.runs
-    most = fitting(MOST_COLUMNS, sum(len(run.step_ratio.mean) for run in runs), values)
-    titles = [_cell_title("step ratio", run, group, bool(run.step_ratio.steps)) for run in runs]
+    most = fitting(MOST_COLUMNS, sum(len(run.layer_ratio.mean) for run in runs), values)
+    titles = [_cell_title("step ratio", run, group, bool(run.layer_ratio.steps)) for run in runs]
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
     fig = _grid(rows, columns, titles)
     for index, run in enumerate(runs):
-        if run.step_ratio.steps:
-            shown = thinned(range(len(run.step_ratio.steps)), most)
-            ratios = [[r if r > 0 else None for r in row] for row in run.step_ratio.table[shown].tolist()]
+        if run.layer_ratio.steps:
+            shown = thinned(range(len(run.layer_ratio.steps)), most)
+            ratios = [[r if r > 0 else None for r in row] for row in run.layer_ratio.table[shown].tolist()]
             logs = [[math.log10(r) if r else None for r in row] for row in ratios]
-            trace = _heatmap([run.step_ratio.steps[s] for s in shown], logs, run.layers, "coloraxis", ratios)
+            trace = _heatmap([run.layer_ratio.steps[s] for s in shown], logs, run.layers, "coloraxis", ratios)
             row, col = divmod(index, columns)
             fig.add_trace(trace, 1 + row, 1 + col)
-    every = np.concatenate([run.step_ratio.table.ravel() for run in runs])
-    low, high = (math.log10(bound) for bound in (every[every > 0].min(), every[every > 0].max()))
+    fig.update_xaxes(title={"text": "step"})
+    colors = _log_colors(np.concatenate([run.layer_ratio.table.ravel() for run in runs]), rows)
+    return layout(fig, 120 + 280 * rows, coloraxis=colors)
+
+
+def unit_heatmaps(group: Group) -> go.Figure:
+    """Returns heatmaps of the mean step ratio, layer x kind of unit, one per run with units smaller than layers.
+
+    Args:
+        group: The runs.
+    """
+    runs = [run for run in group.runs if run.unit_ratio.units]
+    titles = [_cell_title("step ratio", run, group, there=True) for run in runs]
+    fig = _grid(len(runs), 1, titles)
+    grids = [run.unit_ratio.grid for run in runs]
+    for row, grid in enumerate(grids, start=1):
+        ratios = [[None if math.isnan(r) else r for r in line] for line in grid.values.tolist()]
+        trace = go.Heatmap(
+            x=[_shown(name) for name in grid.labels],
+            y=[_shown(name) for name in grid.layers],
+            z=[[None if r is None else math.log10(r) for r in line] for line in ratios],
+            customdata=ratios,
+            hovertemplate="%{y} %{x}: %{customdata:.4g}<extra></extra>",
+            coloraxis="coloraxis",
+        )
+        fig.add_trace(trace, row, 1)
+    fig.update_xaxes(nticks=None, tickangle=-35)
+    fig.update_yaxes(type="category", nticks=12)
+    colors = _log_colors(np.concatenate([grid.values.ravel() for grid in grids]), len(runs))
+    return layout(fig, 160 + 380 * len(runs), coloraxis=colors)
+
+
+def _log_colors(ratios: FloatArray, rows: int) -> dict[str, Any]:
+    """Returns a colour axis for logarithms of step ratios, labelled with the ratios."""
+    low, high = (math.log10(bound) for bound in (ratios[ratios > 0].min(), ratios[ratios > 0].max()))
     ticks = [low, (low + high) / 2, high]
     bar: dict[str, Any] = {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
     bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
     colors = _colors(0, 1, rows)
-    fig.update_xaxes(title={"text": "step"})
-    return layout(fig, 120 + 280 * rows, coloraxis=colors | {"colorbar": colors["colorbar"] | bar})
+    return colors | {"colorbar": colors["colorbar"] | bar}
 
 
 def _cell_title(what: str, run: Run, group: Group, there: bool) -> str:
@@ -265,11 +297,13 @@ def _colors(column: int, columns: int, rows: int, **more: Any) -> dict[str, Any]
 def progress_chart(group: Group) -> go.Figure:
     """Returns the slope over steps with its interval, the mean step ratio per layer, and any logged validation loss."""
     losses = [loss_of(run) for run in group.runs]
-    panels = ["slope", "mean step ratio per layer", *(["validation loss"] if any(losses) else [])]
+    smaller = any(run.unit_ratio.units for run in group.runs) and not any(run.layer_ratio.mean for run in group.runs)
+    of_ratio = "mean step ratio per layer" + (": of smaller units, see below" if smaller else "")
+    panels = ["slope", of_ratio, *(["validation loss"] if any(losses) else [])]
     fig = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.1)
     for i, run in enumerate(group.runs):
         _add_slopes(fig, group, i)
-        ratio, wanted = run.step_ratio.mean, run.wanted_ratio.mean
+        ratio, wanted = run.layer_ratio.mean, run.wanted_ratio.mean if run.wanted_ratio.by_layer else []
         if ratio:
             fig.add_trace(_line(ratio, group, i, showlegend=False), 1, 2)
         if wanted and wanted != ratio:
@@ -284,7 +318,8 @@ def progress_chart(group: Group) -> go.Figure:
     for col in (1, 3)[: len(panels) - 1]:
         fig.update_xaxes(title={"text": "step"}, row=1, col=col, **ticks)
     fig.update_xaxes(_layer_axis(group), row=1, col=2)
-    log = log_axis(*(ratios.mean for run in group.runs for ratios in (run.step_ratio, run.wanted_ratio)))
+    shown = [ratios for run in group.runs for ratios in (run.step_ratio, run.wanted_ratio) if ratios.by_layer]
+    log = log_axis(*(ratios.mean for ratios in shown))
     axis: dict[str, Any] = {"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"}
     fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, **axis)
     fig.update_yaxes(title={"text": "change per whole depth"}, row=1, col=1)

@@ -145,7 +145,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
-    keys = [_key(pair[0], seedless=True) for pair in pairs]
+    keys = [_seedless(pair) for pair in pairs]
     found = [Group(pair, paired=True, replicated=keys.count(key) > 1) for pair, key in zip(pairs, keys, strict=True)]
     return [*found, *([Group(rest)] if rest else [])]
 
@@ -155,7 +155,7 @@ def replicates(found: Sequence[Group]) -> list[Replicates]:
     by_settings: dict[str, dict[str, Group]] = defaultdict(dict)
     for group in found:
         if group.replicated and group.complete:
-            by_settings[_key(group.runs[0], seedless=True)].setdefault(_seed(group.runs[0]), group)
+            by_settings[_seedless(group.runs)].setdefault(_seed(group.runs[0]), group)
     return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) > 1]
 
 
@@ -177,6 +177,12 @@ def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
     if seedless or not weights:
         del fit["initial_weights"]
     return json.dumps([measured, fit, None if seedless else _seed(run)], sort_keys=True)
+
+
+def _seedless(pair: Sequence[Run]) -> str:
+    """Returns a key of all that replicates share: `_key` without the seed, and what the steps are equal in."""
+    unit = {key: pair[1].controlled.get(key) for key in ("unit", "groups")}
+    return json.dumps([_key(pair[0], seedless=True), unit], sort_keys=True)
 
 
 def _seed(run: Run) -> str:
@@ -385,11 +391,18 @@ def show_rank(value: float | None) -> str:
     return show(value, ".1f") + (" !" if value is not None and value < LOW_RANK else "")
 
 
-def layer_rows(group: Group, measures: Sequence[str]) -> list[list[str]]:
-    """Returns one row per layer: index, name, change by measure and run, step ratio by run, and effective rank."""
+def layer_rows(group: Group, measures: Sequence[str], spreads: bool = False) -> list[list[str]]:
+    """Returns one row per layer: index, name, change by measure and run, step ratio by run, and effective rank.
+
+    Args:
+        group: The runs.
+        measures: The measures.
+        spreads: Whether the matrix spread by run follows the step ratios.
+    """
     profiles = [last(run, measure) for measure in measures for run in group.runs]
     columns: list[Sequence[Any]] = [shown_change(p) if p else () for p in profiles]
-    columns += [list(map(show, run.step_ratio.mean)) for run in group.runs]
+    columns += [list(map(show, run.layer_ratio.mean)) for run in group.runs]
+    columns += [list(map(show, run.matrix_spread)) for run in group.runs if spreads]
     ranks = max((run.effective_rank for run in group.runs), key=len)
     return [
         [str(i), name, *(_at(column, i) or MISSING for column in columns), show_rank(_at(ranks, i))]

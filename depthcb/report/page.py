@@ -22,6 +22,7 @@ from depthcb.report.charts import (
     profile_chart,
     progress_chart,
     ratio_heatmaps,
+    unit_heatmaps,
 )
 from depthcb.report.groups import (
     UNRESOLVED_NOTE,
@@ -223,7 +224,7 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         parts += [charts(heatmaps(group, values), "Change of each layer over training")]
     else:
         parts += ["<p>No depth profile was measured.</p>"]
-    ratios = [run for run in group.runs if run.step_ratio.steps]
+    ratios = [run for run in group.runs if run.layer_ratio.steps]
     if ratios or group.measures or any(loss_of(run) for run in group.runs):
         parts += [charts(progress_chart(group), "Slope, step ratios and loss")]
     if ratios:
@@ -232,6 +233,8 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         shown, steps = (max(counts) for counts in zip(*_columns(fig, ratios), strict=True))
         if shown < steps:
             parts += [f'<p class="soft">Thinned evenly: {shown:,} of {steps:,} logged steps.</p>']
+    if any(run.unit_ratio.units for run in group.runs):
+        parts += [charts(unit_heatmaps(group), "Mean step ratio inside the layers, as the optimizer wanted it")]
     if group.layers:
         parts += ["<h3>Layers</h3>", _layers_table(group)]
     return "".join(parts)
@@ -239,7 +242,7 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
 
 def _columns(fig: go.Figure, runs: Sequence[Run]) -> list[tuple[int, int]]:
     """Returns the numbers of drawn and of logged steps of each heatmap."""
-    return [(len(trace.x), len(run.step_ratio.steps)) for trace, run in zip(fig.data, runs, strict=True)]
+    return [(len(trace.x), len(run.layer_ratio.steps)) for trace, run in zip(fig.data, runs, strict=True)]
 
 
 def html_table(
@@ -267,8 +270,10 @@ def _layers_table(group: Group) -> str:
     head = [("", ""), ("layer", RUN_COLUMNS["layer"])]
     head += [(f"{title_of(group, m)}, {name}", definition_of(group, m)) for m in group.measures for name in names]
     head += [(f"step ratio, {name}", RUN_COLUMNS["step ratio"]) for name in names]
+    spreads = any(run.matrix_spread for run in group.runs)
+    head += [(f"matrix spread, {name}", RUN_COLUMNS["matrix spread"]) for name in names if spreads]
     head += [("effective rank", RUN_COLUMNS["effective rank"])]
-    rows = layer_rows(group, group.measures)
+    rows = layer_rows(group, group.measures, spreads)
     note = f'<p class="soft">{html.escape(UNRESOLVED_NOTE)}</p>' if has_unresolved(rows) else ""
     return html_table(head, rows, text=2) + note
 

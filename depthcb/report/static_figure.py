@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from depthcb.curves import draw_units
 from depthcb.glossary import RATIO_UNIT
 from depthcb.report.groups import (
     Group,
@@ -41,7 +43,8 @@ def write_png(runs: Sequence[Run], path: str | Path, title: str = "") -> None:
 def figure(runs: Sequence[Run], title: str = "") -> Figure:
     """Plots one row of panels per group of runs: each layer's change by each measure, and its mean step ratio."""
     found = [group for group in groups(runs) if group.measures]
-    fig = Figure(figsize=(15, 0.6 + 5.1 * len(found) if found else 3), layout="constrained", facecolor="white")
+    width = 15 + 4 * max((len(_finer(group)) for group in found), default=0)
+    fig = Figure(figsize=(width, 0.6 + 5.1 * len(found) if found else 3), layout="constrained", facecolor="white")
     fig.suptitle(literal(title), fontsize=10, color="#555555")
     if not found:
         names = ", ".join(run.name for run in runs) or "no run was started"
@@ -57,10 +60,16 @@ def figure(runs: Sequence[Run], title: str = "") -> Figure:
 def _draw_group(sub: SubFigure, group: Group) -> None:
     lines = [line for text in [headline(group), *context(group)] for line in textwrap.wrap(text, 170)]
     sub.suptitle(literal("\n".join(lines)), fontsize=11)
-    axes = sub.subplots(1, len(group.measures) + 1)
+    finer = _finer(group)
+    by_layer = len(finer) < len(group.runs)
+    drawn = len(group.measures) + by_layer
+    axes, heatmaps = np.split(sub.subplots(1, drawn + len(finer)), [drawn])
     for ax, measure in zip(axes, group.measures, strict=False):
         _draw_change(ax, group, measure)
-    _draw_ratio(axes[-1], group)
+    if by_layer:
+        _draw_ratio(axes[-1], group)
+    for ax, run in zip(heatmaps, finer, strict=True):
+        draw_units(ax, run.unit_ratio.grid, f"mean step ratio wanted, {label(run, group)}")
     for ax in axes:
         layer_axis(ax, len(group.layers))
         decorate(ax)
@@ -69,6 +78,11 @@ def _draw_group(sub: SubFigure, group: Group) -> None:
     handles = {text: h for ax in axes for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
         sub.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def _finer(group: Group) -> list[Run]:
+    """Returns the runs whose step ratios are those of units smaller than layers."""
+    return [run for run in group.runs if run.unit_ratio.units]
 
 
 def _draw_change(ax: Axes, group: Group, measure: str) -> None:
@@ -93,11 +107,11 @@ def _draw_change(ax: Axes, group: Group, measure: str) -> None:
 
 def _draw_ratio(ax: Axes, group: Group) -> None:
     for i, run in enumerate(group.runs):
-        if run.step_ratio.mean:
-            _draw_run(ax, run.step_ratio.mean, i, label(run, group))
+        if run.layer_ratio.mean:
+            _draw_run(ax, run.layer_ratio.mean, i, label(run, group))
     absent = [label(run, group) for run in group.runs if not run.step_ratio.mean]
     _name(ax, "mean step ratio per layer", RATIO_UNIT, absent)
-    if not log_axis(*(run.step_ratio.mean for run in group.runs)):
+    if not log_axis(*(run.layer_ratio.mean for run in group.runs)):
         _from_zero(ax)
         return
     ax.set_yscale("log")

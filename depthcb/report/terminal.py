@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 import rich.box
 from rich.bar import Bar
 from rich.console import Console
@@ -28,7 +29,7 @@ from depthcb.report.groups import (
     verdict_lines,
 )
 from depthcb.run import Run
-from depthcb.style import BLUE, printable, show_interval
+from depthcb.style import BLUE, printable, show, show_interval
 
 _SHORT = {"standard": "standard", "equal-step": "eq.-step"}
 
@@ -65,6 +66,8 @@ def print_bars(run: Run, console: Console) -> None:
         run: The run.
         console: The console to print to.
     """
+    if run.unit_ratio.units:
+        console.print(_units_table(run))
     profile = last(run, next(iter(run.profiles), ""))
     if profile is None:
         console.print(_text(f"{run.name}: no depth profile was measured yet."))
@@ -82,6 +85,24 @@ def print_bars(run: Run, console: Console) -> None:
     console.print(_text(f"{slope}, {profile.unit}, {profile.rows} rows"))
     if profile.unresolved:
         console.print(_text(UNRESOLVED_NOTE))
+
+
+def _units_table(run: Run) -> Table:
+    """Returns one row per kind of unit: its smallest and largest mean step ratio, and the layers that have them."""
+    table = Table(
+        title=_text(f"{run.name}, {run.control}: mean step ratio"), title_justify="left", box=rich.box.SIMPLE_HEAD
+    )
+    table.add_column("unit", no_wrap=True, overflow="ellipsis")
+    for name in ("smallest", "in", "largest", "in"):
+        table.add_column(name, justify="right", no_wrap=True)
+    grid = run.unit_ratio.grid
+    for kind, ratios in zip(grid.labels, grid.values.T, strict=True):
+        low, high = np.nanargmin(ratios), np.nanargmax(ratios)
+        cells = (cell for i in (low, high) for cell in (show(ratios[i]), grid.layers[i]))
+        table.add_row(_text(kind), *cells)
+    if (spread := run.unit_ratio.spread) is not None:
+        table.caption = _text(f"largest / smallest of all: {show(spread)}")
+    return table
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from lightning.pytorch.loggers import Logger
 
 from depthcb.profile import Profile
+from depthcb.unit_grid import UnitGrid
 
 #: Registered sinks by logger class.
 SINKS: dict[type[Any], type[LoggerSink]] = {}
@@ -19,6 +20,9 @@ class LoggerSink:
     Args:
         logger: The logger; scalars are logged through Lightning.
     """
+
+    #: Whether `units` draws: the loggers then get no scalars of units smaller than layers.
+    draws = False
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -39,6 +43,18 @@ class LoggerSink:
             name: Prefix of the plots' keys.
             by_measure: The profiles so far of each measure, oldest first.
             step: The step of the latest profiles.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+
+    def units(self, name: str, grid: UnitGrid, step: int) -> None:
+        """Logs a heatmap of the step ratios of units smaller than layers.
+
+        Args:
+            name: Prefix of the plot's key.
+            grid: The ratios at this step, by layer and kind of unit.
+            step: The step.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

@@ -13,11 +13,14 @@ from lightning.pytorch.loggers import CometLogger
 
 from depthcb.profile import Profile
 from depthcb.sinks.base import LoggerSink, register
+from depthcb.unit_grid import UnitGrid
 
 
 @register(CometLogger)
 class CometSink(LoggerSink):
-    """Logs ``depthcb_control`` as an "Other" value and the images ``<name>/heatmap`` and ``<name>/curves``."""
+    """Logs ``depthcb_control`` as an "Other" value and the images ``<name>/heatmap``, ``curves`` and ``units``."""
+
+    draws = True
 
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         self.logger.experiment.log_other("depthcb_control", control)
@@ -30,3 +33,10 @@ class CometSink(LoggerSink):
         # As PIL images: Comet stretches an array's values to the full range, which changes its colours.
         for key, picture in (("heatmap", heatmap_image(by_measure)), ("curves", curves_image(by_measure))):
             self.logger.experiment.log_image(Image.fromarray(picture), name=f"{name}/{key}", step=step)
+
+    def units(self, name: str, grid: UnitGrid, step: int) -> None:
+        from PIL import Image
+
+        from depthcb.curves import units_image
+
+        self.logger.experiment.log_image(Image.fromarray(units_image(grid, step)), name=f"{name}/units", step=step)

@@ -16,15 +16,18 @@ from lightning.pytorch.loggers import WandbLogger
 from depthcb.plain import plain
 from depthcb.profile import Profile, layer_key
 from depthcb.sinks.base import LoggerSink, register
+from depthcb.unit_grid import UnitGrid
 
 
 @register(WandbLogger)
 class WandbSink(LoggerSink):
-    """Configures the run and logs ``<name>/heatmap``, a `wandb.Image`, and ``<name>/curves``, a `wandb.Html`.
+    """Configures the run and logs ``<name>/heatmap`` and ``units``, `wandb.Image`, and ``curves``, a `wandb.Html`.
 
     A callback's settings are stored as ``depthcb.<name>`` in the configuration, with layers keyed by the index used in
     the logged keys; ``depthcb_control`` is meant for grouping runs.
     """
+
+    draws = True
 
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         layers = {layer_key(i): layer for i, layer in enumerate(settings["layers"])}
@@ -40,3 +43,8 @@ class WandbSink(LoggerSink):
             f"{name}/curves": wandb.Html(curves_page(by_measure), inject=False),
         }
         self.logger.log_metrics(row, step=step)
+
+    def units(self, name: str, grid: UnitGrid, step: int) -> None:
+        from depthcb.curves import units_image
+
+        self.logger.log_metrics({f"{name}/units": wandb.Image(units_image(grid, step), file_type="png")}, step=step)

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb.step_extras import EXTRAS
 
 #: Layouts by name: data parallel size and tensor parallel size.
 LAYOUTS = {"one": (1, 1), "dp2": (2, 1), "dp2_root": (2, 1), "tp2": (1, 2), "dp2_tp2": (2, 2)}
@@ -113,17 +114,22 @@ def flat(module: nn.Module) -> list[float]:
 
 def main(folder: Path, name: str, resume: str, distributed: str, log_every: str) -> None:
     torch.set_num_threads(1)
+    finer, name = name.endswith("_matrix"), name.removesuffix("_matrix")
     layout = name.removesuffix("_even")
     dp, tp = LAYOUTS[layout]
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     module, control, watch = Regression(name), EqualStep(), DepthProfile()
+    monitor, bare = UpdateRatioMonitor(), EqualStep()
+    if finer:
+        control, bare = EqualStep(unit="matrix"), EqualStep(unit="matrix")
+        monitor, watch = UpdateRatioMonitor(unit="matrix", extras=EXTRAS), DepthProfile(pretrained="cpu", null_draws=1)
     strategy: Any = "auto"
     if dp * tp > 1:
         strategy = ModelParallelStrategy(dp, tp, save_distributed_checkpoint=distributed == "distributed")
     keep = ModelCheckpoint(folder, filename="first", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         max_epochs=2, devices=dp * tp, accelerator="cpu", strategy=strategy, logger=CSVLogger(folder, name="", version=""),
-        callbacks=[control, UpdateRatioMonitor(), watch, *([] if resume else [keep])], log_every_n_steps=int(log_every),
+        callbacks=[control, monitor, watch, *([] if resume else [keep])], log_every_n_steps=int(log_every),
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, enable_checkpointing=not resume,
     )  # fmt: skip
     counted = Collectives()
@@ -133,7 +139,7 @@ def main(folder: Path, name: str, resume: str, distributed: str, log_every: str)
         if dp * tp > 1:
             strategy = ModelParallelStrategy(dp, tp)
         trainer = pl.Trainer(
-            max_epochs=2, devices=dp * tp, accelerator="cpu", strategy=strategy, callbacks=[EqualStep()], logger=False,
+            max_epochs=2, devices=dp * tp, accelerator="cpu", strategy=strategy, callbacks=[bare], logger=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             enable_checkpointing=False,
         )  # fmt: skip

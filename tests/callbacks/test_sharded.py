@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from support import run_script
 
+from depthcb.step_extras import EXTRAS
+
 
 def run(
     folder: Path, name: str, world: int, resume: str = "", checkpoints: str = "plain", log_every: int = 1
@@ -39,13 +41,14 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tu
     ("name", "world"),
     [
         ("dp2", 2),
+        ("dp2_matrix", 2),
         pytest.param("tp2", 2, marks=pytest.mark.slow),
         pytest.param("dp2_root", 2, marks=pytest.mark.slow),
         pytest.param("dp2_tp2", 4, marks=pytest.mark.slow),
     ],
 )
 def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -> None:
-    _, (alone,) = through("one_even" if "tp" in name else "one", 1)
+    _, (alone,) = through("one_even" if "tp" in name else "one_matrix" if "matrix" in name else "one", 1)
     _, ranks = through(name, world)
     for seen in ranks:
         assert seen["weights"] == seen["unwatched"]
@@ -53,11 +56,26 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -
         assert seen["realised"] == pytest.approx(alone["realised"], rel=1e-5)
         assert seen["change"] == pytest.approx(alone["change"], rel=1e-3)
         assert (seen["weights"], seen["realised"]) == (ranks[0]["weights"], ranks[0]["realised"])
-    if name == "dp2":
+    if name in ("dp2", "dp2_matrix"):
         pieces = [shape for seen in ranks for shape in seen["pieces"]]
         assert {(7, 8), (6, 8), (1,), (0,)} <= set(map(tuple, pieces)), "no uneven or empty shard: a weak test"
     # 8 steps, all logged: each callback takes 1 per step; EqualStep 1 before training and 1 at the end of each epoch.
     assert ranks[0]["collectives"] == 8 * 2 + 1 + 2
+
+
+def test_the_extras_of_pieces_are_those_of_the_whole(through: Any) -> None:
+    """By matrix, in every column of every logged step."""
+    tables = []
+    for name, world in (("one_matrix", 1), ("dp2_matrix", 2)):
+        with open(through(name, world)[0] / "metrics.csv", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if k.startswith("update_ratio/") and v} for row in csv.DictReader(file)]  # fmt: skip
+        tables.append([row for row in rows if row])
+    assert len(tables[0]) == len(tables[1]) == 8
+    keys = {key for row in tables[0] for key in row}
+    for extra in EXTRAS:
+        assert sum(key.startswith(f"update_ratio/{extra}/L0") for key in keys) == 4 * 3
+    for alone, pieces in zip(*tables, strict=True):
+        assert pieces == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow
