@@ -46,6 +46,8 @@ class ObjectiveDistance:
         layer_names: Name of each layer's module.
         per_layer_intervals: The interval of each layer's distance.
         batches: Number of batches used.
+        procrustes_uncorrected: Procrustes distance of the mean gradients, in [0, 1]; None if it was not asked for.
+        per_layer_procrustes_uncorrected: The same in each layer; empty if it was not asked for.
     """
 
     overall: float | None
@@ -54,6 +56,8 @@ class ObjectiveDistance:
     layer_names: tuple[str, ...]
     per_layer_intervals: tuple[Interval | None, ...] = ()
     batches: int = 0
+    procrustes_uncorrected: float | None = None
+    per_layer_procrustes_uncorrected: tuple[float | None, ...] = ()
 
     @property
     def width(self) -> float:
@@ -79,6 +83,7 @@ def objective_distance(
     layers: str | list[str] | None = None,
     width: float = 0.2,
     most_batches: int = 96,
+    procrustes: bool = False,
 ) -> ObjectiveDistance:
     """Computes 1 - cos of the stack's gradients under two objectives on the same texts [paper names it; formula ours].
 
@@ -101,6 +106,8 @@ def objective_distance(
         layers: The layers, as accepted by `LayerStack.find`.
         width: Batches are added, 6 at a time, until the overall interval is narrower than this.
         most_batches: The largest number of batches.
+        procrustes: Whether to compute the Procrustes distance too, see `procrustes_distance`. It takes one singular
+            value decomposition per matrix.
 
     Raises:
         ValueError: The stacks differ in layers, shapes or weights; parameters are sharded; there are fewer than 6
@@ -130,6 +137,9 @@ def objective_distance(
             break
     if found is None:
         raise ValueError(f"There are fewer than {GROUPS} batches: the objective distance needs more or smaller ones.")
+    if procrustes:
+        shapes = [[p.shape for p in layer] for layer in stacks[0].parameters()]
+        found = dataclasses.replace(found, **_procrustes(sums[0].layers, sums[1].layers, shapes))
     return found
 
 
@@ -191,6 +201,67 @@ def _distance(across: float, within_u: float, within_v: float) -> float | None:
     if within_u <= 0 or within_v <= 0:
         return None
     return 1 - float(across) / math.sqrt(within_u * within_v)
+
+
+def procrustes_distance(u: Sequence[Tensor], v: Sequence[Tensor]) -> float | None:
+    """Computes the Procrustes distance of two lists of matrices, matrix by matrix [second-hand: Procrustes; form ours].
+
+    For matrices U_m and V_m (out, in), each pair with its own best rotation R_m of the columns,
+
+        1 - sum_m <U_m, V_m R_m> / sqrt(sum_m |U_m|^2 sum_m |V_m|^2),
+
+    where <U_m, V_m R_m> is the nuclear norm |U_m' V_m|_*. So it is 1 - cos after the rotations, and never larger than
+    without them: 0 if rotations map one onto the other, at most 1. *Uncorrected*: the nuclear norm is convex, so that
+    noise in the gradients makes it larger on average, and no average over independent batches takes that out, as it
+    does for `objective_distance`. More batches move it.
+
+    Args:
+        u: Matrices; tensors with more dimensions are flattened to (first dimension, rest), those with fewer left out.
+        v: Matrices of the same shapes.
+
+    Returns:
+        The distance; None if all of one side's matrices are 0.
+
+    Example:
+        >>> import torch
+        >>> g = torch.eye(3)
+        >>> abs(procrustes_distance([g], [g.flip(1)])) < 1e-12, abs(procrustes_distance([g], [-g])) < 1e-12
+        (True, True)
+    """
+    return _aligned(_alignments(u, v))
+
+
+def _alignments(u: Sequence[Tensor], v: Sequence[Tensor]) -> FloatArray:
+    """Returns (3,): the sums over the matrices of |U'V|_*, |U|^2 and |V|^2."""
+    total = np.zeros(3)
+    for a, b in zip(u, v, strict=True):
+        if a.ndim < 2:
+            continue
+        a, b = (x.detach().double().flatten(1) for x in (a, b))
+        norms = [float(x.square().sum()) for x in (a, b)]
+        if a.shape[0] < a.shape[1]:  # A' = Q R and B' = S T give |A'B|_* = |R T'|_*, which is smaller
+            a, b = (torch.linalg.qr(x.T, mode="r").R.T for x in (a, b))
+        total += [float(torch.linalg.svdvals(a.T @ b).sum()), *norms]
+    return total
+
+
+def _aligned(sums: FloatArray) -> float | None:
+    aligned, *squares = (float(value) for value in sums)
+    if not all(squares):
+        return None
+    return 1 - aligned / math.sqrt(squares[0] * squares[1])
+
+
+def _procrustes(u: Sequence[Tensor], v: Sequence[Tensor], shapes: Sequence[Sequence[torch.Size]]) -> dict[str, Any]:
+    """Returns the fields of the Procrustes distance of the gradients' sums, given those by group and layer."""
+
+    def parts(sums: Tensor, layer: Sequence[torch.Size]) -> list[Tensor]:
+        whole = sums.double().sum(dim=0).split([shape.numel() for shape in layer])
+        return [part.view(shape) for part, shape in zip(whole, layer, strict=True)]
+
+    sums = [_alignments(parts(a, of), parts(b, of)) for a, b, of in zip(u, v, shapes, strict=True)]
+    overall = _aligned(np.sum(sums, axis=0))
+    return {"procrustes_uncorrected": overall, "per_layer_procrustes_uncorrected": tuple(map(_aligned, sums))}
 
 
 def _gradient(name: str, objective: Objective, stack: LayerStack, batch: Any) -> Gradient:

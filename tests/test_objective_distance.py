@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import linalg, stats
 from support import TinyLM, seeded, texts
 from torch import Tensor, nn
 
 from depthcb import LayerStack, gradient_distance, objective_distance
-from depthcb.gradient_distance import _gradient
+from depthcb.gradient_distance import _gradient, procrustes_distance
 
 
 class Scales(nn.Module):
@@ -215,3 +215,52 @@ def test_what_is_not_one_model_is_refused(change: Any, count: int, message: str)
     module, loss = seeded(TinyLM), lambda m, b: m.loss(b)
     with pytest.raises(ValueError, match=message):
         objective_distance((module, loss), (change(module), loss), [batch(0)] * count)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 3), (3, 7), (4, 4)])
+def test_procrustes_is_scipys_best_rotation(rows: int, columns: int) -> None:
+    random = np.random.default_rng(rows)
+    u, v = ([random.normal(size=(rows, columns)), random.normal(size=(2, columns))] for _ in range(2))
+    rotations = [linalg.orthogonal_procrustes(b, a)[0] for a, b in zip(u, v, strict=True)]
+    turned = np.concatenate([(b @ r).ravel() for b, r in zip(v, rotations, strict=True)])
+    whole = np.concatenate([a.ravel() for a in u])
+    expected = 1 - whole @ turned / (np.linalg.norm(whole) * np.linalg.norm(turned))
+    parts = [[torch.tensor(m) for m in side] + [torch.full((columns,), 9.0)] for side in (u, v)]  # vectors are left out
+    assert procrustes_distance(*parts) == pytest.approx(expected, abs=1e-12)
+    turn = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64, generator=torch.Generator()))[0]
+    assert procrustes_distance(parts[0], [x @ turn if x.ndim > 1 else x for x in parts[0]]) == pytest.approx(
+        0, abs=1e-12
+    )
+    assert procrustes_distance(parts[0], [torch.zeros_like(x) for x in parts[0]]) is None
+
+
+def test_procrustes_is_that_of_the_mean_gradients_matrix_by_matrix() -> None:
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]))
+    losses = (lambda m, x: m(x).square().mean(), lambda m, x: m(x).exp().mean())
+    data = [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    found = objective_distance((model, losses[0]), (model, losses[1]), data, procrustes=True)
+    u, v = ([sum(gradients(loss, model, x, i) for x in data) for i in range(3)] for loss in losses)
+    scales = [linalg.orthogonal_procrustes(a, b)[1] for a, b in zip(u, v, strict=True)]
+    squares = [[float((g**2).sum()) for g in side] for side in (u, v)]
+    expected = [1 - s / np.sqrt(a * b) for s, a, b in zip(scales, *squares, strict=True)]
+    assert found.per_layer_procrustes_uncorrected == pytest.approx(expected, abs=1e-5)
+    overall = 1 - sum(scales) / np.sqrt(sum(squares[0]) * sum(squares[1]))
+    assert found.procrustes_uncorrected == pytest.approx(overall, abs=1e-5)
+    assert found.overall is not None
+    assert found.procrustes_uncorrected < found.overall, "rotations only bring gradients closer"
+    plain = objective_distance((model, losses[0]), (model, losses[1]), data)
+    assert plain.procrustes_uncorrected is None
+    assert plain.per_layer == found.per_layer
+
+
+def gradients(loss: Any, model: nn.Module, x: Tensor, layer: int) -> np.ndarray:
+    found = torch.autograd.grad(loss(model, x), model[layer].weight)[0]  # type: ignore[index]
+    return found.double().numpy()
+
+
+def test_procrustes_is_not_corrected_for_noise_and_says_so() -> None:
+    """Pure noise on both sides: the cosine's mean is 0, but some rotation always aligns part of the noise."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(12, 8, generator=generator) for _ in range(2))
+    assert procrustes_distance([u], [v]) < 0.7  # type: ignore[operator]
+    assert "procrustes_uncorrected" in gradient_distance.ObjectiveDistance.__dataclass_fields__

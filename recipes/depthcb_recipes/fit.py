@@ -19,10 +19,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import depthcb_recipes
-from depthcb.callbacks.logging import run_folder, write_record
+from depthcb import DepthProfile
+from depthcb.callbacks.logging import callbacks_of, run_folder, write_record
 from depthcb.run import write_header
 from depthcb_recipes.backbones.catalogue import CONFIGS
 from depthcb_recipes.backbones.pretraining import pretrain_if_missing
+from depthcb_recipes.data.probe_texts import ProbeTexts
 from depthcb_recipes.fit_progress import FitProgress
 from depthcb_recipes.objectives.objective import Objective
 from depthcb_recipes.precision import Precision, choose, device_of, settle
@@ -76,6 +78,8 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
+        about = "texts that DepthProfile measures on, instead of a sample of the validation set"
+        parser.add_argument("--probe", type=ProbeTexts | None, default=None, help=about)
 
     def before_instantiate_classes(self) -> None:
         own = self._own(self.config)
@@ -96,6 +100,16 @@ class FitCLI(LightningCLI):
         if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in named):
             callbacks.append(FitProgress("fit"))
         return super().instantiate_trainer(**options, callbacks=callbacks)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        texts = self._own(self.config_init).probe
+        if texts is None:
+            return
+        batches = texts.batches(self.datamodule.tokenizer)
+        for callback in callbacks_of(self.trainer):
+            if isinstance(callback, DepthProfile) and callback.recorder.probe is None:
+                callback.recorder.probe = batches
 
     def _own(self, config: Any) -> Any:
         """What a configuration holds for the command that runs."""

@@ -20,8 +20,9 @@ import yaml
 from studies import FIGURES, alive, gone, hold
 
 from depthcb.cli import main
+from depthcb_recipes.backbones.architectures import ARCHITECTURES
 from depthcb_recipes.studies.commands import check_memory, fitting, shard
-from depthcb_recipes.studies.grid import VERSION, RunConfig, read_study
+from depthcb_recipes.studies.grid import VERSION, RunConfig, load_study, measures_of, read_study
 from depthcb_recipes.studies.pool import MOST_KILLS, Pool, run_study
 from depthcb_recipes.studies.process import environment
 from depthcb_recipes.studies.result import RESULT, Result, read_result, write_result
@@ -89,6 +90,16 @@ def test_one_more_value_adds_only_its_runs(tmp_path: Path) -> None:
             "grid.control has 'equal'; it takes standard, equal-step",
         ),
         (yaml.safe_dump({"grid": GRID, "by": {"lr": {}}}), "by.lr is not an axis of the grid"),
+        (yaml.safe_dump({"grid": [GRID, 3]}), "has no grid: give a list for each of"),
+        (yaml.safe_dump({"grid": [GRID, GRID | {"seed": []}]}), r"grid\[1\].seed is \[\]; it must be a list"),
+        (
+            yaml.safe_dump({"grid": GRID, "by": {"family": {"cnn": {}}}}),
+            "by.family names 'cnn', which is none of encoder, decoder, state-space, recurrent",
+        ),
+        (
+            yaml.safe_dump({"grid": GRID, "deciding": "procrustes"}),
+            r"deciding is 'procrustes', which is not a measure of a causal_lm sgd standard 0 \(cka, cka_normalized\)",
+        ),
         (
             yaml.safe_dump({"grid": GRID, "by": {"model": {"c": {}}}}),
             "by.model names 'c', which is not in grid.model",
@@ -105,7 +116,9 @@ def test_a_bad_study_is_one_clear_sentence(text: str, message: str, tmp_path: Pa
         read_study(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize(("name", "count"), [("paper", 240), ("paper-sgd", 240), ("mini", 120), ("mini-smoke", 24)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("paper", 226), ("paper-ours", 240), ("paper-sgd", 240), ("mini", 120), ("mini-smoke", 24)]
+)
 def test_bundled_studies_are_studies(name: str, count: int) -> None:
     runs = read_study(Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "studies" / f"{name}.yaml")
     assert len(runs) == count
@@ -113,6 +126,55 @@ def test_bundled_studies_are_studies(name: str, count: int) -> None:
         path.stem for path in (Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "configs").glob("*.yaml")
     }
     assert {run.objective for run in runs} <= configs
+
+
+def test_the_papers_preset_has_its_runs() -> None:
+    """180 standard runs, 40 equal-step ones at 125M-350M and 6 at 1.3B-1.4B; encoders have a budget of their own."""
+    study = load_study(Path(__file__).parents[2] / "recipes" / "depthcb_recipes" / "studies" / "paper.yaml")
+    assert study.deciding == "procrustes"
+    assert {run.optimizer for run in study.runs} == {"adamw"}
+    standard = [run for run in study.runs if run.control == "standard"]
+    equal = [run for run in study.runs if run.control == "equal-step"]
+    assert {run.model for run in standard} == set(ARCHITECTURES)
+    assert (len(standard), len({(run.model, run.objective) for run in standard})) == (180, 60)
+    large = [run for run in equal if ARCHITECTURES[run.model].parameters > 1000]
+    assert (len(equal), len(large), {run.objective for run in large}) == (46, 6, {"causal_lm"})
+    assert all(ARCHITECTURES[run.model].family in ("encoder", "decoder") for run in equal)
+    assert {run.pair for run in equal} < {run.pair for run in standard}, "each equal-step run has its standard twin"
+    for run in study.runs:
+        encoder = ARCHITECTURES[run.model].family == "encoder"
+        assert run.options["trainer.max_steps"] == (3000 if encoder else 1000)
+        assert measures_of(run) == ["procrustes", "cka", "cka_normalized"]
+        assert run.options["probe.rows"] == 290
+    assert len({json.dumps({k: v for k, v in run.options.items() if k.startswith("probe")}) for run in study.runs}) == 1
+
+
+def test_grids_of_one_study_follow_each_other(tmp_path: Path) -> None:
+    path, first = tmp_path / "s.yaml", GRID | {"control": ["standard"]}
+    second = GRID | {"model": ["b"], "control": ["equal-step"], "seed": [0]}
+    path.write_text(yaml.safe_dump({"grid": [first, second], "by": {"model": {"b": {"model.lr": 1}}}}))
+    runs = read_study(path)
+    assert [run.control for run in runs] == ["standard"] * 12 + ["equal-step"] * 2
+    assert runs[:12] == [run for run in read_study(study(tmp_path, by={"model": {"b": {"model.lr": 1}}}))
+                         if run.control == "standard"]  # fmt: skip
+    path.write_text(yaml.safe_dump({"grid": [first, first]}))
+    with pytest.raises(ValueError, match=r"grid\[1\] has a causal_lm sgd standard 0, as an earlier grid has"):
+        read_study(path)
+
+
+def test_options_by_family(tmp_path: Path) -> None:
+    grid = GRID | {"model": ["bert-tiny", "gpt2-tiny", "mamba2-tiny", "roberta-base"]}
+    by = {
+        "family": {"encoder": {"trainer.max_steps": 9}, "state-space": {"threads": 2}},
+        "model": {"roberta-base": {"trainer.max_steps": 4}},
+    }
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"grid": grid, "options": {"trainer.max_steps": 3}, "by": by}))
+    found = {run.model: (run.options["trainer.max_steps"], run.threads) for run in read_study(path)}
+    assert found == {"bert-tiny": (9, 1), "gpt2-tiny": (3, 1), "mamba2-tiny": (3, 2), "roberta-base": (4, 1)}
+    path.write_text(yaml.safe_dump({"grid": grid | {"model": ["./nowhere"]}, "by": by | {"model": {}}}))
+    with pytest.raises(ValueError, match=r"by\.family needs the family of '\./nowhere', which is not known"):
+        read_study(path)
 
 
 def test_a_pool_makes_each_run_once_and_the_next_one_nothing(runner: str, tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthcb import LayerStack
 from depthcb.isolation import isolated
-
-BlockType = Literal["sequential", "parallel", "single"]
+from depthcb_recipes.backbones.architectures import BlockType
 
 
 def block_type(model: nn.Module) -> BlockType:

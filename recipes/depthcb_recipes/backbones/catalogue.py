@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
@@ -17,21 +16,14 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 import depthcb_recipes
 from depthcb import LayerStack
 from depthcb.isolation import isolated_rng
-from depthcb_recipes.backbones.block_type import BlockType, block_type
+from depthcb_recipes.backbones.architectures import ARCHITECTURES, BlockType, Family
+from depthcb_recipes.backbones.block_type import block_type
 from depthcb_recipes.backbones.loading import PACKAGED, BackboneNotFoundError, is_encoder, load_config
 from depthcb_recipes.backbones.zoo import MINI_ZOO, ZOO
 from depthcb_recipes.silence import silent_transformers
 
-Family = Literal["encoder", "decoder", "state-space", "recurrent"]
-
 #: The 15 hub networks of the study [ours].
-HUB = (
-    "bert-base-uncased", "bert-large-uncased", "roberta-base",
-    "gpt2", "gpt2-medium", "facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b",
-    "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b", "EleutherAI/pythia-6.9b",
-    "Salesforce/codegen-350M-mono", "state-spaces/mamba-130m-hf", "RWKV/rwkv-4-169m-pile",
-)  # fmt: skip
-
+HUB = tuple(ARCHITECTURES)
 
 #: The bundled YAML files, one per objective.
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -61,20 +53,21 @@ class Backbone:
 def backbones() -> Iterator[Backbone]:
     """Yields all packaged backbones, then the mini zoo, then the hub networks of the study.
 
-    Hub networks are only described if their configuration is already on this machine.
+    Hub networks are described by `ARCHITECTURES`, without a network.
     """
     for entry in PACKAGED.values():
         yield describe(entry.name)
     for name in MINI_ZOO:
         yield describe(name)
     for name in HUB:
-        yield describe(name, local=True)
+        found = ARCHITECTURES[name]
+        whole = _without_storage(found.config())
+        yield Backbone(name, "hub", found.family, found.block, len(LayerStack.find(whole)), _numbers(whole))
 
 
 def backbones_table(names: Sequence[str] = ()) -> Table:
     """Returns a printable table of the named backbones, or of all."""
-    caption = "Hub networks are described once their configuration has been downloaded."
-    table = Table(caption=caption, box=None, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for title in ("name", "family", "block", "layers", "size", "from"):
         table.add_column(title, justify="right" if title in ("layers", "size") else "left", no_wrap=True)
     for b in [describe(name) for name in names] or backbones():
@@ -93,26 +86,33 @@ def objectives_table() -> Table:
     return table
 
 
-def describe(name: str, *, local: bool = False) -> Backbone:
+def family_of(name: str) -> Family:
+    """Returns the family of a backbone, from its configuration.
+
+    Raises:
+        BackboneNotFoundError: See ``load_backbone``.
+    """
+    return family(config_of(name))
+
+
+def describe(name: str) -> Backbone:
     """Describes a backbone from its configuration and a shallow, randomly initialised copy.
 
     Args:
         name: See ``load_backbone``.
-        local: Whether to use local files only.
 
     Returns:
-        The description. If ``local`` is set or the backbone is packaged, and its files are not available, only the name
-        and source are given.
+        The description. If the backbone is packaged and its wheel is not installed, only the name and source are given.
 
     Raises:
-        BackboneNotFoundError: See ``load_backbone``; not raised if ``local`` is set or the backbone is packaged.
+        BackboneNotFoundError: See ``load_backbone``; not raised if the backbone is packaged.
     """
     packaged = PACKAGED.get(name)
     source = "wheel" if packaged else "pretrained" if name in ZOO else "hub" if name in HUB else "hub or disk"
     try:
-        config = _config(name, local)
+        config = _config(name)
     except BackboneNotFoundError:
-        if local or packaged:
+        if packaged:
             return Backbone(name, source)
         raise
     whole = _without_storage(config)
@@ -128,8 +128,19 @@ def count_parameters(name: str) -> int:
     return _numbers(_without_storage(_config(name)))
 
 
-def _config(name: str, local: bool = False) -> PretrainedConfig:
-    return ZOO[name].config() if name in ZOO else load_config(name, local=local)
+def config_of(name: str) -> PretrainedConfig:
+    """Returns the configuration of a backbone; that of a network of the study needs no network.
+
+    Raises:
+        BackboneNotFoundError: See ``load_backbone``.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name].config()
+    return _config(name)
+
+
+def _config(name: str) -> PretrainedConfig:
+    return ZOO[name].config() if name in ZOO else load_config(name)
 
 
 def _without_storage(config: PretrainedConfig) -> PreTrainedModel:

@@ -175,12 +175,11 @@ def pretraining(name: str) -> Pretraining:
     )
 
 
-def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
+def load_config(name: str) -> PretrainedConfig:
     """Loads the configuration of a backbone.
 
     Args:
         name: See ``load_backbone``.
-        local: Whether to use local files only.
 
     Raises:
         BackboneNotFoundError: See ``load_backbone``.
@@ -189,7 +188,7 @@ def load_config(name: str, *, local: bool = False) -> PretrainedConfig:
     try:
         with silent_transformers():
             source = str(_folder(PACKAGED[name])) if name in PACKAGED else name
-            return _config(source, None, local)
+            return _config(source, None)
     except OSError as cause:
         raise BackboneNotFoundError(_nowhere(name)) from cause
 
@@ -203,8 +202,8 @@ def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrain
     return model, load_tokenizer(name)
 
 
-def _config(source: str, head: Head | None, local: bool = False) -> PretrainedConfig:
-    config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
+def _config(source: str, head: Head | None) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(source)
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # otherwise RWKV rescales weights in place on every eval()
     if head is not None and config.model_type not in _HEADS[head]:

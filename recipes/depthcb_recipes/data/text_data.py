@@ -242,7 +242,7 @@ class TextData(LightningDataModule):
         return split_by_file(self.python_rows().rename_columns(names), seed=self.seed)
 
     def _loaded(self) -> tuple[Dataset, Dataset]:
-        splits = _load(self.dataset, self.config)
+        splits = load_splits(self.dataset, self.config)
         if self.train_split not in splits:
             raise ValueError(f"{self.dataset!r} has no split {self.train_split!r}: it has {', '.join(splits)}.")
         train = splits[self.train_split]
@@ -309,7 +309,7 @@ def _keys(rows: Dataset) -> list[str]:
     return list(map(repr, zip(*rows[:].values(), strict=True)))
 
 
-def _load(dataset: str, config: str | None) -> DatasetDict:
+def load_splits(dataset: str, config: str | None) -> DatasetDict:
     """Loads all splits of a local file, a folder or a hub dataset."""
     path = Path(dataset)
     if path.is_file():

@@ -24,6 +24,7 @@ class TextPairs(TextData):
         second: Name of the column with the second texts; None pairs each text with itself (SimCSE).
         score: Name of the column with similarity scores, if not all pairs are positives (STS-B's ``label``).
         min_score: Pairs with a lower score are dropped.
+        min_characters: Rows with a shorter text, such as headings and empty lines, are dropped.
         **options: See `TextData`.
 
     Raises:
@@ -41,22 +42,27 @@ class TextPairs(TextData):
         second: str | None = "second",
         score: str | None = None,
         min_score: float = 4.0,
+        min_characters: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(backbone, dataset, **options)
         self.columns = tuple(column for column in (first, second, score) if column is not None)
-        self.score, self.min_score = score, min_score
+        self.score, self.min_score, self.min_characters = score, min_score, min_characters
 
     def python_rows(self) -> Dataset:
         return docstring_pairs(python_corpus("code"))
 
     def settle(self, side: Dataset) -> Dataset:
-        if self.score is None:
-            return side
-        return side.select([i for i, score in enumerate(side[self.score]) if score >= self.min_score])
+        texts = [side[column] for column in self._texts]
+        long = [min(map(len, row)) >= self.min_characters for row in zip(*texts, strict=True)]
+        scores = side[self.score] if self.score is not None else [self.min_score] * len(side)
+        return side.select([i for i, score in enumerate(scores) if long[i] and score >= self.min_score])
+
+    @property
+    def _texts(self) -> list[str]:
+        return [column for column in self.columns if column != self.score]
 
     def encode(self, rows: Dataset) -> Iterator[dict[str, list[int]]]:
         names = ("input_ids", "pair_input_ids")
-        texts = [column for column in self.columns if column != self.score]
-        for ids in zip(*(self.truncated(rows[column]) for column in texts), strict=True):
+        for ids in zip(*(self.truncated(rows[column]) for column in self._texts), strict=True):
             yield dict(zip(names, ids, strict=False))

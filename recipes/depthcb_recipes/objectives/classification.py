@@ -56,7 +56,10 @@ class Classification(Objective):
         self.hparams["num_labels"] = num_labels  # so that a checkpoint can be loaded without the data module
         config = self.model.config
         weight = next(self.model.parameters())
-        self.head = nn.Linear(config.hidden_size, num_labels, device=weight.device, dtype=weight.dtype)
+        width = getattr(
+            config, "word_embed_proj_dim", config.hidden_size
+        )  # OPT-350M's output has its embeddings' width
+        self.head = nn.Linear(width, num_labels, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.head.bias)
         self.val_metrics["accuracy"] = MulticlassAccuracy(num_labels, average="micro", ignore_index=IGNORED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,17 +25,21 @@ class Contrastive(Objective):
     A batch contains ``input_ids``, ``pair_input_ids`` and, optionally, ``attention_mask`` and ``pair_attention_mask``.
     Without pairs, each text is paired with itself under a different dropout mask (SimCSE); in validation, these masks
     are fixed. Each process only uses negatives from its own batch. Embeddings are mean-pooled over non-padding tokens
-    for encoders, and taken from the last token otherwise. Also logs ``val/recall_at_1``, the fraction of texts whose
-    partner is their nearest neighbour in the batch.
+    for encoders, and taken from the last token otherwise. Networks that have no dropout of their own (Pythia, CodeGen,
+    Mamba, RWKV; OPT's cannot be switched on in validation) can get one on their token embeddings for this pairing
+    alone [ours]. Also logs ``val/recall_at_1``, the fraction of texts whose partner is their nearest neighbour in the
+    batch.
 
     Args:
         backbone: See `Objective`. If the model has a head, it is not used.
         temperature: Temperature that divides the cosine similarities.
+        dropout: Rate of the dropout on the token embeddings for networks without dropout modules of their own; 0 raises
+            an error for them where a text is paired with itself.
         **options: See `Objective`.
 
     Raises:
-        ValueError: See `Objective`; also if the temperature is not positive, a batch contains only one text, or there
-            are neither pairs nor dropout.
+        ValueError: See `Objective`; also if the temperature is not positive, the rate is not in [0, 1), a batch
+            contains only one text, or there are neither pairs nor dropout.
 
     Example:
         >>> import torch
@@ -46,12 +51,19 @@ class Contrastive(Objective):
     """
 
     def __init__(
-        self, backbone: str | PreTrainedModel = "minilm", *, temperature: float = 0.05, **options: Any
+        self,
+        backbone: str | PreTrainedModel = "minilm",
+        *,
+        temperature: float = 0.05,
+        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, not {dropout}")
         super().__init__(backbone, **options)
-        self.temperature = temperature
+        self.temperature, self.dropout = temperature, dropout
         self.val_metrics["recall_at_1"] = MeanMetric()
 
     def loss(self, batch: Batch) -> Loss:
@@ -84,18 +96,30 @@ class Contrastive(Objective):
     def _dropping(self) -> Iterator[None]:
         """Enables dropout, with fixed masks outside training so that validations are comparable."""
         dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        if not dropouts:
+        if not dropouts and not self.dropout:
             raise ValueError(
-                f"{type(self.model).__name__} has no dropout, so texts can't be paired with themselves: provide pairs."
+                f"{type(self.model).__name__} has no dropout, so texts can't be paired with themselves: provide pairs, "
+                "or set dropout, such as model.dropout=0.1."
             )
-        if self.training:
-            yield
-            return
-        with isolated_rng(0):
-            try:
-                for module in dropouts:
-                    module.train()
+        with self._embeddings_dropped() if not dropouts else contextlib.nullcontext():
+            if self.training:
                 yield
-            finally:
-                for module in dropouts:
-                    module.eval()
+                return
+            with isolated_rng(0):
+                try:
+                    for module in dropouts:
+                        module.train()
+                    yield
+                finally:
+                    for module in dropouts:
+                        module.eval()
+
+    @contextmanager
+    def _embeddings_dropped(self) -> Iterator[None]:
+        """Applies dropout to the token embeddings."""
+        embeddings = self.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda module, args, output: F.dropout(output, self.dropout))
+        try:
+            yield
+        finally:
+            handle.remove()

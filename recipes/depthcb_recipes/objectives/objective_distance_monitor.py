@@ -39,6 +39,8 @@ class ObjectiveDistanceMonitor(Callback):
     ``depth/objective_distance``         1 - cos of the stack's gradients: 0 if parallel, 1 if orthogonal
     ``depth/objective_distance/L00``     the same for layer 0
     ``depth/objective_distance_low``     lower end of its 95 % interval over batches; ``_high`` is the upper end
+    ``depth/objective_distance_          with ``procrustes``: Procrustes distance of the gradients, not corrected for
+    procrustes_uncorrected``             batch noise (see `depthcb.gradient_distance`); ``.../L00`` is layer 0's
     ===================================  ==========================================================================
 
     Validation batches are added until the interval is narrower than ``width``, or ``most_batches`` are used; a warning
@@ -48,6 +50,7 @@ class ObjectiveDistanceMonitor(Callback):
     Args:
         width: The width of the interval to reach.
         most_batches: The largest number of validation batches.
+        procrustes: Whether to measure the Procrustes distance too; it takes a singular value decomposition per matrix.
 
     Raises:
         ValueError: If an argument is out of range. At train start: if there are fewer than 6 validation batches, or the
@@ -58,12 +61,12 @@ class ObjectiveDistanceMonitor(Callback):
         True
     """
 
-    def __init__(self, width: float = WIDTH, most_batches: int = 48) -> None:
+    def __init__(self, width: float = WIDTH, most_batches: int = 48, procrustes: bool = False) -> None:
         if not width > 0:
             raise ValueError(f"width must be positive, not {width}")
         if most_batches < GROUPS:
             raise ValueError(f"most_batches must be at least {GROUPS}, not {most_batches}")
-        self.width, self.most_batches = width, most_batches
+        self.width, self.most_batches, self.procrustes = width, most_batches, procrustes
         #: The measured distance; None before training starts.
         self.distance: ObjectiveDistance | None = None
 
@@ -90,6 +93,7 @@ class ObjectiveDistanceMonitor(Callback):
             pairs,
             width=self.width,
             most_batches=self.most_batches,
+            procrustes=self.procrustes,
         )
         if self.distance.width >= self.width:
             rank_zero_warn(
@@ -148,9 +152,10 @@ def own_batch(own: Objective, new: Objective, batch: Batch, backbone: str) -> Ba
 
 
 def _row(distance: ObjectiveDistance) -> dict[str, float]:
-    row: dict[str, Any] = {layer_key(i): d for i, d in enumerate(distance.per_layer)}
-    row = {f"depth/objective_distance/{key}": value for key, value in row.items()}
+    key, procrustes = "depth/objective_distance", "depth/objective_distance_procrustes_uncorrected"
     low, high = distance.interval or (None, None)
-    row |= {"depth/objective_distance": distance.overall}
-    row |= {"depth/objective_distance_low": low, "depth/objective_distance_high": high}
+    row: dict[str, float | None] = {key: distance.overall, f"{key}_low": low, f"{key}_high": high}
+    row |= {procrustes: distance.procrustes_uncorrected}
+    for name, layers in ((key, distance.per_layer), (procrustes, distance.per_layer_procrustes_uncorrected)):
+        row |= {f"{name}/{layer_key(i)}": value for i, value in enumerate(layers)}
     return {key: value for key, value in row.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What ``depthcb study run|status|table|claims|report`` do."""
+"""What the tasks of ``depthcb study`` do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthcb_recipes.machine import available_cores, free_memory
 from depthcb_recipes.stopping import stoppable
-from depthcb_recipes.studies.grid import RunConfig, read_study
+from depthcb_recipes.studies.grid import RunConfig, load_study
 from depthcb_recipes.studies.store import Store, full_disk, seems_running
 
 #: Bytes that a run takes at least: a process with its libraries and the smallest model [ours].
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 def run_task(args: argparse.Namespace) -> int:
     """Runs one of the study's commands."""
     path = _study_file(args.study)
-    configs = read_study(path)
+    study = load_study(path)
+    args.deciding = study.deciding
     store = Store(args.out or Path("depthcb-studies") / path.stem)
-    tasks = {"run": _run, "status": _status, "table": _table, "claims": _claims, "report": _report}
-    return tasks[args.task](args, configs, store)
+    tasks = {"run": _run, "status": _status, "table": _table, "claims": _claims, "report": _report,
+             "compare-paper": _compare_paper, "fetch": _fetch, "plan": _plan}  # fmt: skip
+    return tasks[args.task](args, study.runs, store)
 
 
 def _study_file(name: str) -> Path:
@@ -251,6 +253,43 @@ def _claims(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
         print(f"{optimizer}, {len(own)} runs")
         for claim in claims(own):
             print("\n".join(claim_lines(claim)))
+    return 0
+
+
+def _compare_paper(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from depthcb_recipes.studies.paper import comparison
+
+    runs, _ = _tables(configs, store)
+    for line in comparison(runs, configs, args.deciding):
+        print(line)
+    return 0
+
+
+def _fetch(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from depthcb_recipes.studies.fetch import fetch
+
+    check_writable(store.root)
+    with stoppable(lambda: print(f"Stopped. The same command continues: `depthcb study fetch {args.study}`.")):
+        fetch(configs, store.root)
+    return 0
+
+
+def _plan(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    from rich.console import Console
+
+    from depthcb_recipes.studies.plan import calibrate, gpus_of, plan_table
+
+    if args.gpu_memory is not None and not args.gpu_memory > 0:
+        raise ValueError(f"--gpu-memory {args.gpu_memory}: it must be a positive number of GB.")
+    with stoppable(lambda: print("Stopped: nothing was started.", flush=True)):
+        print("Timing a training step and a probe pass on this machine.", flush=True)
+        costs, calibrated = calibrate()
+        gpus, gpu_memory, where = gpus_of(args.gpu_memory)
+        print(where, flush=True)
+        table, problems = plan_table(configs, costs, calibrated, gpu_memory, gpus, free_memory())
+    Console(width=max(Console().width, 160)).print(table)
+    print("GB; the largest of a model's objectives. Hours are this machine's, in proportion to parameters and tokens.")
+    print("\n".join(problems) or "All runs fit.")
     return 0
 
 

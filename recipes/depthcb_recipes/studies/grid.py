@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from depthcb.run import CONTROLS, Control
+from depthcb_recipes.backbones.architectures import ARCHITECTURES, Family
 
 #: The axes of the grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
+#: What options can depend on besides the axes: the family of a model, see `depthcb_recipes.backbones.catalogue`.
+FAMILY = "family"
+#: The measures of a profile that names none: those of `depthcb.DepthProfile`, which is not imported here (slow).
+_MEASURES = ("cka", "cka_normalized")
 #: Version of a run's figures and of its hash: rises when either changes. Files of version 1 do not name theirs. From
 #: version 3 on both nulls are measured.
 VERSION = 3
@@ -97,12 +102,32 @@ def digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def read_study(path: str | Path) -> list[RunConfig]:
-    """Reads a study and returns its runs, in the order of its axes.
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says.
 
-    The file has ``grid`` (one list each for model, objective, optimizer, control and seed), and may have ``threads``,
-    ``gpus``, ``null_seeds``, ``options`` (for every fit) and ``by``: options, or these numbers, for the runs with one
-    value of an axis (``by: {optimizer: {sgd: {model.lr: 0.1}}, model: {gpt2-xl: {gpus: 2}}}``).
+    Args:
+        runs: The runs, in the order of the grids and their axes.
+        deciding: Name of the measure that verdicts and claims go by; None for the first one of the profiles.
+    """
+
+    runs: list[RunConfig]
+    deciding: str | None = None
+
+
+def read_study(path: str | Path) -> list[RunConfig]:
+    """Reads a study and returns its runs, see `load_study`."""
+    return load_study(path).runs
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study.
+
+    The file has ``grid`` (one list each for model, objective, optimizer, control and seed; or a list of such grids,
+    whose runs come one after another), and may have ``threads``, ``gpus``, ``null_seeds``, ``options`` (for every fit),
+    ``deciding`` (the measure that verdicts go by) and ``by``: options, or these numbers, for the runs with one value of
+    an axis, or of one family of models (``by: {optimizer: {sgd: {model.lr: 0.1}}, family: {encoder: {...}}, model:
+    {gpt2-xl: {gpus: 2}}}``). Where two entries of ``by`` set the same option, the later one holds.
 
     Args:
         path: The file.
@@ -110,33 +135,97 @@ def read_study(path: str | Path) -> list[RunConfig]:
     Raises:
         ValueError: The file is not a valid study; the message says where and what to write instead.
     """
+    study = _file(path)
+    grids = study["grid"] if isinstance(study["grid"], list) else [study["grid"]]
+    points: dict[tuple[Any, ...], None] = {}  # in order
+    for number, grid in enumerate(grids):
+        where = "grid" if len(grids) == 1 else f"grid[{number}]"
+        for point in itertools.product(*(_axis(path, grid, where, axis) for axis in AXES)):
+            if point in points:
+                raise ValueError(f"The study {path}: {where} has {' '.join(map(str, point))}, as an earlier grid has.")
+            points[point] = None
+    values = {axis: list(dict.fromkeys(point[i] for point in points)) for i, axis in enumerate(AXES)}
+    options_of_all = _options(path, "options", study.get("options"))
+    by = _by(path, study.get("by"), values)
+    families = _families(path, by, values["model"])
+    defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | options_of_all
+    runs = []
+    for values_of_run in points:
+        point = dict(zip(AXES, values_of_run, strict=True))
+        options = dict(defaults)
+        for axis, choices in by.items():
+            options |= choices.get(families[point["model"]] if axis == FAMILY else point[axis], {})
+        numbers = {name: _number(path, name, options.pop(name)) for name in _NUMBERS}
+        runs.append(RunConfig(**(point | numbers), options=options))
+    return Study(runs, _deciding(path, study.get("deciding"), runs))
+
+
+def measures_of(config: RunConfig) -> list[str]:
+    """Returns the names of the measures of a run's profiles, in their order.
+
+    Example:
+        >>> measures_of(RunConfig("gpt2-mini", "causal_lm", "adamw", "standard", 0))
+        ['cka', 'cka_normalized']
+    """
+    for callback in config.options.get("trainer.callbacks") or ():
+        if isinstance(callback, dict) and str(callback.get("class_path", "")).endswith("DepthProfile"):
+            return list(callback.get("init_args", {}).get("measures", _MEASURES))
+    return list(_MEASURES)
+
+
+def _file(path: str | Path) -> dict[str, Any]:
+    """Returns what the file holds, with only the entries that a study and its grids can have."""
     try:
         study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"The study {path} cannot be read ({error.strerror}).") from error
     except yaml.YAMLError as error:
         raise ValueError(f"The study {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(study, dict) or not isinstance(study.get("grid"), dict):
-        raise ValueError(f"The study {path} has no grid: give a list for each of {', '.join(AXES)} under 'grid:'.")
-    unknown = [*(set(study) - {"grid", "options", "by", *_NUMBERS}), *(set(study["grid"]) - set(AXES))]
+    grid = study.get("grid") if isinstance(study, dict) else None
+    grids = grid if isinstance(grid, list) else [grid]
+    if not isinstance(study, dict) or not grids or not all(isinstance(each, dict) for each in grids):
+        raise ValueError(
+            f"The study {path} has no grid: give a list for each of {', '.join(AXES)} under 'grid:', or a list of such "
+            "grids."
+        )
+    known = {"grid", "options", "by", "deciding", *_NUMBERS}
+    unknown = [*(set(study) - known), *(name for each in grids for name in set(each) - set(AXES))]
     if unknown:
         raise ValueError(
             f"The study {path} has {', '.join(sorted(unknown))}, which a study cannot have: it takes grid "
-            f"({', '.join(AXES)}), options, by, {', '.join(_NUMBERS)}."
+            f"({', '.join(AXES)}), options, by, deciding, {', '.join(_NUMBERS)}."
         )
-    axes = [_axis(path, study["grid"], axis) for axis in AXES]
-    options_of_all = _options(path, "options", study.get("options"))
-    by = _by(path, study.get("by"), dict(zip(AXES, axes, strict=True)))
-    defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | options_of_all
-    runs = []
-    for values in itertools.product(*axes):
-        point = dict(zip(AXES, values, strict=True))
-        options = dict(defaults)
-        for axis, choices in by.items():
-            options |= choices.get(point[axis], {})
-        numbers = {name: _number(path, name, options.pop(name)) for name in _NUMBERS}
-        runs.append(RunConfig(**(point | numbers), options=options))
-    return runs
+    return study
+
+
+def _deciding(path: str | Path, deciding: Any, runs: Sequence[RunConfig]) -> str | None:
+    for run in runs if deciding is not None else ():
+        if deciding not in measures_of(run):
+            raise ValueError(
+                f"The study {path}: deciding is {deciding!r}, which is not a measure of {run.name} "
+                f"({', '.join(measures_of(run))}): name one of these, or add it to DepthProfile's measures."
+            )
+    return deciding
+
+
+def _families(path: str | Path, by: Mapping[str, Mapping[Any, Any]], models: Sequence[str]) -> dict[str, str]:
+    """Returns the family of each model; empty if no option depends on it."""
+    if FAMILY not in by:
+        return {}
+    families = {}
+    for model in models:
+        if model in ARCHITECTURES:
+            families[model] = ARCHITECTURES[model].family
+            continue
+        from depthcb_recipes.backbones.catalogue import family_of  # slow: it imports torch
+
+        try:
+            families[model] = family_of(model)
+        except ValueError as error:
+            raise ValueError(
+                f"The study {path}: by.family needs the family of {model!r}, which is not known ({error})"
+            ) from error
+    return families
 
 
 def _number(path: str | Path, name: str, value: Any) -> int:
@@ -146,18 +235,18 @@ def _number(path: str | Path, name: str, value: Any) -> int:
     return value
 
 
-def _axis(path: str | Path, grid: Mapping[str, Any], axis: str) -> list[Any]:
+def _axis(path: str | Path, grid: Mapping[str, Any], where: str, axis: str) -> list[Any]:
     values = grid.get(axis)
     if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
         raise ValueError(
-            f"The study {path}: grid.{axis} is {values!r}; it must be a list of one or more distinct values."
+            f"The study {path}: {where}.{axis} is {values!r}; it must be a list of one or more distinct values."
         )
     allowed = {"control": CONTROLS, "optimizer": ("adamw", "sgd")}.get(axis)
     kind = int if axis == "seed" else str
     wrong = [v for v in values if type(v) is not kind or (allowed and v not in allowed)]
     if wrong:
         takes = ", ".join(allowed or ["whole numbers" if axis == "seed" else "names; put quotes around it"])
-        raise ValueError(f"The study {path}: grid.{axis} has {wrong[0]!r}; it takes {takes}.")
+        raise ValueError(f"The study {path}: {where}.{axis} has {wrong[0]!r}; it takes {takes}.")
     return values
 
 
@@ -184,8 +273,10 @@ def _by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> dict[str, d
     if not isinstance(by, (dict, type(None))):
         raise ValueError(f"The study {path}: by is {by!r}; it must be a mapping of axes ({', '.join(AXES)}).")
     for axis, choices in (by or {}).items():
-        if axis not in axes:
-            raise ValueError(f"The study {path}: by.{axis} is not an axis of the grid ({', '.join(AXES)}).")
+        if axis not in (*axes, FAMILY):
+            raise ValueError(
+                f"The study {path}: by.{axis} is not an axis of the grid ({', '.join(AXES)}), nor {FAMILY}."
+            )
         if axis == "control":
             raise ValueError(
                 f"The study {path}: by.control would have the two runs of a pair differ in more than the control: give "
@@ -193,8 +284,10 @@ def _by(path: str | Path, by: Any, axes: Mapping[str, list[Any]]) -> dict[str, d
             )
         if not isinstance(choices, (dict, type(None))):
             raise ValueError(f"The study {path}: by.{axis} is {choices!r}; it must map values of the axis to options.")
-        missing = [value for value in choices or {} if value not in axes[axis]]
+        known = get_args(Family) if axis == FAMILY else axes[axis]
+        missing = [value for value in choices or {} if value not in known]
         if missing:
-            raise ValueError(f"The study {path}: by.{axis} names {missing[0]!r}, which is not in grid.{axis}.")
+            takes = f"is none of {', '.join(known)}" if axis == FAMILY else f"is not in grid.{axis}"
+            raise ValueError(f"The study {path}: by.{axis} names {missing[0]!r}, which {takes}.")
         found[axis] = {v: _options(path, f"by.{axis}.{v}", options) for v, options in (choices or {}).items()}
     return found

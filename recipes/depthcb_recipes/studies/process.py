@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from depthcb_recipes.studies.fetch import is_fetched
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.store import LOG
 
@@ -39,13 +40,14 @@ class RunProcess:
     def __init__(
         self, folder: Path, config: RunConfig, gpus: Sequence[str] = (), wait: bool = False, runner: str = RUNNER
     ) -> None:
+        offline = {"HF_HUB_OFFLINE": "1"} if is_fetched(config, folder.parents[1]) else {}
         self._log: IO[bytes] = open(folder / LOG, "ab")  # noqa: SIM115  # closed when the run has ended
         self._process = subprocess.Popen(
             [sys.executable, "-m", "depthcb_recipes.studies.worker", str(folder), runner],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=environment(config.threads, gpus, wait),
+            env=environment(config.threads, gpus, wait) | offline,
             start_new_session=True,  # its own process group, so that its children can be killed with it
         )
 

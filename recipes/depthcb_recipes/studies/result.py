@@ -42,6 +42,8 @@ class Figures:
         data_order: SHA-256 of the batches in their order.
         objective_distance_interval: Its 95 % interval over batches; None where it is not resolved.
         objective_distance: 1 - cos of the gradients of pretraining and of the fit; None where it was not measured.
+        objective_procrustes_uncorrected: Procrustes distance of the same gradients, not corrected for batch noise; None
+            where it was not measured.
         backbone: The fields of `depthcb_recipes.backbones.catalogue.Backbone`.
         precision: What the fit was trained in; None in older files, which do not say.
     """
@@ -64,6 +66,7 @@ class Figures:
     precision: str | None = None
     matched_null: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     objective_distance_interval: Sequence[float] | None = None
+    objective_procrustes_uncorrected: float | None = None
 
 
 @dataclass(frozen=True)

@@ -259,5 +259,6 @@ def _figures(
         data_order=prints.data_order,
         objective_distance=distances[0].overall if distances and distances[0] else None,
         objective_distance_interval=distances[0].interval if distances and distances[0] else None,
+        objective_procrustes_uncorrected=distances[0].procrustes_uncorrected if distances and distances[0] else None,
         backbone=dataclasses.asdict(describe(config.model)),
     )

@@ -51,6 +51,7 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
             "depth_corrected_slope": first.depth_corrected_slope,
             "width": first.width, "centre": first.centre, "mean": first.mean,
             "distance": figures.objective_distance, "distance_low": distance[0], "distance_high": distance[1],
+            "distance_procrustes": _mean([figures.objective_procrustes_uncorrected]),
             "loss": figures.loss, "loss_before": figures.loss_before,
             "spread": figures.wanted_spread, "floor": max(first.floor) if first.floor else np.nan,
             "null": _mean(nulls), "null_low": _extreme(min, nulls),
@@ -124,6 +125,7 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
         family=("family", "first"), block=("block", "first"), size=("size", "first"), layers=("layers", "first"),
         seeds=("seed", "nunique"), width=("width", "mean"), distance=("distance", "mean"),
         distance_low=("distance_low", "mean"), distance_high=("distance_high", "mean"),
+        distance_procrustes=("distance_procrustes", "mean"),
         null_low=("null_low", "min"), null_high=("null_high", "max"), floor=("floor", "max"),
     )  # fmt: skip
     equal = usable[usable["control"] == "equal-step"]
