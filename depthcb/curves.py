@@ -22,6 +22,7 @@ from depthcb.style import (
     PALE,
     decorate,
     layer_axis,
+    line_style,
     literal,
     mark_unresolved,
     show,
@@ -177,6 +178,29 @@ def curves_image(by_measure: Mapping[str, Sequence[Curve]]) -> npt.NDArray[np.ui
     fig, axes = _row_of_axes(len(by_measure), "white")
     for ax, profiles in zip(axes, by_measure.values(), strict=True):
         draw_curves(ax, profiles)
+    return _pixels(fig)
+
+
+def draw_sites(ax: Axes, latest: Mapping[str, Curve]) -> None:
+    """Plots the latest curves of several sites of the layers, that of the blocks first, with their bands."""
+    for index, (site, profile) in enumerate(latest.items()):
+        style, x = line_style(index), range(len(profile.change))
+        if profile.band is not None:
+            ax.fill_between(x, *profile.band, color=style.color, alpha=0.15, linewidth=0)
+        ax.plot(x, profile.change, color=style.color, marker=style.marker, ms=4, label=site)
+    block = next(iter(latest.values()))
+    ax.set_title(literal(f"{block.title} at step {block.step}, by site"), fontsize=10)
+    ax.set_ylabel(literal(block.unit))
+    ax.legend(fontsize=8, frameon=False)
+    layer_axis(ax, len(block.change), "black")
+    decorate(ax, "black")
+    ax.set_ylim(bottom=0)
+
+
+def sites_image(latest: Mapping[str, Curve]) -> npt.NDArray[np.uint8]:
+    """Returns the latest curves by site as an image (height, width, 3)."""
+    fig, axes = _row_of_axes(1, "white")
+    draw_sites(axes[0], latest)
     return _pixels(fig)
 
 

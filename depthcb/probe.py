@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -61,11 +61,13 @@ class Recording:
         rows: (n, d) activations of each of L layers, in fp32, or fp64 for fp64 models.
         examples: (n,) number of the example that each row belongs to, or of its document where the batches name it.
         layout: How the layers' outputs were read.
+        sites: The rows of each further stack that was recorded in the same pass.
     """
 
     rows: list[Tensor]
     examples: Tensor
     layout: Layout
+    sites: tuple[list[Tensor], ...] = ()
 
     @property
     def causal(self) -> bool:
@@ -168,7 +170,12 @@ class Probe:
         return digest.hexdigest()
 
     def record(
-        self, model: nn.Module, stack: LayerStack, layout: Layout | None = None, execute: Execute = run_call
+        self,
+        model: nn.Module,
+        stack: LayerStack,
+        layout: Layout | None = None,
+        execute: Execute = run_call,
+        sites: Sequence[LayerStack] = (),
     ) -> Recording:
         """Runs ``model`` on every batch and records the rows of each layer of ``stack``.
 
@@ -177,6 +184,8 @@ class Probe:
             stack: The layers of the model.
             layout: How to read the layers' outputs; None finds it on the first batch.
             execute: ``(model, call) -> anything``: runs a call.
+            sites: Further stacks of as many modules, with outputs of the same layout, to record in the same pass;
+                need a ``layout``.
 
         Raises:
             ValueError: A layer is not reached, is reached several times or has an unsupported output; layers are
@@ -185,16 +194,21 @@ class Probe:
         """
         with isolated(model):
             generators = generators_of(model)
-            passes = [_Pass(model, stack, execute, generators, self.forward_seed + i) for i in range(len(self.batches))]
+            passes = [
+                _Pass(model, stack, execute, generators, self.forward_seed + i, tuple(sites))
+                for i in range(len(self.batches))
+            ]
             known = layout is not None and bool(layout.axes)  # older checkpoints have none
             if layout is None or not known:
                 layout = self._layout(passes[0])
             if layout.causal and self.rows == "first":
                 raise ValueError("rows='first' of a causal model sees one token only: use 'last', 'mean' or 'tokens'.")
             parts, examples, start = [], [], 0
+            names = tuple(name for of in (stack, *sites) for name in of.names)
+            repeated = dataclasses.replace(layout, axes=layout.axes * (1 + len(sites)))
             for run, batch in zip(passes, self.batches, strict=True):
                 placed, call = self._call(run, batch)
-                extract = _RowExtractor(self, layout, stack.names, self._real(placed, call, layout), run.masks, start)
+                extract = _RowExtractor(self, repeated, names, self._real(placed, call, layout), run.masks, start)
                 parts.append(run.rows(call, extract) if known else run(call, extract).outputs)
                 examples.append(extract.examples)
                 start += extract.size
@@ -203,7 +217,16 @@ class Probe:
             raise ValueError(f"The probe gives {len(rows[0])} rows: a comparison needs at least {MIN_ROWS}.")
         numbers = torch.cat(examples)
         of_example = documents(self.batches)
-        return Recording(rows, numbers if of_example is None else of_example[numbers], layout)
+        split = [rows[start : start + len(stack)] for start in range(0, len(rows), len(stack))]
+        return Recording(split[0], numbers if of_example is None else of_example[numbers], layout, tuple(split[1:]))
+
+    def run_first(self, model: nn.Module, stack: LayerStack) -> None:
+        """Runs ``model`` on the first batch, as `record` does, for hooks that look at it."""
+        with isolated(model):
+            run = _Pass(model, stack, run_call, generators_of(model), self.forward_seed)
+            _, call = self._call(run, self.batches[0])
+            with seeded(run.generators, run.seed):
+                run_call(model, call)
 
     def _call(self, run: _Pass, batch: Any) -> tuple[Any, Call]:
         """Returns a batch as the model gets it, and the call."""
@@ -246,6 +269,7 @@ class _Pass:
     execute: Execute
     generators: list[Any]
     seed: int
+    sites: tuple[LayerStack, ...] = ()
     #: `Look.masks` of the last call.
     masks: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -267,7 +291,7 @@ class _Pass:
         Raises:
             ValueError: A layer is not reached, or reads the same input as another one.
         """
-        watched = _Watched(self.stack, take)
+        watched = _Watched(self.stack, take, self.sites)
         # A forward of sharded parameters cannot be left half-way.
         watched.leaves = not any(isinstance(p, DTensor) for p in self.model.parameters())
         with self._hooks(watched), contextlib.suppress(_Recorded):
@@ -280,7 +304,7 @@ class _Pass:
         with contextlib.ExitStack() as hooks:
             for module in containers(self.model, self.stack):
                 hooks.callback(module.register_forward_pre_hook(self._keep_masks, with_kwargs=True).remove)
-            for index, layer in enumerate(self.stack.modules):
+            for index, layer in enumerate(watched.modules):
                 hooks.callback(layer.register_forward_hook(functools.partial(watched.after, index)).remove)
             hooks.enter_context(seeded(self.generators, self.seed))
             yield hooks
@@ -297,8 +321,10 @@ class _Recorded(BaseException):
 class _Watched:
     """What is seen of the layers in one forward."""
 
-    def __init__(self, stack: LayerStack, take: Take) -> None:
+    def __init__(self, stack: LayerStack, take: Take, sites: Sequence[LayerStack] = ()) -> None:
         self.stack, self.take, self.leaves = stack, take, False
+        self.names = [name for of in (stack, *sites) for name in of.names]
+        self.modules = [module for of in (stack, *sites) for module in of.modules]
         self.edit: Edit | None = None
         self.kept: dict[int, Tensor] = {}
         self.shapes: dict[int, torch.Size] = {}
@@ -319,13 +345,13 @@ class _Watched:
                     hooks.callback(module.register_forward_hook(inside, prepend=True).remove)
 
     def outputs(self) -> list[Tensor]:
-        unreached = [name for i, name in enumerate(self.stack.names) if i not in self.kept]
+        unreached = [name for i, name in enumerate(self.names) if i not in self.kept]
         if unreached:
             raise ValueError(
                 f"The forward never reached layer {', '.join(unreached)}: check layers=, or pass a "
                 "forward=(model, batch) -> output that runs them."
             )
-        return [self.kept[i] for i in range(len(self.stack))]
+        return [self.kept[i] for i in range(len(self.modules))]
 
     def look(self, masks: list[Tensor]) -> Look:
         outputs, order = self.outputs(), range(len(self.stack))
@@ -357,23 +383,24 @@ class _Watched:
             self.within.setdefault(index, []).append((tensor.shape, dimension))
 
     def after(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
-        name = self.stack.names[index]
+        name = self.names[index]
         activation = _activation(name, output)
         if index in self.kept:
             raise ValueError(
                 f"Layer {name!r} ran several times in one forward, so its depth is ambiguous: name other layers, or "
                 "pass a forward=(model, batch) -> output that runs each once."
             )
-        layer_input = args[0] if args and isinstance(args[0], Tensor) else None
+        layer_input = args[0] if index < len(self.stack) and args and isinstance(args[0], Tensor) else None
         if layer_input is not None and layer_input is self.last[1] and self.last[2] is not layer_input:
             raise ValueError(
                 f"Layers {self.last[0]!r} and {name!r} read the same input: they are parallel, not sequential. Use "
                 "layers= to name layers that follow each other."
             )
-        self.last = name, layer_input, first_tensor(output)
+        if index < len(self.stack):  # sites are inside layers, not between them
+            self.last = name, layer_input, first_tensor(output)
         self.shapes[index] = activation.shape
         self.kept[index] = self.take(index, activation)
-        if self.leaves and len(self.kept) == len(self.stack):
+        if self.leaves and len(self.kept) == len(self.modules):
             raise _Recorded
 
 

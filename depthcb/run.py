@@ -190,6 +190,12 @@ class Run:
         return {m: found[m] for m in self.definitions or found if m in found}
 
     @cached_property
+    def sites(self) -> dict[str, dict[str, Profiles]]:
+        """The profiles of the sites inside the layers, by site and measure; empty if none were measured."""
+        names = self._depth.settings.get("sites", {}) if self._depth else {}
+        return {site: _profiles(self._depth, self.name, site) for site in names}
+
+    @cached_property
     def null(self) -> dict[str, Profiles]:
         """The null profiles by measure, one per draw of noise; empty if they were not measured."""
         return _profiles(self.record("null_profiles"), self.name)
@@ -515,10 +521,10 @@ def _end_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _profiles(record: Record | None, run: str) -> dict[str, Profiles]:
+def _profiles(record: Record | None, run: str, site: str = "") -> dict[str, Profiles]:
     found: dict[str, Profiles] = {}
     for row in record.rows if record else ():
-        for measure, saved in row.get("profiles", {}).items():
+        for measure, saved in (row.get("sites", {}).get(site, {}) if site else row.get("profiles", {})).items():
             try:
                 found.setdefault(measure, Profiles()).append(Profile.from_dict(saved))
             except ValueError as error:

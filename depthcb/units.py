@@ -100,7 +100,7 @@ def find_units(
             parts = _by_matrix(named)
         else:
             unused -= {glob for _, glob in _globs(groups) if fnmatch.filter(named, glob)}
-            parts = _by_group(name, layer, named, groups)
+            parts = groups_of(name, layer, named, groups)
         units += _units(layer_key(index), name, named, parts)
     if unused:
         raise ValueError(f"groups: {', '.join(map(repr, sorted(unused)))} matches no parameter of any layer.")
@@ -134,7 +134,9 @@ def _globs(groups: Groups | None) -> Iterator[tuple[str, str]]:
             yield group, glob
 
 
-def _by_group(name: str, layer: nn.Module, named: Mapping[str, nn.Parameter], groups: Groups | None) -> dict[str, str]:
+def groups_of(
+    name: str, layer: nn.Module, named: Mapping[str, nn.Parameter], groups: Groups | None = None
+) -> dict[str, str]:
     """Returns the group of each parameter of a layer.
 
     Raises:

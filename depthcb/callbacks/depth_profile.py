@@ -35,6 +35,7 @@ from depthcb.profile import Profile, Profiles
 from depthcb.reference import Reference
 from depthcb.run import write_null
 from depthcb.similarity import Measure
+from depthcb.sites import BLOCK, Site
 from depthcb.stack import LayerStack
 from depthcb.warn import warn
 
@@ -56,9 +57,12 @@ class DepthProfile(RecordedCallback):
     ``depth/cka/spearman``           rank correlation of change with depth
     ``depth/cka/centre``             centre of mass of the change, 0 input side, 1 output side
     ``depth/cka/width``              fraction of the layers that the change is spread over
+    ``depth/attention/cka/L00`` ...  all of these for what attention writes to the residual stream, with ``sites``
+    ``depth/mlp/cka/L00`` ...        and for what the MLP writes
     ``depth/net_change/L00``         ||W - W0|| / ||W0|| of layer 0 since pretraining, if ``pretrained`` is set
     ``depth/heatmap``                plot, where the logger has a sink: layer x validation, one panel per measure
     ``depth/curves``                 plot, likewise: the curves of all validations, the latest with its band
+    ``depth/sites``                  plot, likewise, with ``sites``: their latest curves by the first measure
     ===============================  ==============================================================================
 
     A record in the logger's folder can be read by `depthcb.run.read_runs` and ``depthcb report``.
@@ -86,6 +90,9 @@ class DepthProfile(RecordedCallback):
             each layer's net change at every validation. `depthcb.pretrained.PretrainedWeights` of the same model are
             used as they are.
         null_draws: Draws of noise for each of the two nulls, see `depthcb.null.null_profiles`.
+        sites: Where to measure: ``("block", "attention", "mlp")`` adds what attention and the MLP of each layer write
+            to the residual stream, which tells where in a block its change arises [ours]. In a parallel block both
+            write at once. The modules are found by measuring one forward; the nulls are those of the blocks.
         redact: Hyperparameters and settings with these words in their names have their values replaced in the record
             (and so in reports) and in W&B's configuration, as far as depthcb writes it; see `depthcb.plain.plain`. An
             empty tuple keeps everything.
@@ -117,6 +124,7 @@ class DepthProfile(RecordedCallback):
         mask: Mask | None = None,
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
+        sites: Sequence[Site] = (BLOCK,),
         redact: Collection[str] = SECRETS,
     ) -> None:
         if every_n_validations < 1:
@@ -137,6 +145,7 @@ class DepthProfile(RecordedCallback):
             mask,
             pretrained=pretrained,
             null_draws=null_draws,
+            sites=sites,
         )
         self._loading: Any = None
         self.reset()
@@ -244,7 +253,7 @@ class DepthProfile(RecordedCallback):
         self._unpublished = False
         start = time.perf_counter()
         latest = {measure: profiles[-1] for measure, profiles in self.profiles_by_measure.items()}
-        record_row(self, trainer, _row(latest) | self._beside(trainer))
+        record_row(self, trainer, _row(latest, self.recorder.latest_sites) | self._beside(trainer))
         self._drawn = self.deserves_pictures(len(self.profiles))
         if self._drawn:
             self._log_pictures(trainer)
@@ -292,13 +301,13 @@ class DepthProfile(RecordedCallback):
             "causal": reference.causal,
             "effective_rank": reference.effective_rank,
         }
+        if self.recorder.site_references:
+            settings["sites"] = {site: r.layer_names for site, r in self.recorder.site_references.items()}
         open_record(self, trainer, pl_module, settings)
-        by_step: dict[int, dict[str, Profile]] = {}
-        for measure, profiles in self.profiles_by_measure.items():
-            for profile in profiles:
-                by_step.setdefault(profile.step, {})[measure] = profile
-        for step in sorted(by_step) if trainer.global_step else ():  # a resumed run may use another folder
-            record_row(self, trainer, _row(by_step[step]))
+        blocks = _by_step(self.profiles_by_measure)
+        inside = {site: _by_step(by_measure) for site, by_measure in self.recorder.profiles_by_site.items()}
+        for step in sorted(blocks) if trainer.global_step else ():  # a resumed run may use another folder
+            record_row(self, trainer, _row(blocks[step], {s: by[step] for s, by in inside.items() if step in by}))
 
     def _beside(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Returns what a record's row has besides the profiles: net changes, and the metrics logged by others."""
@@ -308,13 +317,25 @@ class DepthProfile(RecordedCallback):
 
     def _log_pictures(self, trainer: pl.Trainer) -> None:
         self._drawn = True
-        log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step)
+        first = self.measures[0].name
+        sites = {site: latest[first] for site, latest in self.recorder.latest_sites.items()}
+        log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step, sites)
 
 
-def _row(profiles: Mapping[str, Profile]) -> dict[str, Any]:
-    """Returns the profiles of one step, by measure, as a row of the run's record."""
+def _by_step(by_measure: Mapping[str, Sequence[Profile]]) -> dict[int, dict[str, Profile]]:
+    found: dict[int, dict[str, Profile]] = {}
+    for measure, profiles in by_measure.items():
+        for profile in profiles:
+            found.setdefault(profile.step, {})[measure] = profile
+    return found
+
+
+def _row(profiles: Mapping[str, Profile], sites: Mapping[str, Mapping[str, Profile]]) -> dict[str, Any]:
+    """Returns the profiles of one step, by measure, and by site and measure, as a row of the run's record."""
     first = next(iter(profiles.values()))
-    return {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
+    row = {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
+    inside = {site: {m: p.to_dict() for m, p in by_measure.items()} for site, by_measure in sites.items()}
+    return row | ({"sites": inside} if inside else {})
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from depthcb.plain import plain
 from depthcb.profile import Profile
 from depthcb.run import Row, write_row
 from depthcb.sinks import sink_of
+from depthcb.sites import BLOCK
 from depthcb.unit_grid import UnitGrid
 from depthcb.warn import warn
 
@@ -167,13 +168,20 @@ def forget_waiting(trainer: pl.Trainer) -> None:
 
 
 def log_pictures(
-    callback: Counting, trainer: pl.Trainer, by_measure: Mapping[str, Sequence[Profile]], step: int
+    callback: Counting,
+    trainer: pl.Trainer,
+    by_measure: Mapping[str, Sequence[Profile]],
+    step: int,
+    sites: Mapping[str, Profile],
 ) -> None:
     """Logs plots of the profiles so far to the loggers that support them, on the first process only."""
+    everywhere = {BLOCK: next(iter(by_measure.values()))[-1], **sites} if sites else {}
     for logger in trainer.loggers if trainer.is_global_zero else ():
         with tolerated(callback, f"log plots to the {type(logger).__name__}", "`depthcb report` draws them later"):
             try:
                 sink_of(logger).pictures(callback.name, by_measure, step)
+                if everywhere:
+                    sink_of(logger).sites(callback.name, everywhere, step)
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(f"{error.name} is not installed: pip install 'depthcb[wandb]'") from error
 

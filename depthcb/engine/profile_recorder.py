@@ -20,6 +20,7 @@ from depthcb.probe import Feed, Forward, Mask, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures, gram
+from depthcb.sites import BLOCK, TITLES, Site, check_sites, find_sites
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.style import thinned
 from depthcb.warn import warn
@@ -51,6 +52,7 @@ class ProfileRecorder(StepHooks):
         pretrained: ``"cpu"`` keeps a copy of the pretrained weights, for `measure_null` and net changes; see
             `depthcb.DepthProfile`.
         null_draws: Draws of noise for each null.
+        sites: ``"block"``, and where inside the layers to measure too; see `depthcb.DepthProfile`.
 
     Raises:
         ValueError: An argument is invalid.
@@ -82,7 +84,10 @@ class ProfileRecorder(StepHooks):
         every: int = 1,
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
+        sites: Sequence[Site] = (BLOCK,),
     ) -> None:
+        check_sites(sites)
+        self.sites = tuple(site for site in sites if site != BLOCK)
         if not (pretrained is None or pretrained == "cpu" or isinstance(pretrained, PretrainedWeights)):
             raise ValueError(f"pretrained={pretrained!r} is unknown: use 'cpu', PretrainedWeights or None.")
         if null_draws < 1:
@@ -113,8 +118,14 @@ class ProfileRecorder(StepHooks):
         #: Each layer's net change ||W - W0|| / ||W0|| at the last measurement, if the pretrained weights are kept.
         self.net_change: list[float] | None = None
         #: All profiles so far, by measure.
-        self.profiles_by_measure: dict[str, Profiles] = {m.name: Profiles() for m in self.measures}
+        self.profiles_by_measure: dict[str, Profiles] = self._no_profiles()
+        #: The references of the sites inside the layers, available after `prepare`, and their profiles so far.
+        self.site_references: dict[str, Reference] = {}
+        self.profiles_by_site: dict[str, dict[str, Profiles]] = {site: self._no_profiles() for site in self.sites}
         self.steps_made = 0
+
+    def _no_profiles(self) -> dict[str, Profiles]:
+        return {m.name: Profiles() for m in self.measures}
 
     @property
     def profiles(self) -> Profiles:
@@ -164,8 +175,17 @@ class ProfileRecorder(StepHooks):
             self.reference = Reference.record(self.fixed_probe, module, self._stack, self.measures)
             self._warn_low_rank(self.reference)
             self._warn_few(self.reference)
+        self._prepare_sites(self.fixed_probe, self.reference)
         self._warn_half()
         self.seconds += time.perf_counter() - start
+
+    def _prepare_sites(self, probe: Probe, reference: Reference) -> None:
+        """Finds the sites, and records those that have no reference yet."""
+        self._sites = find_sites(self._module, self._stack, probe, self.sites) if self.sites else {}
+        for site, stack in self._sites.items():
+            if site not in self.site_references:
+                measures = [_at(site, m) for m in self.measures]
+                self.site_references[site] = Reference.record(probe, self._module, stack, measures, reference.layout)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Measures after every n-th step; steps are numbered from 0."""
@@ -189,8 +209,14 @@ class ProfileRecorder(StepHooks):
         assert self.reference is not None
         assert self.fixed_probe is not None
         start = time.perf_counter()
-        recording = self.fixed_probe.record(self._module, self._stack, self.reference.layout)
+        sites = tuple(self._sites.values())
+        recording = self.fixed_probe.record(self._module, self._stack, self.reference.layout, sites=sites)
         profiles = self.reference.profiles(recording, self.measures, step, epoch)
+        for site, rows in zip(self._sites, recording.sites, strict=True):
+            there = dataclasses.replace(recording, rows=rows)
+            measures = [_at(site, m) for m in self.measures]
+            for measure, profile in self.site_references[site].profiles(there, measures, step, epoch).items():
+                self.profiles_by_site[site][measure].append(profile)
         for measure, profile in profiles.items():
             self.profiles_by_measure[measure].append(profile)
         if self.weights is not None:
@@ -223,14 +249,25 @@ class ProfileRecorder(StepHooks):
         self.seconds += time.perf_counter() - start
         return null
 
+    @property
+    def latest_sites(self) -> dict[str, dict[str, Profile]]:
+        """The last profiles of each site inside the layers, by measure."""
+        return {
+            site: {measure: profiles[-1] for measure, profiles in by_measure.items() if profiles}
+            for site, by_measure in self.profiles_by_site.items()
+        }
+
     def row(self, profiles: Mapping[str, Profile]) -> dict[str, float]:
         """Returns the numbers of one measurement by logged key, without undefined ones."""
         found: dict[str, float | None] = {}
-        for measure, profile in profiles.items():
+        everywhere = dict(profiles)
+        for site, latest in self.latest_sites.items():
+            everywhere |= {f"{site}/{measure}": profile for measure, profile in latest.items()}
+        for place, profile in everywhere.items():
             numbers: dict[str, float | None] = {layer_key(i): c for i, c in enumerate(profile.change)}
             numbers |= {key: getattr(profile, key) for key in DERIVED}
             numbers["slope_low"], numbers["slope_high"] = profile.slope_interval or (None, None)
-            found |= {f"{self.name}/{measure}/{key}": value for key, value in numbers.items()}
+            found |= {f"{self.name}/{place}/{key}": value for key, value in numbers.items()}
         for i, change in enumerate(self.net_change or ()):
             found[f"{self.name}/net_change/{layer_key(i)}"] = change
         return {key: value for key, value in found.items() if value is not None}  # NaN stops EarlyStopping
@@ -240,11 +277,16 @@ class ProfileRecorder(StepHooks):
 
         Of more than 512 profiles, evenly spaced ones are saved, so that checkpoints don't grow; the record has all.
         """
-        saved = {m: thinned(profiles, MOST_SAVED) for m, profiles in self.profiles_by_measure.items()}
-        return {
+        state = {
             "reference": None if self.reference is None else self.reference.state_dict(),
-            "profiles": {m: [p.to_json() for p in profiles] for m, profiles in saved.items()},
+            "profiles": _saved(self.profiles_by_measure),
         }
+        if self.sites:
+            state["sites"] = {
+                site: {"reference": reference.state_dict(), "profiles": _saved(self.profiles_by_site[site])}
+                for site, reference in self.site_references.items()
+            }
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the state, including the reference: later profiles still compare with the pretrained model.
@@ -255,9 +297,18 @@ class ProfileRecorder(StepHooks):
         with checkpoint_errors(f"DepthProfile {self.name!r}"):
             reference = state_dict["reference"]
             self.reference = None if reference is None else Reference.from_state_dict(reference)
-            for measure in self.profiles_by_measure:
-                saved = state_dict["profiles"].get(measure, [])
-                self.profiles_by_measure[measure] = Profiles(map(Profile.from_json, saved))
+            _restore(self.profiles_by_measure, state_dict["profiles"])
+            known = state_dict.get("sites", {})
+            missing = set(self.sites) - set(known) if reference is not None else set()
+            if missing:
+                raise ValueError(
+                    f"it has no reference of the site {', '.join(sorted(missing))}: leave it out of sites="
+                )
+            self.site_references = {
+                s: Reference.from_state_dict(known[s]["reference"]) for s in self.sites if s in known
+            }
+            for site in self.site_references:
+                _restore(self.profiles_by_site[site], known[site]["profiles"])
 
     def _check_reference(self, reference: Reference, probe: Probe) -> None:
         if reference.layer_names != self._stack.names:
@@ -314,6 +365,20 @@ class ProfileRecorder(StepHooks):
                 f"DepthProfile {self.name!r}: the weights are {half}, and the probe runs in that precision: changes "
                 "near its rounding error (1e-2 relative) are noise; keep fp32 weights ('bf16-mixed') to see them."
             )
+
+
+def _at(site: str, measure: Measure) -> Measure:
+    """Returns the measure with a title that names the site."""
+    return dataclasses.replace(measure, title=f"{measure.title or measure.name} of what {TITLES[site]} writes")
+
+
+def _saved(by_measure: Mapping[str, Profiles]) -> dict[str, list[str]]:
+    return {m: [p.to_json() for p in thinned(profiles, MOST_SAVED)] for m, profiles in by_measure.items()}
+
+
+def _restore(by_measure: dict[str, Profiles], saved: Mapping[str, list[str]]) -> None:
+    for measure in by_measure:
+        by_measure[measure] = Profiles(map(Profile.from_json, saved.get(measure, [])))
 
 
 def _ends(names: Sequence[str]) -> str:

@@ -141,6 +141,31 @@ def profile_chart(group: Group, values: int = MOST_VALUES) -> go.Figure:
     return layout(fig, 140 + 400 * rows, sliders=[slider], hovermode="x unified", hoverdistance=100)
 
 
+def sites_chart(group: Group) -> go.Figure:
+    """Returns the latest profiles of all sites inside the layers by the first measure, one panel per run with any."""
+    runs = [run for run in group.runs if run.sites]
+    columns = min(2, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    titles = [_shown(label(run, group)) for run in runs]
+    fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.25 / rows)
+    measure = group.measures[0]
+    for number, run in enumerate(runs):
+        row, col = divmod(number, columns)
+        sites = {
+            "block": run.profiles.get(measure),
+            **{s: by_measure.get(measure) for s, by_measure in run.sites.items()},
+        }
+        for index, (site, profiles) in enumerate(sites.items()):
+            if profiles:
+                trace = _line(profiles[-1].change, group, group.runs.index(run), name=site, legendgroup=site)
+                style = line_style(index)
+                trace.update(line={"color": style.color}, marker={"symbol": style.symbol}, showlegend=number == 0)
+                fig.add_trace(trace, 1 + row, 1 + col)
+    fig.update_xaxes(_layer_axis(group))
+    fig.update_yaxes(rangemode="tozero", title={"text": _shown(unit_of(group, measure))})
+    return layout(fig, 60 + 360 * rows, hovermode="x unified")
+
+
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
     run, color = group.runs[index], line_style(index).color
     band, change, *null = _profile_ys(measure, run, next((p for p in run.profiles[measure] if p.step == step), None))

@@ -22,6 +22,7 @@ from depthcb.report.charts import (
     profile_chart,
     progress_chart,
     ratio_heatmaps,
+    sites_chart,
     unit_heatmaps,
 )
 from depthcb.report.groups import (
@@ -222,6 +223,8 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
             note += f" Charts of long runs are thinned evenly: the slider has {shown:,} of {steps:,} validations."
         parts += [charts(fig, "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
         parts += [charts(heatmaps(group, values), "Change of each layer over training")]
+        if any(run.sites for run in group.runs):
+            parts += [charts(sites_chart(group), "Where in the layers: latest change of what each part writes")]
     else:
         parts += ["<p>No depth profile was measured.</p>"]
     ratios = [run for run in group.runs if run.layer_ratio.steps]

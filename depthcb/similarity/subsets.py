@@ -1,8 +1,8 @@
 """Changes over many subsets of the rows at once, by matrix products instead of one subset after the other.
 
 For CKA, with s the 0/1 vector of a subset of m rows, the U-centred inner product of two sub-Grams A, B without
-diagonals is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes keep their
-relative precision, as in `half_squared_distance`.
+diagonals is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes
+keep their relative precision, as in `half_squared_distance`.
 
 Functions take Gram matrices (n, n), or factors (n, k), in float64, centred over all rows, and the subsets as the
 columns of a 0/1 matrix (n, h); they return changes (h,).

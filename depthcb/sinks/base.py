@@ -60,6 +60,18 @@ class LoggerSink:
             ModuleNotFoundError: matplotlib is not installed.
         """
 
+    def sites(self, name: str, latest: Mapping[str, Profile], step: int) -> None:
+        """Logs a plot of the latest profiles at several sites of the layers.
+
+        Args:
+            name: Prefix of the plot's key.
+            latest: The profiles by site, that of the blocks first.
+            step: Their step.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+
 
 Sink = TypeVar("Sink", bound=type[LoggerSink])
 

@@ -40,3 +40,10 @@ class CometSink(LoggerSink):
         from depthcb.curves import units_image
 
         self.logger.experiment.log_image(Image.fromarray(units_image(grid, step)), name=f"{name}/units", step=step)
+
+    def sites(self, name: str, latest: Mapping[str, Profile], step: int) -> None:
+        from PIL import Image
+
+        from depthcb.curves import sites_image
+
+        self.logger.experiment.log_image(Image.fromarray(sites_image(latest)), name=f"{name}/sites", step=step)

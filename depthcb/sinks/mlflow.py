@@ -31,3 +31,8 @@ class MLflowSink(LoggerSink):
         from depthcb.curves import units_image
 
         self.logger.experiment.log_image(self.logger.run_id, units_image(grid, step), key=f"{name}/units", step=step)
+
+    def sites(self, name: str, latest: Mapping[str, Profile], step: int) -> None:
+        from depthcb.curves import sites_image
+
+        self.logger.experiment.log_image(self.logger.run_id, sites_image(latest), key=f"{name}/sites", step=step)

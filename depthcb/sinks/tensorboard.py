@@ -27,3 +27,8 @@ class TensorBoardSink(LoggerSink):
         from depthcb.curves import units_image
 
         self.logger.experiment.add_image(f"{name}/units", units_image(grid, step), step, dataformats="HWC")
+
+    def sites(self, name: str, latest: Mapping[str, Profile], step: int) -> None:
+        from depthcb.curves import sites_image
+
+        self.logger.experiment.add_image(f"{name}/sites", sites_image(latest), step, dataformats="HWC")

@@ -48,3 +48,8 @@ class WandbSink(LoggerSink):
         from depthcb.curves import units_image
 
         self.logger.log_metrics({f"{name}/units": wandb.Image(units_image(grid, step), file_type="png")}, step=step)
+
+    def sites(self, name: str, latest: Mapping[str, Profile], step: int) -> None:
+        from depthcb.curves import sites_image
+
+        self.logger.log_metrics({f"{name}/sites": wandb.Image(sites_image(latest), file_type="png")}, step=step)
