@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from depthcb import step_ratio
 from depthcb.step_ratio import (
     check_target,
     imposed_ratios,
@@ -148,3 +149,14 @@ def test_bad_targets_are_refused(target: object, message: str) -> None:
 def test_a_callable_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"returned shape \(2,\), not \(4,\)"):
         imposed_ratios(lambda r, step: r[:2], RATIOS, 0)
+
+
+def test_an_accelerator_sums_up_runs_of_tensors_whatever_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_ratio, "TOGETHER", 100)
+    before = [torch.randn(size) for size in (30, 70, 1, 500, 20, 40)]
+    now = [b + 1e-2 * torch.randn_like(b) for b in before]
+    runs = list(step_ratio._together(now, before))
+    assert [[len(t) for t in side] for side, _ in runs] == [[30, 70], [1], [500], [20, 40]]
+    sums = torch.cat([step_ratio._sums_together(*run, of_now=False) for run in runs], dim=1)
+    squares = [[float(np.square(t.double().numpy()).sum()) for t in side] for side in (before, [n - b for n, b in zip(now, before, strict=True)])]  # fmt: skip
+    assert sums.numpy() == pytest.approx(np.array(squares), rel=1e-5)

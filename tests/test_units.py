@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from transformers import (
 )  # fmt: skip
 
 from depthcb import LayerStack
+from depthcb.engine import StepEqualizer
 from depthcb.units import VECTORS, find_units
 
 SIZES: dict[str, Any] = {
@@ -165,3 +167,39 @@ def test_wrappers_do_not_change_keys() -> None:
     for kind in ("matrix", "group"):
         keys = [[u.key for u in find_units(LayerStack.find(m), kind)] for m in (plain, wrapped)]  # type: ignore[arg-type]
         assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("unit", ["matrix", "group"])
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_are_equal_in_the_units_of_every_architecture(name: str, unit: Any) -> None:
+    """With random gradients of very different sizes."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]()
+    optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.01), []
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * float(torch.rand(()) * 10)
+    before = {id(p): p.detach().double().clone() for p in model.parameters()}
+    with StepEqualizer(unit=unit).attach(model, [optimizer], log=lambda row, step: rows.append(row)):
+        optimizer.step()
+    stack, ratios = LayerStack.find(model), []
+    for layer in stack.modules:
+        for part in parts_by_hand(layer, unit):
+            moved = sum(float((p.detach().double() - before[id(p)]).square().sum()) for p in part)
+            ratios.append((moved / sum(float(before[id(p)].square().sum()) for p in part)) ** 0.5)
+    assert len(ratios) == sum("equal_step/ratio/" in key for key in rows[0])
+    assert max(ratios) / min(ratios) - 1 < 1e-4
+    assert rows[0]["equal_step/spread"] > 1.5, "nothing to equalise: a weak test"
+
+
+def parts_by_hand(layer: nn.Module, unit: str) -> list[list[nn.Parameter]]:
+    """The matrices and the vectors of a layer, or the norms, the attention or mixer, and the rest."""
+    named = dict(layer.named_parameters())
+    if unit == "matrix":
+        vectors = [p for p in named.values() if p.dim() < 2]
+        return [*([p] for p in named.values() if p.dim() > 1), vectors]
+    norms = {n: p for n, p in named.items() if "norm" in n.lower() or re.search(r"(^|\.)(pre_)?ln(_?\d)?\.", n)}
+    mixing = {
+        n: p for n, p in named.items() if n not in norms and re.match(r"attn|attention|self_attn|mixer|layer\.0", n)
+    }
+    rest = [p for n, p in named.items() if n not in norms and n not in mixing]
+    return [part for part in ([*norms.values()], [*mixing.values()], rest) if part]

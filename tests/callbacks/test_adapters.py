@@ -49,6 +49,21 @@ def test_the_monitor_reports_the_effective_weight() -> None:
     assert watch.profiles[-1].mean > 0
 
 
+def test_adapters_have_a_ratio_by_group_but_not_by_matrix_and_no_extras() -> None:
+    rows, edges = Rows(), Edges(effective)
+    fit(seeded(Adapted), [edges, UpdateRatioMonitor(unit="group")], logger=rows)
+    assert {key for row in rows.rows for key in row if "/L" in key} == {
+        f"update_ratio/L0{i}/attention" for i in range(4)
+    }
+    assert np.array(rows.column("update_ratio/L")) == pytest.approx(edges.ratios(), rel=1e-4)
+    for monitor, message in (
+        (UpdateRatioMonitor(unit="matrix"), r"h\.0/attn\.c_attn\.base_layer\.weight and .*use a larger unit="),
+        (UpdateRatioMonitor(extras=["grad_norm"]), "extras are not supported for adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(seeded(Adapted), [monitor])
+
+
 def test_adapted_weights_count_while_another_adapter_trains() -> None:
     """The second adapter leaves one of the two adapted weights as it is, which still counts in the layer's norm."""
 
