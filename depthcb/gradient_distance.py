@@ -256,7 +256,7 @@ def _procrustes(u: Sequence[Tensor], v: Sequence[Tensor], shapes: Sequence[Seque
     """Returns the fields of the Procrustes distance of the gradients' sums, given those by group and layer."""
 
     def parts(sums: Tensor, layer: Sequence[torch.Size]) -> list[Tensor]:
-        whole = sums.double().sum(dim=0).split([shape.numel() for shape in layer])
+        whole = torch.split(sums.double().sum(dim=0), [shape.numel() for shape in layer])
         return [part.view(shape) for part, shape in zip(whole, layer, strict=True)]
 
     sums = [_alignments(parts(a, of), parts(b, of)) for a, b, of in zip(u, v, shapes, strict=True)]

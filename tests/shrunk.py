@@ -34,7 +34,8 @@ SMALLER: dict[str, dict[str, Any]] = {
 def paragraphs() -> list[str]:
     """Paragraphs of the language reference that comes with Python, unique and in order."""
     whole = "\n\n".join(topics.values()).split("\n\n")
-    return list(dict.fromkeys(" ".join(part.split()) for part in whole if len(part) > 200))
+    joined = (" ".join(part.split()) for part in whole)
+    return [part for part in dict.fromkeys(joined) if len(part) > 200]
 
 
 def write_tokenizer(folder: Path) -> int:

@@ -56,9 +56,7 @@ class Classification(Objective):
         self.hparams["num_labels"] = num_labels  # so that a checkpoint can be loaded without the data module
         config = self.model.config
         weight = next(self.model.parameters())
-        width = getattr(
-            config, "word_embed_proj_dim", config.hidden_size
-        )  # OPT-350M's output has its embeddings' width
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT-350M projects its output
         self.head = nn.Linear(width, num_labels, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.head.bias)

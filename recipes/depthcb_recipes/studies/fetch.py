@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from depthcb_recipes.publish import write_whole
 from depthcb_recipes.studies.grid import RunConfig
@@ -86,11 +86,10 @@ def fetch(configs: Sequence[RunConfig], root: Path) -> None:
     for each in downloads:
         print(f"{each.repository.kind} {each.repository.name}: {_size(each.missing)} to download", flush=True)
     _check_disk(downloads)
-    for each in downloads:
-        _download(each)
+    snapshots = [path for each in downloads if (path := _download(each)) is not None]
     names = sorted({each.name for config in configs for each in names_of(config)})
     root.mkdir(parents=True, exist_ok=True)
-    write_whole(root / FETCHED, json.dumps({"names": names, "snapshots": _snapshots(downloads)}, indent=1) + "\n")
+    write_whole(root / FETCHED, json.dumps({"names": names, "snapshots": snapshots}, indent=1) + "\n")
     print(f"All that the {len(configs)} runs read is on this machine: they need no network.", flush=True)
 
 
@@ -109,7 +108,8 @@ def _looked_up(repository: Repository) -> Download:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     with _reaching(repository):
-        info = HfApi().repo_info(repository.name, repo_type=repository.kind, files_metadata=True)
+        ask = HfApi().model_info if repository.kind == "model" else HfApi().dataset_info
+        info = ask(repository.name, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = _weights(sizes) if repository.kind == "model" else _tables(sizes, repository.config)
     revision = str(info.sha)
@@ -153,25 +153,19 @@ def _check_disk(downloads: Sequence[Download]) -> None:
         )
 
 
-def _download(download: Download) -> None:
-    """Downloads files that are not here yet, as the function does that a fit reads them by."""
+def _download(download: Download) -> str | None:
+    """Downloads files that are not here yet; a data set as a fit does it. Returns the folder of a model."""
     repository = download.repository
     with _reaching(repository):
         if repository.kind == "model":
             from huggingface_hub import snapshot_download
 
-            snapshot_download(repository.name, revision=download.revision, allow_patterns=list(download.files))
-        else:
-            from depthcb_recipes.data.text_data import load_splits
+            # Without the revision, so that the cache also knows which one "main" is, by which a fit loads it.
+            return snapshot_download(repository.name, allow_patterns=list(download.files))
+        from depthcb_recipes.data.text_data import load_splits
 
-            load_splits(repository.name, repository.config)
-
-
-def _snapshots(downloads: Sequence[Download]) -> list[str]:
-    from huggingface_hub import snapshot_download
-
-    models = [each for each in downloads if each.repository.kind == "model"]
-    return [snapshot_download(m.repository.name, revision=m.revision, local_files_only=True) for m in models]
+        load_splits(repository.name, repository.config)
+        return None
 
 
 @contextmanager
@@ -179,9 +173,14 @@ def _reaching(repository: Repository) -> Iterator[None]:
     """Turns an error of the hub into one sentence with the remedies."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    kinds: Any = (
+        OSError,
+        ValueError,
+        *HfHubHTTPError.__bases__,
+    )  # the last: errors of its HTTP client, whichever it is
     try:
         yield
-    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # errors of its HTTP client, whichever it is
+    except kinds as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"The {repository.kind} {repository.name!r} cannot be fetched ({reason}): run this on a machine that "

@@ -140,18 +140,17 @@ def load_study(path: str | Path) -> Study:
     points: dict[tuple[Any, ...], None] = {}  # in order
     for number, grid in enumerate(grids):
         where = "grid" if len(grids) == 1 else f"grid[{number}]"
-        for point in itertools.product(*(_axis(path, grid, where, axis) for axis in AXES)):
-            if point in points:
-                raise ValueError(f"The study {path}: {where} has {' '.join(map(str, point))}, as an earlier grid has.")
-            points[point] = None
-    values = {axis: list(dict.fromkeys(point[i] for point in points)) for i, axis in enumerate(AXES)}
+        for own in itertools.product(*(_axis(path, grid, where, axis) for axis in AXES)):
+            if own in points:
+                raise ValueError(f"The study {path}: {where} has {' '.join(map(str, own))}, as an earlier grid has.")
+            points[own] = None
+    values = {axis: list(dict.fromkeys(own[i] for own in points)) for i, axis in enumerate(AXES)}
     options_of_all = _options(path, "options", study.get("options"))
     by = _by(path, study.get("by"), values)
     families = _families(path, by, values["model"])
     defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | options_of_all
     runs = []
-    for values_of_run in points:
-        point = dict(zip(AXES, values_of_run, strict=True))
+    for point in [dict(zip(AXES, own, strict=True)) for own in points]:
         options = dict(defaults)
         for axis, choices in by.items():
             options |= choices.get(families[point["model"]] if axis == FAMILY else point[axis], {})
@@ -182,7 +181,7 @@ def _file(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"The study {path} is not YAML: {' '.join(str(error).split())}") from error
     grid = study.get("grid") if isinstance(study, dict) else None
-    grids = grid if isinstance(grid, list) else [grid]
+    grids: list[Any] = grid if isinstance(grid, list) else [grid]
     if not isinstance(study, dict) or not grids or not all(isinstance(each, dict) for each in grids):
         raise ValueError(
             f"The study {path} has no grid: give a list for each of {', '.join(AXES)} under 'grid:', or a list of such "
@@ -205,14 +204,14 @@ def _deciding(path: str | Path, deciding: Any, runs: Sequence[RunConfig]) -> str
                 f"The study {path}: deciding is {deciding!r}, which is not a measure of {run.name} "
                 f"({', '.join(measures_of(run))}): name one of these, or add it to DepthProfile's measures."
             )
-    return deciding
+    return None if deciding is None else str(deciding)
 
 
 def _families(path: str | Path, by: Mapping[str, Mapping[Any, Any]], models: Sequence[str]) -> dict[str, str]:
     """Returns the family of each model; empty if no option depends on it."""
     if FAMILY not in by:
         return {}
-    families = {}
+    families: dict[str, str] = {}
     for model in models:
         if model in ARCHITECTURES:
             families[model] = ARCHITECTURES[model].family

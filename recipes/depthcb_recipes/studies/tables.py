@@ -125,7 +125,6 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
         family=("family", "first"), block=("block", "first"), size=("size", "first"), layers=("layers", "first"),
         seeds=("seed", "nunique"), width=("width", "mean"), distance=("distance", "mean"),
         distance_low=("distance_low", "mean"), distance_high=("distance_high", "mean"),
-        distance_procrustes=("distance_procrustes", "mean"),
         null_low=("null_low", "min"), null_high=("null_high", "max"), floor=("floor", "max"),
     )  # fmt: skip
     equal = usable[usable["control"] == "equal-step"]
