@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import pandas as pd
 import pytest
 import wandb
 from offline import summary
-from planted import BOTH, SMALL, changed, figures, paper, study
+from planted import BOTH, SMALL, changed, everywhere, figures, paper, study
 from scipy import stats
 
 from depthcb.profile import Profile
 from depthcb.verdict import compare_pair
+from depthcb_recipes.studies.measures import agreement_lines, tables_by_measure
 from depthcb_recipes.studies.page import all_cells
 from depthcb_recipes.studies.result import Result
 from depthcb_recipes.studies.tables import cells_table, pairs_table, pooled, runs_table
@@ -138,3 +141,29 @@ def test_a_study_is_summarised_in_wandb(tmp_path: Path, monkeypatch: pytest.Monk
         assert logged["summary"]["study/spread"] == pytest.approx(5.0)
         assert "study/floor" not in logged["summary"], "not measured in these profiles"
         assert logged["config"]["study"] == "my-study"
+
+
+def test_any_measure_decides_and_the_others_are_heard() -> None:
+    """By the second measure, the runs of parallel blocks keep their slopes too."""
+    results, others = study(paper, SMALL, seeds=4), study(everywhere, SMALL, seeds=4)
+    mixed = [
+        dataclasses.replace(r, figures=dataclasses.replace(figures(r), profiles={
+            "cka": figures(r).profiles["cka"], "procrustes": figures(o).profiles["cka"] | {"measure": "procrustes"},
+        }, matched_null={m: figures(r).matched_null["cka"] for m in ("cka", "procrustes")}))
+        for r, o in zip(results, others, strict=True)
+    ]  # fmt: skip
+    by_cka, by_procrustes = tables_by_measure(mixed), tables_by_measure(mixed, "procrustes")
+    assert list(by_procrustes) == ["procrustes", "cka"]
+    pd.testing.assert_frame_equal(by_cka["procrustes"], by_procrustes["procrustes"])
+    assert set(by_procrustes["procrustes"]["measure"]) == {"procrustes"}
+    assert set(cells_table(by_procrustes["procrustes"])["keeps"]) == {"keeps"}
+    pair = pairs_table(by_procrustes["procrustes"]).iloc[0]
+    assert pair["slope_standard"] == Profile.from_dict(figures(mixed[0]).profiles["procrustes"]).slope
+    first, second = agreement_lines(by_procrustes)
+    assert first == "Decided by procrustes."
+    assert re.match(
+        r"By cka: the same in \d+ of 32 cells and \d of 5 claims: sgd C2 supported instead of not supported", second
+    )
+    assert "par3 contrastive sgd reverses instead of persists" in second
+    with pytest.raises(ValueError, match="'cosine' was not measured in all runs: name one of cka, procrustes"):
+        tables_by_measure(mixed, "cosine")

@@ -219,14 +219,17 @@ def _status(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     return 0
 
 
-def _tables(configs: Sequence[RunConfig], store: Store) -> Any:
-    from depthcb_recipes.studies.tables import pairs_table, runs_table
+def _tables(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> Any:
+    """Returns the tables of runs and of pairs by the deciding measure, and what the other measures say."""
+    from depthcb_recipes.studies.measures import agreement_lines, tables_by_measure
+    from depthcb_recipes.studies.tables import pairs_table
 
     results = [result for config in configs if (result := store.result(config)) is not None]
-    runs = runs_table([*results, *store.older(configs)])
-    if runs.empty:
+    tables = tables_by_measure([*results, *store.older(configs)], args.by or args.deciding)
+    if not tables:
         raise ValueError(f"{store.root} has no finished run of this study: start it with `depthcb study run`.")
-    return runs, pairs_table(runs)
+    runs = next(iter(tables.values()))
+    return runs, pairs_table(runs), list(agreement_lines(tables))
 
 
 def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
@@ -234,13 +237,14 @@ def _table(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store)
 
     from depthcb_recipes.studies.page import terminal_table
 
-    runs, pairs = _tables(configs, store)
+    runs, pairs, notes = _tables(args, configs, store)
     for path in args.export:
         if path.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--export {path}: name a .csv or a .parquet file.")
         with writing("--export", path):
             pairs.to_csv(path, index=False) if path.suffix == ".csv" else pairs.to_parquet(path, index=False)
     Console(width=max(Console().width, 140)).print(terminal_table(runs))  # no figure is truncated, in a file either
+    print("\n".join(notes))
     return 0
 
 
@@ -248,19 +252,20 @@ def _claims(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store
     from depthcb_recipes.studies.claims import claims
     from depthcb_recipes.studies.page import claim_lines
 
-    runs, _ = _tables(configs, store)
+    runs, _, notes = _tables(args, configs, store)
     for optimizer, own in runs.groupby("optimizer"):
         print(f"{optimizer}, {len(own)} runs")
         for claim in claims(own):
             print("\n".join(claim_lines(claim)))
+    print("\n".join(notes))
     return 0
 
 
 def _compare_paper(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
     from depthcb_recipes.studies.paper import comparison
 
-    runs, _ = _tables(configs, store)
-    for line in comparison(runs, configs, args.deciding):
+    runs, _, notes = _tables(args, configs, store)
+    for line in (*notes, *comparison(runs, configs, args.by or args.deciding)):
         print(line)
     return 0
 
@@ -296,10 +301,10 @@ def _plan(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) 
 def _report(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
     from depthcb_recipes.studies.page import write_study
 
-    runs, pairs = _tables(configs, store)
+    runs, pairs, notes = _tables(args, configs, store)
     page = args.page or store.root / "report.html"
     with writing("--page", page):
-        write_study(runs, pairs, page, title=store.root.name)
+        write_study(runs, pairs, page, store.root.name, notes)
     print(f"{page} (open it in a browser)")
     if args.wandb:
         from depthcb_recipes.studies.page import all_cells

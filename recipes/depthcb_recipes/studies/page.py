@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,9 @@ def claim_lines(claim: Claim) -> list[str]:
     ]
 
 
-def write_study(runs: pd.DataFrame, pairs: pd.DataFrame, path: str | Path, title: str) -> None:
+def write_study(
+    runs: pd.DataFrame, pairs: pd.DataFrame, path: str | Path, title: str, notes: Sequence[str] = ()
+) -> None:
     """Writes one self-contained page on a study.
 
     Args:
@@ -142,8 +145,9 @@ def write_study(runs: pd.DataFrame, pairs: pd.DataFrame, path: str | Path, title
         pairs: One row per pair.
         path: The file.
         title: The page's title.
+        notes: Lines at its top, such as which measure decided.
     """
-    charts, parts = Charts(), []
+    charts, parts = Charts(), [f"<p>{html.escape(note)}</p>" for note in notes]
     for optimizer, own in runs.groupby("optimizer"):
         cards = "".join(_card(claim) for claim in claims(own))
         parts += [f"<h2>Claims, {html.escape(str(optimizer))}, {len(own)} runs</h2>{cards}"]

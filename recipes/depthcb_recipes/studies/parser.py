@@ -27,11 +27,11 @@ def add_parser(commands: Any) -> None:
     table = tasks.add_parser(
         "table", help="one row per model and objective", description="Prints it, or exports the pairs of runs."
     )
-    _common(table)
+    _by(_common(table))
     table.add_argument("--export", type=Path, action="append", default=[], help="also write it: .csv or .parquet")
-    _common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims."))
+    _by(_common(tasks.add_parser("claims", help="what the runs decide", description="Decides the paper's claims.")))
     told = "Prints what the paper reports beside what this study found, and how their methods differ."
-    _common(tasks.add_parser("compare-paper", help="what the paper reports beside it", description=told))
+    _by(_common(tasks.add_parser("compare-paper", help="what the paper reports beside it", description=told)))
     told = "Downloads all models and data sets of the study from the hub; its runs then need no network."
     _common(tasks.add_parser("fetch", help="download what the runs need", description=told))
     told = "Prints the memory and time of the runs, by a short calibration on this machine."
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     _common(plan)
     plan.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU (default: this machine's, or 80)")
     report = tasks.add_parser("report", help="one page on the study", description="Writes one self-contained page.")
-    _common(report)
+    _by(_common(report))
     report.add_argument("--page", type=Path, help="the page (default: report.html in the study's folder)")
     report.add_argument("--wandb", metavar="PROJECT", help="also log one W&B run per model and objective")
 
@@ -50,8 +50,13 @@ def _run_task(args: argparse.Namespace) -> int:
     return run_task(args)
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--by", metavar="MEASURE", help="the measure that decides (default: as the study says)")
+
+
+def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "study", help="a YAML file, or the name of a bundled study (paper, paper-ours, paper-sgd, mini, mini-smoke)"
     )
     parser.add_argument("--out", type=Path, help="the study's folder (default: depthcb-studies/NAME)")
+    return parser

@@ -22,11 +22,12 @@ KEEPS = BOUNDS[1]
 CELL = ["model", "objective"]
 
 
-def runs_table(results: Sequence[Result]) -> pd.DataFrame:
+def runs_table(results: Sequence[Result], measure: str | None = None) -> pd.DataFrame:
     """One row per finished run.
 
     Args:
         results: The runs' results; runs without figures are skipped.
+        measure: The measure that slopes and nulls are of; None for each run's first one.
 
     Returns:
         The axes, facts on the model, slope and shape with intervals, losses, distance, step-ratio spread, nulls.
@@ -37,7 +38,7 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
         if figures is None:
             continue
         profile = {m: Profile.from_dict(p) for m, p in figures.profiles.items()}
-        first = next(iter(profile.values()))
+        first = next(iter(profile.values())) if measure is None else profile[measure]
         nulls = [Profile.from_dict(p).relative_slope for p in figures.null.get(first.measure, ())]
         matched = [Profile.from_dict(p).relative_slope for p in figures.matched_null.get(first.measure, ())]
         low, high = first.slope_interval or (np.nan, np.nan)
@@ -56,7 +57,8 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
             "spread": figures.wanted_spread, "floor": max(first.floor) if first.floor else np.nan,
             "null": _mean(nulls), "null_low": _extreme(min, nulls),
             "null_high": _extreme(max, nulls), "matched_null": _mean(matched),
-            "profiles": profile, "initial_weights": figures.initial_weights, "data_order": figures.data_order,
+            "profiles": profile, "measure": first.measure,
+            "initial_weights": figures.initial_weights, "data_order": figures.data_order,
             "precision": figures.precision,
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -86,8 +88,7 @@ def pairs_table(runs: pd.DataFrame) -> pd.DataFrame:
                 raise ValueError(
                     f"The pair {names} differs in {fact}, so it does not isolate the control. Run it again."
                 )
-        first = next(iter(a["profiles"]))
-        found = compare_pair(a["profiles"][first], b["profiles"][first])
+        found = compare_pair(*(row["profiles"][row["measure"]] for row in (a, b)))
         rows.append({
             **{key: a[key] for key in (*AXES, "family", "block", "size", "layers", "parameters") if key != "control"},
             **{f"{key}_{side}": row[key] for side, row in (("standard", a), ("equal", b)) for key in _SIDES},
