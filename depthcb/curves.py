@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from depthcb.glossary import RATIO_UNIT
+from depthcb.site_names import is_head
 from depthcb.style import (
     BLUE,
     PALE,
@@ -197,10 +198,27 @@ def draw_sites(ax: Axes, latest: Mapping[str, Curve]) -> None:
     ax.set_ylim(bottom=0)
 
 
+def draw_heads(ax: Axes, latest: Sequence[Curve]) -> None:
+    """Plots the latest change of each head, layer x head, with colours starting at 0."""
+    change = np.array([p.change for p in latest]).T
+    top = float(change.max()) or 1.0
+    image = ax.imshow(change, cmap="cividis", vmin=0, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
+    ax.set_xticks(range(0, change.shape[1], tick_step(change.shape[1])))
+    ax.set_yticks(range(0, len(change), tick_step(len(change))))
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer  (0 = input side)")
+    ax.set_title(literal(f"change of each head at step {latest[0].step}"), fontsize=10)
+    assert ax.figure is not None
+    ax.figure.colorbar(image, ax=ax, label=literal(latest[0].unit), format=FuncFormatter(tick_text))
+
+
 def sites_image(latest: Mapping[str, Curve]) -> npt.NDArray[np.uint8]:
-    """Returns the latest curves by site as an image (height, width, 3)."""
-    fig, axes = _row_of_axes(1, "white")
-    draw_sites(axes[0], latest)
+    """Returns the latest curves by site, and a heatmap of any heads, as an image (height, width, 3)."""
+    heads = [profile for site, profile in latest.items() if is_head(site)]
+    fig, axes = _row_of_axes(2 if heads else 1, "white")
+    draw_sites(axes[0], {site: profile for site, profile in latest.items() if not is_head(site)})
+    if heads:
+        draw_heads(axes[1], heads)
     return _pixels(fig)
 
 

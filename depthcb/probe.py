@@ -325,6 +325,7 @@ class _Watched:
         self.stack, self.take, self.leaves = stack, take, False
         self.names = [name for of in (stack, *sites) for name in of.names]
         self.modules = [module for of in (stack, *sites) for module in of.modules]
+        self.seen = [of.seen for of in (stack, *sites) for _ in of.modules]
         self.edit: Edit | None = None
         self.kept: dict[int, Tensor] = {}
         self.shapes: dict[int, torch.Size] = {}
@@ -384,7 +385,7 @@ class _Watched:
 
     def after(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
         name = self.names[index]
-        activation = _activation(name, output)
+        activation = _activation(name, self.seen[index](args, output))
         if index in self.kept:
             raise ValueError(
                 f"Layer {name!r} ran several times in one forward, so its depth is ambiguous: name other layers, or "

@@ -1,4 +1,4 @@
-"""Sites inside the layers: what attention and the MLP of each layer write to the residual stream.
+"""Sites inside the layers: what attention, its heads and the MLP of each layer write to the residual stream.
 
 Which module's output is written is found by measuring one forward, not by name: of a sublayer's candidates (the module
 that holds all of it, its last module with a weight matrix), the one is taken whose output is the difference of two
@@ -12,28 +12,20 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from depthcb.probe import Probe, first_tensor
+from depthcb.site_names import HEAD
 from depthcb.stack import LayerStack, clean_name
 from depthcb.units import ATTENTION, MLP, NORM, groups_of
 
-Site = Literal["block", "attention", "mlp"]
-BLOCK: Site = "block"
-#: The writers, in sentences.
-TITLES = {ATTENTION: "attention", MLP: "the MLP"}
+#: Attributes by which attention modules and configurations tell their number of heads.
+_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead")
 #: Relative error up to which a difference of residual states counts as a sublayer's output.
 SAME = 1e-3
 _REMEDY = "leave it out of sites=, or name the modules: DepthProfile(layers='a.glob.*.of.modules', name='{site}')"
-
-
-def check_sites(sites: Sequence[str]) -> None:
-    """Raises a ValueError if these are no sites of `DepthProfile`."""
-    unknown = [site for site in sites if site not in get_args(Site)]
-    if isinstance(sites, str) or unknown or BLOCK not in sites or len(set(sites)) < len(sites):
-        raise ValueError(f"sites={sites!r}: pass 'block' and any of {get_args(Site)[1:]}, each once, in a tuple.")
 
 
 def find_sites(model: nn.Module, stack: LayerStack, probe: Probe, sites: Sequence[str]) -> dict[str, LayerStack]:
@@ -43,30 +35,72 @@ def find_sites(model: nn.Module, stack: LayerStack, probe: Probe, sites: Sequenc
         model: The model, which is not changed.
         stack: Its layers.
         probe: The probe.
-        sites: ``"attention"``, ``"mlp"`` or both.
+        sites: ``"attention"``, ``"mlp"`` or ``"head"``.
 
     Returns:
-        One stack of modules per site, in depth order.
+        One stack of modules per site, in depth order; of the heads one each, ``"head00"``, ``"head01"`` and so on.
 
     Raises:
         ValueError: A layer has no such sublayer, or no module's output is what it writes.
     """
     layers = [_Layer(name, layer) for name, layer in zip(stack.names, stack.modules, strict=True)]
     for site, layer in itertools.product(sites, layers):
-        if site not in layer.candidates:
+        if (ATTENTION if site == HEAD else site) not in layer.candidates:
             parts = ", ".join(sorted(layer.groups - {NORM})) or "no sublayer"
             raise ValueError(f"sites={site!r}: layer {layer.name!r} has {parts}: {_REMEDY.format(site=site)}.")
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             layer.watch(hooks)
         probe.run_first(model, stack)
-    found = {}
+    found: dict[str, LayerStack] = {}
     for site in sites:
+        if site == HEAD:
+            found |= _heads(model, layers)
+            continue
         names = [layer.writer(site) for layer in layers]
         modules = [layer.modules[name] for layer, name in zip(layers, names, strict=True)]
         paths = tuple(f"{layer.name}.{name}" for layer, name in zip(layers, names, strict=True))
         found[site] = LayerStack(paths, tuple(modules), model)
     return found
+
+
+@dataclass(frozen=True)
+class Head(LayerStack):
+    """The input of each layer's output projection of attention, of which a head is a slice.
+
+    Args:
+        index: The head.
+        heads: Number of heads.
+    """
+
+    index: int = 0
+    heads: int = 1
+
+    def seen(self, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns the head's slice of the projection's input."""
+        return args[0].tensor_split(self.heads, dim=-1)[self.index]
+
+
+def _heads(model: nn.Module, layers: Sequence[_Layer]) -> dict[str, LayerStack]:
+    """Returns the stacks of the heads.
+
+    Raises:
+        ValueError: The number of heads is not known, or differs between layers.
+    """
+    found = {layer.heads(model) for layer in layers}
+    if len(found) > 1 or None in found:
+        raise ValueError(
+            f"sites='head': the layers of {type(model).__name__} don't say how many heads they have, or have different "
+            f"numbers of them: {_REMEDY.format(site='head')}."
+        )
+    (count,) = found
+    assert count is not None
+    paths = [layer.candidates[ATTENTION][-1] for layer in layers]
+    modules = tuple(layer.modules[path] for layer, path in zip(layers, paths, strict=True))
+    names = [f"{layer.name}.{path}" for layer, path in zip(layers, paths, strict=True)]
+    return {
+        f"head{i:02d}": Head(tuple(f"{name}[{i}]" for name in names), modules, model, i, count) for i in range(count)
+    }
 
 
 @dataclass
@@ -83,6 +117,8 @@ class _Layer:
     #: States of the residual stream, in order: the layer's input, inputs and outputs of norms, the layer's output.
     states: list[Tensor] = field(default_factory=list)
     found: dict[str, str] = field(default_factory=dict)
+    #: Number of features of each candidate's input.
+    widths: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path, module in self.layer.named_modules(remove_duplicate=False):
@@ -106,6 +142,16 @@ class _Layer:
             hooks.callback(self.modules[name].register_forward_hook(functools.partial(self._wrote, name)).remove)
         hooks.callback(self.layer.register_forward_hook(self._leave).remove)
 
+    def heads(self, model: nn.Module) -> int | None:
+        """Returns the number of heads by which the width of the output projection's input can be divided, if known."""
+        path = self.candidates[ATTENTION][-1]
+        width = self.widths.get(path)
+        inside = [module for name, module in self.modules.items() if name and path.startswith(f"{name}.")]
+        owners = [*inside, self.layer, getattr(self.layer, "config", None), getattr(model, "config", None)]
+        owners += [getattr(module, "config", None) for module in model.modules()]
+        told = (getattr(owner, name, None) for owner in owners for name in _HEADS)
+        return next((n for n in told if isinstance(n, int) and width and width % n == 0), None)
+
     def writer(self, site: str) -> str:
         """Returns the name of the module whose output a sublayer writes.
 
@@ -128,6 +174,8 @@ class _Layer:
 
     def _wrote(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output)
+        if args and isinstance(args[0], Tensor):
+            self.widths[name] = args[0].shape[-1]
         if tensor is not None:
             self.written[name] = tensor.detach().clone()
 

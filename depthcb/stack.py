@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,10 @@ class LayerStack:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def seen(self, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns what a probe records of a layer that was called with ``args``: its output."""
+        return output
 
     def parameters(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of each layer, including frozen ones; a tied tensor belongs to its first layer."""

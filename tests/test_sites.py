@@ -22,6 +22,8 @@ from transformers import (
     GPTNeoXModel,
     Mamba2Config,
     Mamba2Model,
+    RwkvConfig,
+    RwkvModel,
 )
 
 from depthcb import DepthProfile, LayerStack
@@ -116,6 +118,35 @@ def test_a_state_space_model_has_no_attention() -> None:
         find_sites(model, LayerStack.find(model), Probe(({"input_ids": IDS},)), ("attention",))
 
 
+def test_heads_are_slices_of_what_the_projection_reads() -> None:
+    torch.manual_seed(0)
+    model = gpt2()
+    projections = [block.get_submodule("attn.c_proj") for block in LayerStack.find(model).modules]
+    before = hooked(model, projections)
+    recorder = ProfileRecorder({"input_ids": IDS}, measures=("cka",), causal=False, sites=("block", "head"))
+    recorder.prepare(model)
+    moved(model)
+    profiles = recorder.measure(0)
+    after = hooked(model, projections)
+    assert list(recorder.profiles_by_site) == ["head00", "head01", "head02", "head03"]
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        wanted = [
+            cka_change(a[..., part].mean(1), b[..., part].mean(1)).item()
+            for (a, _), (b, _) in zip(before, after, strict=True)
+        ]
+        profile = recorder.profiles_by_site[f"head{head:02d}"]["cka"][-1]
+        assert profile.change == pytest.approx(wanted, rel=1e-4)
+        assert profile.title == f"change of head {head}"
+    assert not any("head" in key for key in recorder.row(profiles))
+
+
+def test_heads_need_a_known_number() -> None:
+    model = RwkvModel(RwkvConfig(hidden_size=32, attention_hidden_size=32, num_hidden_layers=3, vocab_size=50))
+    with pytest.raises(ValueError, match="sites='head': the layers of RwkvModel don't say how many heads they have"):
+        find_sites(model, LayerStack.find(model), Probe(({"input_ids": IDS},)), ("head",))
+
+
 class _Scaled(nn.Module):
     """A block whose MLP is scaled before it is added, so that no module's output is what it writes."""
 
@@ -177,7 +208,7 @@ def train(folder: Path, callbacks: list[pl.Callback]) -> pl.LightningModule:
 
 def test_in_a_trainer(tmp_path: Path) -> None:
     """Training is what it was; records, reports and checkpoints have the sites."""
-    watch = DepthProfile({"input_ids": IDS}, sites=("block", "attention", "mlp"))
+    watch = DepthProfile({"input_ids": IDS}, sites=("block", "attention", "mlp", "head"))
     plain, watched = train(tmp_path / "plain", []), train(tmp_path / "watched", [watch])
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -186,12 +217,14 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     assert run.sites["mlp"]["cka"][-1].layer_names == ("model.h.0.mlp", "model.h.1.mlp", "model.h.2.mlp")
     assert run.sites["mlp"]["cka"][-1].title == "change of what the MLP writes"
     write_html([run], tmp_path / "page.html")
-    assert "Where in the layers" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Where in the layers" in page
+    assert "Latest change of each head" in page
     torch.save(watch.state_dict(), tmp_path / "state.pt")
-    again = DepthProfile({"input_ids": IDS}, sites=("block", "mlp"))
+    again = DepthProfile({"input_ids": IDS}, sites=("block", "mlp", "head"))
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.recorder.profiles_by_site["mlp"]["cka"] == run.sites["mlp"]["cka"]
-    assert again.recorder.site_references.keys() == {"mlp"}
+    assert again.recorder.site_references.keys() == {"mlp", "head00", "head01", "head02", "head03"}
 
 
 def test_a_checkpoint_without_the_sites_is_refused() -> None:

@@ -35,7 +35,7 @@ from depthcb.profile import Profile, Profiles
 from depthcb.reference import Reference
 from depthcb.run import write_null
 from depthcb.similarity import Measure
-from depthcb.sites import BLOCK, Site
+from depthcb.site_names import BLOCK, Site
 from depthcb.stack import LayerStack
 from depthcb.warn import warn
 
@@ -62,7 +62,8 @@ class DepthProfile(RecordedCallback):
     ``depth/net_change/L00``         ||W - W0|| / ||W0|| of layer 0 since pretraining, if ``pretrained`` is set
     ``depth/heatmap``                plot, where the logger has a sink: layer x validation, one panel per measure
     ``depth/curves``                 plot, likewise: the curves of all validations, the latest with its band
-    ``depth/sites``                  plot, likewise, with ``sites``: their latest curves by the first measure
+    ``depth/sites``                  plot, likewise, with ``sites``: their latest curves by the first measure, and a
+                                     heatmap of layer x head
     ===============================  ==============================================================================
 
     A record in the logger's folder can be read by `depthcb.run.read_runs` and ``depthcb report``.
@@ -92,7 +93,9 @@ class DepthProfile(RecordedCallback):
         null_draws: Draws of noise for each of the two nulls, see `depthcb.null.null_profiles`.
         sites: Where to measure: ``("block", "attention", "mlp")`` adds what attention and the MLP of each layer write
             to the residual stream, which tells where in a block its change arises [ours]. In a parallel block both
-            write at once. The modules are found by measuring one forward; the nulls are those of the blocks.
+            write at once. ``"head"`` adds each head of attention, by its part of the output projection's input; heads
+            are in the record and in pictures, not among the logged keys. Memory: one more n x n matrix per layer and
+            site, or head. The modules are found by measuring one forward; the nulls are those of the blocks.
         redact: Hyperparameters and settings with these words in their names have their values replaced in the record
             (and so in reports) and in W&B's configuration, as far as depthcb writes it; see `depthcb.plain.plain`. An
             empty tuple keeps everything.

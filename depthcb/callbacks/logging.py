@@ -19,7 +19,7 @@ from depthcb.plain import plain
 from depthcb.profile import Profile
 from depthcb.run import Row, write_row
 from depthcb.sinks import sink_of
-from depthcb.sites import BLOCK
+from depthcb.site_names import BLOCK
 from depthcb.unit_grid import UnitGrid
 from depthcb.warn import warn
 

@@ -20,7 +20,8 @@ from depthcb.probe import Feed, Forward, Mask, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures, gram
-from depthcb.sites import BLOCK, TITLES, Site, check_sites, find_sites
+from depthcb.site_names import BLOCK, HEAD, Site, check_sites, is_head, site_title
+from depthcb.sites import find_sites
 from depthcb.stack import LayerStack, half_dtypes
 from depthcb.style import thinned
 from depthcb.warn import warn
@@ -121,7 +122,7 @@ class ProfileRecorder(StepHooks):
         self.profiles_by_measure: dict[str, Profiles] = self._no_profiles()
         #: The references of the sites inside the layers, available after `prepare`, and their profiles so far.
         self.site_references: dict[str, Reference] = {}
-        self.profiles_by_site: dict[str, dict[str, Profiles]] = {site: self._no_profiles() for site in self.sites}
+        self.profiles_by_site: dict[str, dict[str, Profiles]] = {}
         self.steps_made = 0
 
     def _no_profiles(self) -> dict[str, Profiles]:
@@ -183,6 +184,7 @@ class ProfileRecorder(StepHooks):
         """Finds the sites, and records those that have no reference yet."""
         self._sites = find_sites(self._module, self._stack, probe, self.sites) if self.sites else {}
         for site, stack in self._sites.items():
+            self.profiles_by_site.setdefault(site, self._no_profiles())
             if site not in self.site_references:
                 measures = [_at(site, m) for m in self.measures]
                 self.site_references[site] = Reference.record(probe, self._module, stack, measures, reference.layout)
@@ -262,6 +264,8 @@ class ProfileRecorder(StepHooks):
         found: dict[str, float | None] = {}
         everywhere = dict(profiles)
         for site, latest in self.latest_sites.items():
+            if is_head(site):  # too many keys for a logger; the record has them
+                continue
             everywhere |= {f"{site}/{measure}": profile for measure, profile in latest.items()}
         for place, profile in everywhere.items():
             numbers: dict[str, float | None] = {layer_key(i): c for i, c in enumerate(profile.change)}
@@ -298,17 +302,17 @@ class ProfileRecorder(StepHooks):
             reference = state_dict["reference"]
             self.reference = None if reference is None else Reference.from_state_dict(reference)
             _restore(self.profiles_by_measure, state_dict["profiles"])
-            known = state_dict.get("sites", {})
-            missing = set(self.sites) - set(known) if reference is not None else set()
-            if missing:
+            saved = state_dict.get("sites", {})
+            known = {site: saved[site] for site in saved if (HEAD if is_head(site) else site) in self.sites}
+            missing = set(self.sites) - {HEAD if is_head(site) else site for site in known}
+            if missing and reference is not None:
                 raise ValueError(
                     f"it has no reference of the site {', '.join(sorted(missing))}: leave it out of sites="
                 )
-            self.site_references = {
-                s: Reference.from_state_dict(known[s]["reference"]) for s in self.sites if s in known
-            }
-            for site in self.site_references:
-                _restore(self.profiles_by_site[site], known[site]["profiles"])
+            self.site_references = {s: Reference.from_state_dict(state["reference"]) for s, state in known.items()}
+            self.profiles_by_site = {site: self._no_profiles() for site in known}
+            for site, by_measure in self.profiles_by_site.items():
+                _restore(by_measure, known[site]["profiles"])
 
     def _check_reference(self, reference: Reference, probe: Probe) -> None:
         if reference.layer_names != self._stack.names:
@@ -369,7 +373,7 @@ class ProfileRecorder(StepHooks):
 
 def _at(site: str, measure: Measure) -> Measure:
     """Returns the measure with a title that names the site."""
-    return dataclasses.replace(measure, title=f"{measure.title or measure.name} of what {TITLES[site]} writes")
+    return dataclasses.replace(measure, title=f"{measure.title or measure.name} {site_title(site)}")
 
 
 def _saved(by_measure: Mapping[str, Profiles]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from depthcb.glossary import RATIO_UNIT
 from depthcb.profile import FloatArray, Profile, layer_key, relative_depth
 from depthcb.report.groups import Group, label, last, log_axis, null_change, title_of, unit_of
 from depthcb.run import Run
+from depthcb.site_names import is_head
 from depthcb.style import PALE, line_style, thinned, tick_step
 
 #: Maximum number of validations on a slider and of heatmap columns; if there are more, evenly spaced ones are shown.
@@ -153,7 +154,7 @@ def sites_chart(group: Group) -> go.Figure:
         row, col = divmod(number, columns)
         sites = {
             "block": run.profiles.get(measure),
-            **{s: by_measure.get(measure) for s, by_measure in run.sites.items()},
+            **{s: found.get(measure) for s, found in run.sites.items() if not is_head(s)},
         }
         for index, (site, profiles) in enumerate(sites.items()):
             if profiles:
@@ -164,6 +165,20 @@ def sites_chart(group: Group) -> go.Figure:
     fig.update_xaxes(_layer_axis(group))
     fig.update_yaxes(rangemode="tozero", title={"text": _shown(unit_of(group, measure))})
     return layout(fig, 60 + 360 * rows, hovermode="x unified")
+
+
+def head_heatmaps(group: Group) -> go.Figure:
+    """Returns heatmaps of the latest change by the first measure, layer x head, one per run with heads."""
+    measure, runs = group.measures[0], [run for run in group.runs if any(map(is_head, run.sites))]
+    fig = _grid(len(runs), 1, [_cell_title("change of each head", run, group, there=True) for run in runs])
+    for row, run in enumerate(runs, start=1):
+        heads = {site: by_measure[measure][-1].change for site, by_measure in run.sites.items() if is_head(site)}
+        fig.add_trace(
+            go.Heatmap(x=list(heads), y=list(range(len(run.layers))), z=list(zip(*heads.values(), strict=True)),
+                       hovertemplate="%{x}, layer %{y}: %{z:.4g}<extra></extra>", coloraxis="coloraxis"),
+            row, 1,
+        )  # fmt: skip
+    return layout(fig, 120 + 280 * len(runs), coloraxis=_colors(0, 1, len(runs), cmin=0))
 
 
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:

@@ -16,6 +16,7 @@ from depthcb.glossary import RUN_COLUMNS, VERDICTS
 from depthcb.plain import dumps, loads
 from depthcb.report.charts import (
     MOST_VALUES,
+    head_heatmaps,
     heatmaps,
     loss_of,
     measured_steps,
@@ -44,6 +45,7 @@ from depthcb.report.groups import (
     verdict_lines,
 )
 from depthcb.run import NULLS, Run
+from depthcb.site_names import is_head
 from depthcb.style import MISSING, show, show_interval, thinned
 
 #: Maximum number of rows of a record in a page's data, and size of the page in bytes.
@@ -225,6 +227,8 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         parts += [charts(heatmaps(group, values), "Change of each layer over training")]
         if any(run.sites for run in group.runs):
             parts += [charts(sites_chart(group), "Where in the layers: latest change of what each part writes")]
+        if any(is_head(site) for run in group.runs for site in run.sites):
+            parts += [charts(head_heatmaps(group), "Latest change of each head of attention")]
     else:
         parts += ["<p>No depth profile was measured.</p>"]
     ratios = [run for run in group.runs if run.layer_ratio.steps]

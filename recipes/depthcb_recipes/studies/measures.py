@@ -46,8 +46,8 @@ def agreement_lines(tables: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     for measure, other in others:
         apart = [f"{' '.join(cell)} {word} instead of {words[cell]}" for cell, word in _words(other).items()
                  if words.get(cell) != word]  # fmt: skip
-        claimed = [f"{' '.join(claim)} {verdict} instead of {verdicts[claim]}" for claim, verdict in _verdicts(other).items()
-                   if verdicts[claim] != verdict]  # fmt: skip
+        claimed = [f"{' '.join(claim)} {said} instead of {verdicts[claim]}" for claim, said in _verdicts(other).items()
+                   if verdicts[claim] != said]  # fmt: skip
         same = f"the same in {len(words) - len(apart)} of {len(words)} cells and {len(verdicts) - len(claimed)} of"
         told = "; ".join([*claimed, *apart])
         yield f"By {measure}: {same} {len(verdicts)} claims{f': {told}' if told else ''}."
