@@ -57,10 +57,9 @@ def write_model(name: str, folder: Path) -> Path:
     """Saves a narrow copy of a network, with random weights and the head that the checkpoint has."""
     found = ARCHITECTURES[name]
     narrow = dict(SMALLER[found.model_type])
-    if found.settings.get("word_embed_proj_dim", 0) < found.settings.get("hidden_size", 0):
-        narrow["word_embed_proj_dim"] = WIDTH // 2
-    elif found.model_type == "opt":
-        narrow["word_embed_proj_dim"] = WIDTH
+    if found.model_type == "opt":
+        projected = found.settings["word_embed_proj_dim"] < found.settings["hidden_size"]
+        narrow["word_embed_proj_dim"] = WIDTH // 2 if projected else WIDTH
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     config = found.config(**narrow, **ids, vocab_size=write_tokenizer(folder))
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from depthcb_recipes.data.text_data import TextData
 from depthcb_recipes.demo.plan import measure
 from depthcb_recipes.demo.sizes import Costs, Settings
 from depthcb_recipes.precision import device_of, settle
+from depthcb_recipes.silence import silent_libraries
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.runner import configuration
 
@@ -138,7 +139,9 @@ def calibrate() -> tuple[Costs, int]:
     network = ARCHITECTURES["gpt2"].config(n_layer=4, vocab_size=8192)
     model = AutoModelForCausalLM.from_config(network)  # type: ignore[no-untyped-call]
     size = Settings("gpt2", batch_size=4, block_size=64, probe_rows=32, probe_length=64)
-    return measure(model, size, settle("auto", device_of("auto"))), sum(p.numel() for p in model.parameters())
+    with silent_libraries():
+        costs = measure(model, size, settle("auto", device_of("auto")))
+    return costs, sum(p.numel() for p in model.parameters())
 
 
 def seconds(config: RunConfig, parameters: int, costs: Costs, calibrated: int) -> float:
