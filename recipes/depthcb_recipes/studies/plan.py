@@ -21,7 +21,7 @@ from depthcb_recipes.data.text_data import TextData
 from depthcb_recipes.demo.plan import measure
 from depthcb_recipes.demo.sizes import Costs, Settings
 from depthcb_recipes.precision import device_of, settle
-from depthcb_recipes.silence import silent_libraries
+from depthcb_recipes.silence import silent_libraries, silent_transformers
 from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.runner import configuration
 
@@ -86,7 +86,7 @@ def needs(config: RunConfig) -> Needs:
     options = configuration(config, Path())
     network = config_of(config.model)
     auto = AutoModelForCausalLM if config.objective == "causal_lm" else AutoModel
-    with torch.device("meta"):
+    with torch.device("meta"), silent_transformers():
         model = auto.from_config(network)  # type: ignore[no-untyped-call]
     model.tie_weights()
     stack = LayerStack.find(model)
@@ -195,7 +195,7 @@ def plan_table(
         hours = sum(by_objective[c.objective][1] for c in own) / 3600
         total += hours
         figures = (most.weights, most.optimizer, most.control, most.activations, most.device, most.main)
-        table.add_row(model, control, str(len(own)), f"{most.parameters / 1e6:,.0f} M", *map(_gb, figures),
+        table.add_row(Path(model).name, control, str(len(own)), f"{most.parameters / 1e6:,.0f} M", *map(_gb, figures),
                       f"{hours / len(own):.2f}", f"{hours:.1f}")  # fmt: skip
         problems += _problems(f"{model} {control}", most, gpu_memory, gpus, memory)
     table.add_row("all", "", str(len(configs)), *[""] * 8, f"{total:.1f}")
