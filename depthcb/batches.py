@@ -177,8 +177,9 @@ def check_batch(batch: Any) -> None:
     if ids is not None and (not isinstance(ids, Tensor) or ids.dim() < 2):
         found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(
-            f"input_ids of a probe batch is {found}, not a (batch, positions) tensor: pass collated batches, or a "
-            "dataset of tensors of equal length (for Hugging Face datasets: .with_format('torch'))."
+            f"input_ids of a probe batch is {found}, not a (batch, positions) tensor: collate a list of rows with "
+            "torch.utils.data.default_collate(rows), or pass a dataset of tensors of equal length (for Hugging Face "
+            "datasets: .with_format('torch'))."
         )
 
 

@@ -175,6 +175,11 @@ def _nothing(index: int, output: Tensor) -> Tensor:
 def _axes(run: Run, call: Call, size: int, look: Look, index: int, name: str) -> str:
     """Returns the letters of one layer's output."""
     shape, feature = look.shapes[index], look.features[index]
+    if len(shape) < 2:
+        raise ValueError(
+            f"Layer {name!r} returns shape {tuple(shape)}, which has no dimension for examples: if the probe is a list "
+            "of rows, collate them with torch.utils.data.default_collate(rows)."
+        )
     if len(shape) == 2 and (shape[0] == size or shape[1] != size):
         return "BD"  # whatever the rows are: the nodes of a graph are examples, too
     if feature is None and len(shape) == 3:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from depthcb.style import show_interval
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,7 +29,7 @@ RESOLVED = 10.0
 DERIVED = ("slope", "relative_slope", "spearman", "centre", "width", "mean")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """The depth profile of one measure at one point in training.
 
@@ -91,6 +93,11 @@ class Profile:
         for name, value in zip(self.layer_names, self.change, strict=True):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"The {self.measure} change of layer {name!r} is {value}: it must be finite and >= 0.")
+
+    def __repr__(self) -> str:
+        where = f"{self.measure} at step {self.step}, {len(self.change)} layers, {self.rows} rows"
+        slope = f"{self.slope:+.3g}{show_interval(self.slope_interval)}"
+        return f"<Profile {where}: slope {slope}, mean {self.mean:.3g}>"
 
     @classmethod
     def from_halves(cls, change: Sequence[float], halves: FloatArray, **fields: Any) -> Profile:
@@ -250,7 +257,10 @@ class Profiles(list[Profile]):
         Returns:
             The axes.
         """
-        from depthcb.curves import draw_curves, new_axes
+        try:
+            from depthcb.curves import draw_curves, new_axes
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"plot() needs {error.name}: pip install 'depthcb[report]'") from error
 
         ax = new_axes() if ax is None else ax
         draw_curves(ax, self)

@@ -191,10 +191,8 @@ def _choose(model: nn.Module, found: list[_Candidate], where: str = "") -> Layer
     best, *others = found
     rivals = [best] + [c for c in others if c.size >= RIVAL_SHARE * best.size or (c.trains and not best.trains)]
     if len(rivals) > 1:
-        listed = "; ".join(str(c) for c in rivals)
-        raise ValueError(
-            f"{len(rivals)} equally plausible stacks in {inside}: {listed}. Pick one: layers={best.path!r}."
-        )
+        listed = "".join(f"\n  layers={c.path!r}: {c}" for c in rivals)
+        raise ValueError(f"{len(rivals)} equally plausible stacks in {inside}: pass one of{listed}")
     if best.problem:
         raise ValueError(f"The layers of {inside} can't be determined: {best}.")
     names, modules = zip(*best.layers, strict=True)

@@ -176,9 +176,9 @@ def jamba() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (t5, r"2 equally plausible stacks in T5Model: .*encoder\.block.*layers='"),
-        (TwoTowers, r"image \(3 x Block.*text \(2 x Block.*layers='image'"),
-        (Distilled, r"teacher \(12 x Block, [\d,]+ frozen parameters\); student \(2 x Block"),
+        (t5, r"(?s)2 equally plausible stacks in T5Model: .*layers='encoder\.block'"),
+        (TwoTowers, r"(?s)layers='image': image \(3 x Block.*layers='text': text \(2 x Block"),
+        (Distilled, r"(?s)teacher \(12 x Block, [\d,]+ frozen parameters\).*student \(2 x Block"),
         (FusedLSTM, r"lstm \(3 x LSTM.*use one nn\.LSTM per layer"),
         (jamba, r"model\.layers .*alternate; name the layers"),
         (lambda: nn.Linear(2, 2), "No list of layers of one class found in Linear: name them with layers="),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from depthcb.probe import Feed, Forward, Mask, Probe, Rows
 from depthcb.profile import DERIVED, Profile, Profiles, layer_key
 from depthcb.reference import Reference
 from depthcb.similarity import Measure, find_measures, gram
+from depthcb.similarity.cka import MIN_ROWS
 from depthcb.site_names import BLOCK, HEAD, Site, check_sites, is_head, site_title
 from depthcb.sites import find_sites
 from depthcb.stack import LayerStack, half_dtypes
@@ -91,6 +92,10 @@ class ProfileRecorder(StepHooks):
         self.sites = tuple(site for site in sites if site != BLOCK)
         if not (pretrained is None or pretrained == "cpu" or isinstance(pretrained, PretrainedWeights)):
             raise ValueError(f"pretrained={pretrained!r} is unknown: use 'cpu', PretrainedWeights or None.")
+        if rows not in get_args(Rows):
+            raise ValueError(f"rows={rows!r} is unknown: use one of {get_args(Rows)}.")
+        if probe_rows < MIN_ROWS:
+            raise ValueError(f"probe_rows={probe_rows}: a comparison needs at least {MIN_ROWS}.")
         if null_draws < 1:
             raise ValueError(f"null_draws={null_draws}: a null needs at least 1.")
         self.pretrained, self.null_draws = pretrained, null_draws

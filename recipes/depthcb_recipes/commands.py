@@ -132,4 +132,8 @@ def _backbones(args: argparse.Namespace) -> None:
 
     from depthcb_recipes.backbones.catalogue import backbones_table
 
-    Console().print(backbones_table(args.names))
+    table, problems = backbones_table(args.names)
+    if table.row_count:
+        Console().print(table)
+    if problems:
+        raise ValueError(" ".join(problems))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def run_fit(argv: Sequence[str]) -> None:
     """
     with stoppable(lambda: print("Stopped before the first step.", flush=True)) as stop:
         own = {"exit_on_error": False, "default_config_files": [str(DEFAULTS)]}
-        fit_cli(["fit", *map(_bundled, argv)], stop=stop, exit_on_error=False, fit=own)
+        fit_cli(["fit", *_bundled(argv)], stop=stop, exit_on_error=False, fit=own)
 
 
 def fit_cli(
@@ -175,11 +176,20 @@ def fit_cli(
         raise ValueError(_brief(str(error))) from error
 
 
-def _bundled(argument: str) -> str:
-    """The path of a bundled configuration in place of its name; anything else as it is."""
-    flag, name = argument[: argument.find("=") + 1], argument[argument.find("=") + 1 :]
-    path = CONFIGS / f"{name}.yaml"
-    return f"{flag}{path}" if flag in ("", "--config=") and path.is_file() else argument
+def _bundled(argv: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments with the paths of bundled configurations in place of their names.
+
+    Raises:
+        ValueError: A configuration is neither bundled nor a file.
+    """
+    for before, argument in itertools.pairwise(["", *argv]):
+        named = before == "--config" or argument.startswith("--config=")
+        flag, name = argument[: argument.find("=") + 1], argument[argument.find("=") + 1 :]
+        path = CONFIGS / f"{name}.yaml"
+        if named and not path.is_file() and not Path(name).exists():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise ValueError(f"There is no configuration {name!r}: name a YAML file, or one of {known}.")
+        yield f"{flag}{path}" if flag in ("", "--config=") and path.is_file() else argument
 
 
 def _brief(message: str) -> str:

@@ -65,15 +65,21 @@ def backbones() -> Iterator[Backbone]:
         yield Backbone(name, "hub", found.family, found.block, len(LayerStack.find(whole)), _numbers(whole))
 
 
-def backbones_table(names: Sequence[str] = ()) -> Table:
-    """Returns a printable table of the named backbones, or of all."""
+def backbones_table(names: Sequence[str] = ()) -> tuple[Table, list[str]]:
+    """Returns a printable table of the named backbones, or of all, and what is wrong with those that were not found."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for title in ("name", "family", "block", "layers", "size", "from"):
         table.add_column(title, justify="right" if title in ("layers", "size") else "left", no_wrap=True)
-    for b in [describe(name) for name in names] or backbones():
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(describe(name))
+        except ValueError as error:
+            problems.append(str(error))
+    for b in found if names else backbones():
         size = f"{b.parameters / 1e6:,.1f} M" if b.parameters else ""
         table.add_row(b.name, b.family, b.block, str(b.layers or ""), size, b.source)
-    return table
+    return table, problems
 
 
 def objectives_table() -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import io
 from collections.abc import Iterator
@@ -272,8 +273,19 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _located(name: str) -> str:
-    """Returns the folder of a model of the mini zoo; other names are returned unchanged."""
+    """Returns the folder of a model of the mini zoo; other names are returned unchanged.
+
+    Raises:
+        BackboneNotFoundError: The model is not pretrained yet, or the name is nearly one of ours: the hub, where there
+            may be no network, is not asked for it.
+    """
     if name not in zoo.ZOO:
+        near = difflib.get_close_matches(name, [*zoo.ZOO, *PACKAGED], n=1, cutoff=0.88)
+        if near and name not in PACKAGED and not Path(name).exists():
+            raise BackboneNotFoundError(
+                f"The backbone {name!r} is unknown: did you mean {near[0]!r}? (A hub model of that name: download it, "
+                "and pass its folder.)"
+            )
         return name
     folder = zoo.folder(name, zoo.ZOO[name])
     if not zoo.is_pretrained(folder):

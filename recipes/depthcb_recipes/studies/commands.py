@@ -35,7 +35,11 @@ def run_task(args: argparse.Namespace) -> int:
 
 
 def _study_file(name: str) -> Path:
-    bundled = Path(__file__).parent / f"{name}.yaml"
+    folder = Path(__file__).parent
+    bundled = folder / f"{name}.yaml"
+    if not bundled.is_file() and not Path(name).exists():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ValueError(f"There is no study {name!r}: name a YAML file, or one of {known}.")
     return bundled if bundled.is_file() else Path(name)
 
 
