@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from depthcb.compare import depth_profile as depth_profile
     from depthcb.gradient_distance import objective_distance as objective_distance
     from depthcb.profile import Profile as Profile
+    from depthcb.restore import restore_profile as restore_profile
     from depthcb.stack import LayerStack as LayerStack
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _MODULES = {
     "UpdateRatioMonitor": "depthcb.callbacks.update_ratio",
     "depth_profile": "depthcb.compare",
     "objective_distance": "depthcb.gradient_distance",
+    "restore_profile": "depthcb.restore",
 }
 __all__ = [*_MODULES, "similarity"]
 

@@ -38,6 +38,7 @@ from depthcb.plain import UNKNOWN, dumps, loads, plain
 from depthcb.profile import FloatArray, Profile, Profiles, layer_key
 from depthcb.style import printable
 from depthcb.unit_grid import UnitGrid, small_unit
+from depthcb.worth import RestoreProfile
 
 if TYPE_CHECKING:
     from depthcb.null import Null
@@ -204,6 +205,12 @@ class Run:
     def matched_null(self) -> dict[str, Profiles]:
         """The same of noise that changes the representations as much; empty if no scale was found that does."""
         return _profiles(self.record("matched_null_profiles"), self.name)
+
+    @cached_property
+    def worth(self) -> RestoreProfile | None:
+        """What each layer's change was worth at the end of the fit; None if it was not measured."""
+        saved = (self._depth.end or {}).get("worth") if self._depth else None
+        return None if saved is None else RestoreProfile.from_dict(saved)
 
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:

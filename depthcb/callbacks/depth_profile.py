@@ -24,20 +24,24 @@ from depthcb.callbacks.logging import (
 )
 from depthcb.callbacks.recorded import RecordedCallback, open_record
 from depthcb.callbacks.step_events import refuse_sharding
+from depthcb.callbacks.validation_loss import validation_loss
 from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import checkpoint_errors
 from depthcb.feeding import Call, validation_call
+from depthcb.isolation import isolated
 from depthcb.null import DRAWS
 from depthcb.plain import SECRETS
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Mask, Probe, Rows
 from depthcb.profile import Profile, Profiles
 from depthcb.reference import Reference
+from depthcb.restore import FEWEST_BATCHES, restore_profile
 from depthcb.run import write_null
 from depthcb.similarity import Measure
 from depthcb.site_names import BLOCK, Site
 from depthcb.stack import LayerStack
 from depthcb.warn import warn
+from depthcb.worth import RestoreProfile
 
 
 class DepthProfile(RecordedCallback):
@@ -96,6 +100,9 @@ class DepthProfile(RecordedCallback):
             write at once. ``"head"`` adds each head of attention, by its part of the output projection's input; heads
             are in the record and in pictures, not among the logged keys. Memory: one more n x n matrix per layer and
             site, or head. The modules are found by measuring one forward; the nulls are those of the blocks.
+        worth: Whether to measure at the end of the fit what each layer's change is worth, by `depthcb.restore_profile`
+            with the loss that ``validation_step`` returns on the probe's batches. Needs ``pretrained`` and at least 2
+            batches; takes 4 L + 1 passes over the probe.
         redact: Hyperparameters and settings with these words in their names have their values replaced in the record
             (and so in reports) and in W&B's configuration, as far as depthcb writes it; see `depthcb.plain.plain`. An
             empty tuple keeps everything.
@@ -128,10 +135,14 @@ class DepthProfile(RecordedCallback):
         pretrained: PretrainedWeights | Literal["cpu"] | None = None,
         null_draws: int = DRAWS,
         sites: Sequence[Site] = (BLOCK,),
+        worth: bool = False,
         redact: Collection[str] = SECRETS,
     ) -> None:
         if every_n_validations < 1:
             raise ValueError(f"every_n_validations={every_n_validations}: it must be at least 1.")
+        if worth and pretrained is None:
+            raise ValueError("DepthProfile(worth=True) needs the pretrained weights: pass pretrained='cpu' too.")
+        self._worth = worth
         self.name, self.redact = name, redact
         self.every_n_validations = every_n_validations
         #: The underlying recorder, which works without a Trainer.
@@ -158,6 +169,8 @@ class DepthProfile(RecordedCallback):
         self.recorder.reset()
         self._validations = 0
         self._unpublished, self._drawn = False, True
+        #: What each layer's change was worth at the end of the last fit, if ``worth`` is set.
+        self.worth: RestoreProfile | None = None
 
     @property
     def measures(self) -> list[Measure]:
@@ -233,6 +246,8 @@ class DepthProfile(RecordedCallback):
         self.recorder.feed = _fed
         with _probing(trainer, pl_module):
             self.recorder.prepare(pl_module, source=source)
+            if self._worth:
+                self._check_worth(pl_module)
         self._open_record(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,12 +282,44 @@ class DepthProfile(RecordedCallback):
             self._log_pictures(trainer)
         with _probing(trainer, pl_module):
             null = self.recorder.measure_null()
+            worth = self._measure_worth(pl_module) if self._worth else None
         if null is not None:
             write_record(self, trainer, lambda folder: write_null(folder, null, self.name))
         end: dict[str, Any] = {"seconds": time.perf_counter() - self._began, "probe_seconds": self.seconds}
+        if worth is not None:
+            self.worth = worth
+            end["worth"] = worth.to_dict()
         if self.lost:
             end["lost"] = dict(self.lost)
         record_row(self, trainer, {"step": logged_step(trainer), "end": end})
+
+    def _check_worth(self, pl_module: pl.LightningModule) -> None:
+        """Raises a ValueError if the module's validation step gives no loss on the probe."""
+        probe = self._worth_probe()
+        with isolated(pl_module):
+            validation_loss(self._transfer)(pl_module, probe.batches[0])
+
+    def _measure_worth(self, pl_module: pl.LightningModule) -> RestoreProfile:
+        weights = self.recorder.weights
+        assert weights is not None
+        batches = self._worth_probe().batches
+        return restore_profile(
+            weights, pl_module, batches, validation_loss(self._transfer), layers=self.recorder.layers
+        )
+
+    def _worth_probe(self) -> Probe:
+        probe = self.fixed_probe
+        assert probe is not None
+        if len(probe.batches) < FEWEST_BATCHES:
+            raise ValueError(
+                f"DepthProfile(worth=True): the probe has {len(probe.batches)} batch, and an interval needs at least "
+                f"{FEWEST_BATCHES}: pass a list of batches, or a loader with a smaller batch size."
+            )
+        return probe
+
+    def _transfer(self, batch: Any) -> Any:
+        assert self.recorder.transfer is not None
+        return self.recorder.transfer(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.recorder.state_dict(), "validations": self._validations}

@@ -167,6 +167,20 @@ def sites_chart(group: Group) -> go.Figure:
     return layout(fig, 60 + 360 * rows, hovermode="x unified")
 
 
+def worth_chart(group: Group) -> go.Figure:
+    """Returns what each layer's change is worth to the loss, with its 95 % band over batches, of the runs that know."""
+    fig = go.Figure()
+    for index, run in enumerate(group.runs):
+        if run.worth is not None:
+            x = _depth(group, len(run.worth.worth))
+            ends = [[getattr(e, end) for e in run.worth.restored] for end in ("low", "high")]
+            fig.add_trace(_band(x, [*ends[0], *reversed(ends[1])], group, index))
+            fig.add_trace(_line(run.worth.worth, group, index))
+    fig.update_xaxes(_layer_axis(group))
+    fig.update_yaxes(title={"text": "loss without the layer's change - loss"}, zeroline=True)
+    return layout(fig, 400, hovermode="x unified")
+
+
 def head_heatmaps(group: Group) -> go.Figure:
     """Returns heatmaps of the latest change by the first measure, layer x head, one per run with heads."""
     measure, runs = group.measures[0], [run for run in group.runs if any(map(is_head, run.sites))]

@@ -423,3 +423,12 @@ def shown_change(profile: Profile) -> list[str]:
 def _at(column: Sequence[Any], index: int) -> Any:
     """Returns one value of a column, or None if the column is too short."""
     return column[index] if index < len(column) else None
+
+
+def worth_line(run: Run, measure: str) -> str:
+    """Returns one sentence on a run's worth: the layer whose change is worth most, and the rank correlation."""
+    worth, profile = run.worth, last(run, measure)
+    assert worth is not None
+    most = max(range(len(worth.worth)), key=worth.worth.__getitem__)
+    text = f"{run.name}: the change of {worth.layer_names[most]} is worth most, {worth.restored[most]} of the loss"
+    return f"{text}; rank correlation of change and worth {worth.rank_correlation(profile)}." if profile else f"{text}."

@@ -25,6 +25,7 @@ from depthcb.report.charts import (
     ratio_heatmaps,
     sites_chart,
     unit_heatmaps,
+    worth_chart,
 )
 from depthcb.report.groups import (
     UNRESOLVED_NOTE,
@@ -43,6 +44,7 @@ from depthcb.report.groups import (
     show_draws,
     title_of,
     verdict_lines,
+    worth_line,
 )
 from depthcb.run import NULLS, Run
 from depthcb.site_names import is_head
@@ -227,6 +229,9 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         parts += [charts(heatmaps(group, values), "Change of each layer over training")]
         if any(run.sites for run in group.runs):
             parts += [charts(sites_chart(group), "Where in the layers: latest change of what each part writes")]
+        if known := [run for run in group.runs if run.worth is not None]:
+            told = "".join(f'<p class="soft">{html.escape(worth_line(run, group.measures[0]))}</p>' for run in known)
+            parts += [charts(worth_chart(group), "What each layer's change is worth to the loss"), told]
         if any(is_head(site) for run in group.runs for site in run.sites):
             parts += [charts(head_heatmaps(group), "Latest change of each head of attention")]
     else:

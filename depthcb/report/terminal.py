@@ -27,6 +27,7 @@ from depthcb.report.groups import (
     shown_change,
     title_of,
     verdict_lines,
+    worth_line,
 )
 from depthcb.run import Run
 from depthcb.style import BLUE, printable, show, show_interval
@@ -85,6 +86,8 @@ def print_bars(run: Run, console: Console) -> None:
     console.print(_text(f"{slope}, {profile.unit}, {profile.rows} rows"))
     if profile.unresolved:
         console.print(_text(UNRESOLVED_NOTE))
+    if run.worth is not None:
+        console.print(_text(worth_line(run, profile.measure)))
 
 
 def _units_table(run: Run) -> Table:

@@ -1,4 +1,4 @@
-"""The subcommands provided by the recipes: demo, fit, compare, pretrain, study, recipes and backbones."""
+"""The subcommands provided by the recipes: demo, fit, compare, restore, pretrain, study, recipes and backbones."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--rows", default="mean", choices=("mean", "tokens", "last", "first"), help="what a row is")
     compare.add_argument("--json", type=Path, help="also write the profiles to this JSON file")
     compare.set_defaults(run=_compare)
+    restore = commands.add_parser(
+        "restore",
+        help="measure what the change of each layer is worth to the loss",
+        description="Puts each layer of model B back to its weights in A, and measures the language-model loss.",
+    )
+    restore.add_argument("reference", metavar="A", help="the pretrained model: a name, hub id or folder")
+    restore.add_argument("model", metavar="B", help="the fine-tuned model: a name, hub id or folder")
+    restore.add_argument("--text", type=Path, help="text file for the loss (default: Python library source)")
+    restore.add_argument("--json", type=Path, help="also write the figures to this JSON file")
+    restore.set_defaults(run=_restore)
     fit = commands.add_parser(
         "fit",
         help="train any objective on any backbone, configured by a YAML file",
@@ -96,6 +106,16 @@ def _compare(args: argparse.Namespace) -> None:
     from depthcb_recipes.compare_backbones import compare_backbones
 
     compare_backbones(args.reference, args.model, args.text, args.rows, args.json, Console())
+
+
+def _restore(args: argparse.Namespace) -> None:
+    use_threads_politely()
+    from rich.console import Console
+
+    from depthcb_recipes.restore_backbones import restore_backbones
+
+    console = Console(width=max(Console().width, 150))  # no figure is truncated, in a file either
+    restore_backbones(args.reference, args.model, args.text, args.json, console)
 
 
 def _fit(args: argparse.Namespace) -> None:

@@ -43,7 +43,9 @@ def compare_backbones(
         pretrain_if_missing(name)
     before, tokenizer = load_backbone(reference, head=None)
     after, _ = load_backbone(model, head=None)
-    batches = _read(text, tokenizer) if text else PackedText(tokenizer).probe_batches(ROWS, BATCH, block_size=LENGTH)
+    batches = (
+        read_text(text, tokenizer) if text else PackedText(tokenizer).probe_batches(ROWS, BATCH, block_size=LENGTH)
+    )
     profiles = depth_profile(before, after, batches, rows=rows)
     if json_path is not None:
         content = {name: profile.to_dict() for name, profile in profiles.items()}
@@ -67,7 +69,12 @@ def _line(name: str, p: Profile) -> str:
     return f"{name}: slope {p.slope:+.3g}{interval}, relative slope {p.relative_slope:+.3g}, width {p.width:.2f}"
 
 
-def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """Returns the non-empty lines of a file as batches.
+
+    Raises:
+        ValueError: There is no such file, or it has too few lines.
+    """
     if not path.is_file():
         raise ValueError(f"--text {path} is not a file: use a text file with one example per line.")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:ROWS]

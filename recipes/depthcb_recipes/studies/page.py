@@ -53,6 +53,8 @@ CELL_COLUMNS = {
     "verdict": "Over the seeds, from 4 pairs on: reverses < -0.2 < collapses < 0.2 < weakens < 0.8 < persists < 1.25 < "
     "strengthens, by the whole interval of the share left; emerges; no more than noise; undecided.",
     "null": "Whether the change-matched null explains the slope: it has more than 0.8 of it, over draws and seeds.",
+    "worth": "Rank correlation of the layers' change with what it is worth to the loss, mean over the standard runs "
+    "that measured it (DepthProfile's worth), with its interval over seeds.",
     "width": "Share of the layers over which the standard runs' change is spread.",
     "distance": "Objective distance at initialisation: 1 - cos of the gradients of pretraining and of the fit, mean "
     "over the seeds, with the mean interval over the batches that it was measured on.",
@@ -91,7 +93,8 @@ def _cell_row(cell: Any) -> list[str]:
     return [
         *(str(cell[key]) for key in ("model", "family", "block", "size", "objective", "optimizer", "seeds")),
         show(cell["slope"], "+.2f") + _ends(cell, "slope"), show(corrected, "+.2f"), show(cell["share"], "+.2f"),
-        cell["keeps"], cell["word"], cell["null_word"], show(cell["width"], ".2f"),
+        cell["keeps"], cell["word"], cell["null_word"], show(cell["worth"], "+.2f") + _ends(cell, "worth"),
+        show(cell["width"], ".2f"),
         show(cell["distance"], ".2f") + _ends(cell, "distance"),
     ]  # fmt: skip
 

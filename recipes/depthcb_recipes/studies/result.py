@@ -44,6 +44,7 @@ class Figures:
         objective_distance: 1 - cos of the gradients of pretraining and of the fit; None where it was not measured.
         objective_procrustes_uncorrected: Procrustes distance of the same gradients, not corrected for batch noise; None
             where it was not measured.
+        worth_correlation: Rank correlation of the layers' change with their worth; None where it was not measured.
         backbone: The fields of `depthcb_recipes.backbones.catalogue.Backbone`.
         precision: What the fit was trained in; None in older files, which do not say.
     """
@@ -67,6 +68,7 @@ class Figures:
     matched_null: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     objective_distance_interval: Sequence[float] | None = None
     objective_procrustes_uncorrected: float | None = None
+    worth_correlation: float | None = None
 
 
 @dataclass(frozen=True)

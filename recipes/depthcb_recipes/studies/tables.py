@@ -57,6 +57,7 @@ def runs_table(results: Sequence[Result], measure: str | None = None) -> pd.Data
             "spread": figures.wanted_spread, "floor": max(first.floor) if first.floor else np.nan,
             "null": _mean(nulls), "null_low": _extreme(min, nulls),
             "null_high": _extreme(max, nulls), "matched_null": _mean(matched),
+            "worth": np.nan if figures.worth_correlation is None else figures.worth_correlation,
             "profiles": profile, "measure": first.measure,
             "initial_weights": figures.initial_weights, "data_order": figures.data_order,
             "precision": figures.precision,
@@ -131,6 +132,8 @@ def cells_table(runs: pd.DataFrame) -> pd.DataFrame:
     equal = usable[usable["control"] == "equal-step"]
     both = standard.merge(equal, on=[*CELL, "seed"], suffixes=("", "_equal"))
     cells = cells.join(pooled(standard, standard["relative_slope"], "slope"))
+    weighed = standard[standard["worth"].notna()]
+    cells = cells.join(pooled(weighed, weighed["worth"], "worth"))
     sign = np.sign(cells["slope"]).where(lambda s: s != 0, 1.0)
     contrast = both["relative_slope_equal"] - KEEPS * both["relative_slope"]
     cells = cells.join(pooled(both, contrast, "above"))
