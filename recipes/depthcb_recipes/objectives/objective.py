@@ -163,13 +163,14 @@ class Objective(LightningModule):
         for metric in (self.val_loss, *self.metrics.values()):
             metric.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Updates and logs the validation metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Updates and logs the validation metrics, and returns the loss."""
         loss = self.loss(batch)
         self.val_loss.update(loss.value, loss.weight)
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.update_metrics(loss)
         self.log_dict({f"val/{name}": metric for name, metric in self.metrics.items()})
+        return loss.value
 
     @property
     def metrics(self) -> dict[str, Metric]:
