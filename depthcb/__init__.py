@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from depthcb.callbacks.update_ratio import UpdateRatioMonitor as UpdateRatioMonitor
     from depthcb.compare import depth_profile as depth_profile
     from depthcb.gradient_distance import objective_distance as objective_distance
+    from depthcb.loop import equal_step as equal_step
+    from depthcb.loop import watch as watch
     from depthcb.profile import Profile as Profile
     from depthcb.restore import restore_profile as restore_profile
     from depthcb.stack import LayerStack as LayerStack
@@ -30,8 +32,10 @@ _MODULES = {
     "Profile": "depthcb.profile",
     "UpdateRatioMonitor": "depthcb.callbacks.update_ratio",
     "depth_profile": "depthcb.compare",
+    "equal_step": "depthcb.loop",
     "objective_distance": "depthcb.gradient_distance",
     "restore_profile": "depthcb.restore",
+    "watch": "depthcb.loop",
 }
 __all__ = [*_MODULES, "similarity"]
 

@@ -78,6 +78,19 @@ def feed(model: nn.Module, batch: Any) -> Call:
         return _guarded(call_of(model, *_arguments(model, batch)), model, batch)
 
 
+def call_of_named(model: nn.Module, stack: LayerStack, batch: Any) -> Call | None:
+    """Returns the call of a model on the entries of a batch that its ``forward`` names; None if there are none.
+
+    The others, of which batches of transformers' trainers may have some for the loss, are left out without a warning.
+    """
+    inner: Any = model
+    if callable(getattr(model, "get_base_model", None)):  # the forward of an adapted model takes anything
+        inner = inner.get_base_model()
+    known = inspect.signature(type(inner).forward).parameters
+    taken = {k: v for k, v in batch.items() if k in known} if isinstance(batch, Mapping) else {}
+    return feed(model, taken) if taken else None
+
+
 def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the positional and the keyword arguments for a batch that is no tuple."""
     if not isinstance(batch, Mapping):

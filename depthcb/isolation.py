@@ -42,6 +42,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
         try:
             for module, _ in flags:
                 module.training = False  # not .eval(), because some modules override it with side effects
+                if "_original_forward" in vars(module):  # accelerate's, whose own turns autocast on
+                    vars(module).pop("forward", None)
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 FOLDER = "depthcb"
 #: Version of the headers; those of depthcb 0.1 do not say theirs.
 VERSION = 2
-_PACKAGES = ("lightning", "torch", "transformers", "datasets", "peft", "wandb", "depthcb")
+_PACKAGES = ("lightning", "torch", "transformers", "accelerate", "trl", "datasets", "peft", "wandb", "depthcb")
 
 #: Names of the records of nulls in place of a callback's class. Their rows are draws of noise instead of steps.
 NULLS = ("null_profiles", "matched_null_profiles")
@@ -157,7 +157,7 @@ class Run:
         if self.mixed:
             return f"it is a mixed run ({self.mixed})"
         if self._depth.provenance.get("seed") is None:
-            return "its seed is not known: call seed_everything before the model is built"
+            return "its seed is not known: call seed_everything before the model is built, or pass seed="
         if not self._depth.fit.get("initial_weights"):
             return "its initial weights are not known (recorded, or begun, by depthcb 0.1)"
         if f'"{UNKNOWN}"' in dumps(self._depth.fit):
@@ -363,6 +363,7 @@ def write_header(
     settings: Row | None = None,
     fit: Row | None = None,
     parts: Sequence[Row] = (),
+    seed: object = None,
 ) -> None:
     """Starts a callback's record of a fit.
 
@@ -374,6 +375,7 @@ def write_header(
         settings: See `Record`.
         fit: See `Record`.
         parts: See `Record`.
+        seed: The seed, where Lightning's ``seed_everything`` did not set it.
 
     Raises:
         ValueError: There is a file where the folder should be.
@@ -388,7 +390,7 @@ def write_header(
             "logger, or logger=False to the Trainer to disable records."
         ) from error
     _end_torn_line(_file(folder, name))
-    write_row(folder, name, {**head, "parts": parts, "provenance": provenance()})
+    write_row(folder, name, {**head, "parts": parts, "provenance": provenance(seed)})
 
 
 def void_records(folder: Path, step: int) -> None:
@@ -472,8 +474,8 @@ def read_runs(*folders: str | Path) -> list[Run]:
     return [run for path, name in zip(found, names, strict=True) for run in _runs(path, name)]
 
 
-def provenance() -> dict[str, Any]:
-    """Returns the provenance of a run: versions, seed, git commit and date."""
+def provenance(seed: object = None) -> dict[str, Any]:
+    """Returns the provenance of a run: versions, the seed (by default Lightning's), git commit and date."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         if name in sys.modules:
@@ -484,7 +486,7 @@ def provenance() -> dict[str, Any]:
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
-        "seed": os.environ.get("PL_GLOBAL_SEED"),  # None: seed_everything was not called
+        "seed": os.environ.get("PL_GLOBAL_SEED") if seed is None else str(seed),  # None: not known
         "git_commit": _git_commit(),
     }
 

@@ -160,15 +160,20 @@ class Edges(pl.Callback):
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a test script with one thread per process and a separate port."""
+    """Runs a test script."""
+    return run_python(Path(__file__).parent / name, *arguments)
+
+
+def run_python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with one thread per process and a separate port."""
     tests = Path(__file__).parent
-    command = [sys.executable, str(tests / name), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_port())}
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     environment["PYTHONPATH"] = f"{tests.parent}{os.pathsep}{tests}"
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def _port() -> int:
+def free_port() -> int:
     """Returns a free port below the ephemeral range, from which another process could take it before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -33,7 +33,8 @@ from depthcb.null import DRAWS
 from depthcb.plain import SECRETS
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Mask, Probe, Rows
-from depthcb.profile import Profile, Profiles
+from depthcb.profile import Profiles
+from depthcb.recording import past_rows, profile_row, profile_settings
 from depthcb.reference import Reference
 from depthcb.restore import FEWEST_BATCHES, restore_profile
 from depthcb.run import write_null
@@ -271,7 +272,7 @@ class DepthProfile(RecordedCallback):
         self._unpublished = False
         start = time.perf_counter()
         latest = {measure: profiles[-1] for measure, profiles in self.profiles_by_measure.items()}
-        record_row(self, trainer, _row(latest, self.recorder.latest_sites) | self._beside(trainer))
+        record_row(self, trainer, profile_row(latest, self.recorder.latest_sites) | self._beside(trainer))
         self._drawn = self.deserves_pictures(len(self.profiles))
         if self._drawn:
             self._log_pictures(trainer)
@@ -339,25 +340,9 @@ class DepthProfile(RecordedCallback):
             )
 
     def _open_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reference = self.reference
-        assert reference is not None
-        settings = {
-            "layers": reference.layer_names,
-            "measures": {m.name: m.definition for m in self.measures},
-            "rows": self.recorder.rows,
-            "probe_rows": len(reference.examples),
-            "distinct": reference.distinct,
-            "probe_hash": reference.probe_hash,
-            "causal": reference.causal,
-            "effective_rank": reference.effective_rank,
-        }
-        if self.recorder.site_references:
-            settings["sites"] = {site: r.layer_names for site, r in self.recorder.site_references.items()}
-        open_record(self, trainer, pl_module, settings)
-        blocks = _by_step(self.profiles_by_measure)
-        inside = {site: _by_step(by_measure) for site, by_measure in self.recorder.profiles_by_site.items()}
-        for step in sorted(blocks) if trainer.global_step else ():  # a resumed run may use another folder
-            record_row(self, trainer, _row(blocks[step], {s: by[step] for s, by in inside.items() if step in by}))
+        open_record(self, trainer, pl_module, profile_settings(self.recorder))
+        for row in past_rows(self.recorder) if trainer.global_step else ():  # a resumed run may use another folder
+            record_row(self, trainer, row)
 
     def _beside(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Returns what a record's row has besides the profiles: net changes, and the metrics logged by others."""
@@ -370,22 +355,6 @@ class DepthProfile(RecordedCallback):
         first = self.measures[0].name
         sites = {site: latest[first] for site, latest in self.recorder.latest_sites.items()}
         log_pictures(self, trainer, self.profiles_by_measure, self.profiles[-1].step, sites)
-
-
-def _by_step(by_measure: Mapping[str, Sequence[Profile]]) -> dict[int, dict[str, Profile]]:
-    found: dict[int, dict[str, Profile]] = {}
-    for measure, profiles in by_measure.items():
-        for profile in profiles:
-            found.setdefault(profile.step, {})[measure] = profile
-    return found
-
-
-def _row(profiles: Mapping[str, Profile], sites: Mapping[str, Mapping[str, Profile]]) -> dict[str, Any]:
-    """Returns the profiles of one step, by measure, and by site and measure, as a row of the run's record."""
-    first = next(iter(profiles.values()))
-    row = {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
-    inside = {site: {m: p.to_dict() for m, p in by_measure.items()} for site, by_measure in sites.items()}
-    return row | ({"sites": inside} if inside else {})
 
 
 @contextlib.contextmanager

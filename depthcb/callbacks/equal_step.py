@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from depthcb.callbacks.depth_profile import DepthProfile
 from depthcb.callbacks.logging import LogSteps, callbacks_of, logged_step, rows_of
 from depthcb.callbacks.recorded import RecordedCallback, open_record
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
+from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.callbacks.unit_pictures import UnitPictures
 from depthcb.engine.equalizer import Decay, Outside, StepEqualizer
 from depthcb.plain import SECRETS
+from depthcb.signposts import is_a
 from depthcb.step_ratio import MeanRatios, Target
 from depthcb.units import Groups, UnitKind, unit_settings
 

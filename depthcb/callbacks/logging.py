@@ -3,64 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-from torch.optim import Optimizer
 
-from depthcb.callbacks.step_events import OptimizerStepCallback, is_a
+from depthcb.callbacks.step_events import OptimizerStepCallback
 from depthcb.engine.step_hooks import Sink
 from depthcb.plain import plain
 from depthcb.profile import Profile
+from depthcb.recording import Counting, Named, Waiting, optimizer_settings, tolerated
 from depthcb.run import Row, write_row
+from depthcb.signposts import is_a
 from depthcb.sinks import sink_of
 from depthcb.site_names import BLOCK
 from depthcb.unit_grid import UnitGrid
-from depthcb.warn import warn
 
-
-class Named(Protocol):
-    """A callback with a name that is unique in its run."""
-
-    name: str
-
-
-class Counting(Named, Protocol):
-    """A callback that counts what it could not do."""
-
-    @property
-    def lost(self) -> Counter[str]:
-        """How often it could not do what, in this fit."""
-        ...
-
-
-#: What the disk did not take in each Trainer's fit, oldest first: who writes it, and how.
-_WAITING: WeakKeyDictionary[pl.Trainer, list[tuple[Named, Callable[[], None]]]] = WeakKeyDictionary()
-
-
-@contextmanager
-def tolerated(callback: Counting, what: str, remedy: str) -> Iterator[None]:
-    """Counts an error instead of raising it, so that a full disk or a broken logger doesn't end a fit; warns once.
-
-    Args:
-        callback: The callback.
-        what: What is tried, such as "write the record in logs/version_0".
-        remedy: What the user can do about it.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not callback.lost[what]:
-            warn(
-                f"{type(callback).__name__} {callback.name!r} cannot {what} ({type(error).__name__}: {error}). "
-                f"Training goes on without it: {remedy}."
-            )
-        callback.lost[what] += 1
+#: What the disk did not take in each Trainer's fit.
+_WAITING: WeakKeyDictionary[pl.Trainer, Waiting] = WeakKeyDictionary()
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -127,39 +89,19 @@ def write_record(callback: Named, trainer: pl.Trainer, write: Callable[[Path], N
     folder = run_folder(trainer)
     if folder is None:
         return
-    waiting = _WAITING.setdefault(trainer, [])
-    fresh = not waiting
-    waiting.append((callback, lambda: write(folder)))
-    error = write_waiting(trainer)
-    if error is not None and fresh:
-        warn(
-            f"{type(callback).__name__} {callback.name!r} cannot write its record in {folder} "
-            f"({error.strerror or error}). Training goes on, and the record waits in memory: make room there, or make "
-            "it writable, before the fit ends. Next time, use another save_dir, or logger=False for no records."
-        )
+    remedy = "use another save_dir, or logger=False for no records"
+    _WAITING.setdefault(trainer, Waiting(remedy)).write(callback, folder, write)
 
 
-def write_waiting(trainer: pl.Trainer) -> OSError | None:
-    """Writes what the disk did not take before; returns the last error if it still does not."""
-    waiting, last = _WAITING.get(trainer, []), None
-    stuck: list[Named] = []
-    for item in list(waiting):
-        owner, write = item
-        if any(owner is other for other in stuck):  # its rows stay in order
-            continue
-        try:
-            write()
-        except OSError as error:
-            stuck.append(owner)
-            last = error
-        else:
-            waiting.remove(item)
-    return last
+def write_waiting(trainer: pl.Trainer) -> None:
+    """Writes what the disk did not take before, if it takes it now."""
+    if trainer in _WAITING:
+        _WAITING[trainer].retry()
 
 
 def unwritten(callback: Named, trainer: pl.Trainer) -> int:
     """Returns how many writes of the callback wait."""
-    return sum(owner is callback for owner, _ in _WAITING.get(trainer, ()))
+    return _WAITING[trainer].count(callback) if trainer in _WAITING else 0
 
 
 def forget_waiting(trainer: pl.Trainer) -> None:
@@ -238,7 +180,7 @@ def fit_settings(trainer: pl.Trainer, pl_module: pl.LightningModule, redact: Col
     return {
         "module": type(pl_module).__qualname__,
         "hparams": plain(dict(pl_module.hparams), redact),
-        "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
+        "optimizers": [optimizer_settings(optimizer) for optimizer in trainer.optimizers],
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -248,22 +190,3 @@ def fit_settings(trainer: pl.Trainer, pl_module: pl.LightningModule, redact: Col
         "accelerator": type(trainer.accelerator).__name__,
         "processes": trainer.world_size,
     }
-
-
-def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the settings of the first parameter group, and of the others what differs, with each one's size.
-
-    Learning rates are those before any scheduler.
-    """
-    first, *others = [_group(group) for group in optimizer.param_groups]
-    found = {"class": type(optimizer).__qualname__, **first}
-    if others:
-        found["groups"] = [{k: v for k, v in group.items() if v != first.get(k)} for group in others]
-    return found
-
-
-def _group(group: dict[str, Any]) -> dict[str, Any]:
-    settings = {k: v for k, v in group.items() if k not in ("params", "initial_lr") and v is not None}
-    lr = group.get("initial_lr", group.get("lr"))
-    settings |= {"parameters": len(group["params"])} | ({} if lr is None else {"lr": float(lr)})
-    return {k: plain(v) for k, v in settings.items()}

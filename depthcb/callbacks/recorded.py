@@ -17,22 +17,22 @@ from depthcb.callbacks.logging import (
     fit_settings,
     forget_waiting,
     run_folder,
-    tolerated,
     unwritten,
     write_record,
     write_waiting,
 )
 from depthcb.fingerprint import weights_fingerprint
 from depthcb.plain import dumps, plain
+from depthcb.recording import tell_losses, tolerated
 from depthcb.run import Row, null_names, void_records, write_header
+from depthcb.signposts import NotForFabric, NotForTransformers
 from depthcb.sinks import sink_of
-from depthcb.warn import warn
 
 #: The entry of a checkpoint that has the fit's history.
 KEY = "depthcb"
 
 
-class RecordedCallback(Callback):
+class RecordedCallback(NotForFabric, NotForTransformers, Callback):
     """Base class of the callbacks that leave a record; their checkpoints have the history of the fit.
 
     A run that was resumed with other callbacks is thus known as a mixed one, in whichever folder its record continues.
@@ -74,11 +74,7 @@ class RecordedCallback(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         write_waiting(trainer)
-        told = [f"could not {what} {count} times" for what, count in self.lost.items()]
-        if waiting := unwritten(self, trainer):
-            told.append(f"could not write the last {waiting} rows of its record in {run_folder(trainer)}")
-        if told:
-            warn(f"{type(self).__name__} {self.name!r}: what it leaves is incomplete, because it {', '.join(told)}.")
+        tell_losses(self, unwritten(self, trainer), run_folder(trainer))
 
     def redacted(self, trainer: pl.Trainer) -> set[str]:
         """Returns the words of all recorded callbacks: what one of them keeps out is in none of their records."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,9 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import Hooked
+from depthcb.signposts import NotForFabric, NotForTransformers, refuse_engines
 
 
-class OptimizerStepCallback(Hooked, Callback):
+class OptimizerStepCallback(NotForFabric, NotForTransformers, Hooked, Callback):
     """Base class of callbacks that act around every *real* optimizer step.
 
     Override `on_after_optimizer_step` (and `on_before_optimizer_closure`). They fire once per step that the optimizer
@@ -37,6 +40,11 @@ class OptimizerStepCallback(Hooked, Callback):
 
     #: Label of its runs in comparisons, for callbacks that change the steps; None for callbacks that only observe.
     control: str | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if own := vars(cls).get("on_after_optimizer_step"):
+            cls.on_after_optimizer_step = _signposted(own)  # type: ignore[method-assign]
 
     def on_before_optimizer_closure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -77,22 +85,22 @@ class OptimizerStepCallback(Hooked, Callback):
         self._unhook()
 
 
+def _signposted(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns a hook that tells Fabric, which calls one of the same name with other arguments, which class to use."""
+
+    @functools.wraps(hook)
+    def called(self: OptimizerStepCallback, *args: Any, **kwargs: Any) -> None:
+        if "strategy" in kwargs:
+            NotForFabric.on_after_optimizer_step(self)
+        hook(self, *args, **kwargs)
+
+    return called
+
+
 def refuse_sharding(callback: Callback, trainer: pl.Trainer) -> None:
     """Raises an error for strategies that flatten the layers' parameters or step them in their own engine.
 
     Raises:
         ValueError: The strategy is DeepSpeed or FSDP1.
     """
-    if is_a(trainer.strategy, "DeepSpeedStrategy", "FSDPStrategy"):
-        raise ValueError(
-            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the layers' "
-            "parameters or updates them in its own engine: use ModelParallelStrategy (FSDP2), 'ddp' or 'auto'."
-        )
-
-
-def is_a(thing: object, *names: str) -> bool:
-    """Returns whether an object's class, or a base class, has one of these names.
-
-    Lightning's classes exist twice, in ``lightning.pytorch`` and in ``pytorch_lightning``.
-    """
-    return any(kind.__name__ in names for kind in type(thing).__mro__)
+    refuse_engines(type(callback).__name__, trainer.strategy)

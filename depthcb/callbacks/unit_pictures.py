@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
-from depthcb.callbacks.logging import Counting, deserves_pictures, log_units, rows_of
+from depthcb.callbacks.logging import deserves_pictures, log_units, rows_of
+from depthcb.recording import Counting
 from depthcb.unit_grid import UnitGrid, small_unit
 
 

@@ -202,8 +202,12 @@ class StepHooks(Hooked):
         self.detach()
         self.log = log
         self.prepare(module, optimizers)
-        self._hook(module, optimizers, self.before_step, self.after_step)
+        self.listen(module, optimizers)
         return self
+
+    def listen(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Registers the hooks alone, after `prepare`, where a trainer says when a step begins and ends."""
+        self._hook(module, optimizers, self.before_step, self.after_step)
 
     def detach(self) -> None:
         """Removes all hooks, if any."""

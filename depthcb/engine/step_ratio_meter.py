@@ -189,7 +189,7 @@ class StepRatioMeter(StepHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers and lists only."""
-        return {"mean": self.mean.state_dict()}
+        return {"steps_made": self.steps_made, "mean": self.mean.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the state.
@@ -198,6 +198,7 @@ class StepRatioMeter(StepHooks):
             ValueError: The state is damaged.
         """
         with checkpoint_errors(f"UpdateRatioMonitor {self.name!r}"):
+            self.steps_made = int(state_dict.get("steps_made", 0))  # older checkpoints have none
             self.mean.load_state_dict(state_dict["mean"])
 
     def _measured(self, done: list[int]) -> tuple[list[float], list[float], dict[str, list[float]]]:

@@ -66,7 +66,7 @@ def test_steps_that_a_scaler_skips_are_not_steps() -> None:
 def test_strategies_that_step_out_of_sight_are_refused(make: Any, strategy: Any, message: str) -> None:
     """Neither strategy runs on a CPU, so only the check is run, on a real strategy object."""
     trainer = type("Trainer", (), {"strategy": object.__new__(strategy)})()
-    with pytest.raises(ValueError, match=f"does not support .*{message}.*use ModelParallelStrategy"):
+    with pytest.raises(ValueError, match=f"does not support .*{message}.*use FSDP2"):
         make().setup(trainer, None, "fit")
 
 
