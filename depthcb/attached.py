@@ -15,8 +15,8 @@ from depthcb.fits import Member, Setting
 from depthcb.plain import SECRETS
 from depthcb.pretrained import reshard
 from depthcb.profile import Profile, Profiles
-from depthcb.recording import past_rows, profile_row, profile_settings
-from depthcb.run import Row, write_null, write_row
+from depthcb.recording import past_rows, profile_settings
+from depthcb.run import Row, profile_row, write_null, write_row
 
 
 class Profiling(Member):

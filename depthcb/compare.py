@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -54,11 +55,65 @@ def depth_profile(
         >>> depth_profile(model, model, torch.randn(32, 6))["cka"].change
         (0.0, 0.0, 0.0)
     """
-    chosen = find_measures(measures)
     options: dict[str, Any] = {"rows": rows, "forward": forward, "causal": causal, "axes": axes, "mask": mask}
     fixed = Probe.collect(probe, probe_rows, max_tokens=probe_rows, **options)
-    stacks = [LayerStack.find(m, layers) for m in (reference_model, model)]
-    if len(stacks[0]) != len(stacks[1]):
-        raise ValueError(f"The models have {len(stacks[0])} and {len(stacks[1])} layers: their depths can't be paired.")
-    reference = Reference.record(fixed, reference_model, stacks[0], chosen)
-    return reference.profiles(fixed.record(model, stacks[1]), chosen, step=0, epoch=0)
+    return Comparison.with_reference(reference_model, fixed, layers=layers, measures=measures).profiles(model)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recorded reference model, which any number of models is compared with, one after the other.
+
+    Args:
+        probe: The fixed inputs.
+        reference: What was recorded of the reference model.
+        measures: The measures.
+        layers: The layers, as accepted by `LayerStack.find`.
+
+    Example:
+        >>> import torch
+        >>> from depthcb.probe import Probe
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(3)])
+        >>> compared = Comparison.with_reference(model, Probe((torch.randn(32, 6),)))
+        >>> compared.profiles(model, step=100)["cka"].change
+        (0.0, 0.0, 0.0)
+    """
+
+    probe: Probe
+    reference: Reference
+    measures: tuple[Measure, ...]
+    layers: str | list[str] | None = None
+
+    @classmethod
+    def with_reference(
+        cls,
+        model: nn.Module,
+        probe: Probe,
+        *,
+        layers: str | list[str] | None = None,
+        measures: Sequence[str | Measure] = ("cka", "cka_normalized"),
+    ) -> Comparison:
+        """Records the reference model, which is not kept.
+
+        Raises:
+            ValueError: The probe cannot be measured.
+        """
+        chosen = find_measures(measures)
+        reference = Reference.record(probe, model, LayerStack.find(model, layers), chosen)
+        return cls(probe, reference, tuple(chosen), layers)
+
+    def profiles(self, model: nn.Module, step: int = 0) -> dict[str, Profile]:
+        """Returns one profile per measure of how far each layer of a model is from the reference.
+
+        Args:
+            model: The model, with the same number of layers.
+            step: The number of its training step, for the profiles.
+
+        Raises:
+            ValueError: The models differ in number of layers, or the probe cannot be measured.
+        """
+        stack, depth = LayerStack.find(model, self.layers), len(self.reference.layer_names)
+        if len(stack) != depth:
+            raise ValueError(f"The models have {depth} and {len(stack)} layers: their depths can't be paired.")
+        return self.reference.profiles(self.probe.record(model, stack), self.measures, step=step, epoch=0)

@@ -29,7 +29,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
     # nn.TransformerEncoder's fused kernels skip forward hooks, and reject padded inputs when a hook is registered.
     fused = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.type for p in model.parameters()} or {"cpu"}
+    devices = {p.device.type for p in model.parameters() if not p.is_meta} or {"cpu"}  # meta: weights not read yet
     with contextlib.ExitStack() as scope:
         scope.enter_context(isolated_rng())
         scope.enter_context(_ieee_precision())

@@ -231,7 +231,8 @@ class Probe:
     def _call(self, run: _Pass, batch: Any) -> tuple[Any, Call]:
         """Returns a batch as the model gets it, and the call."""
         model, stack = run.model, run.stack
-        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        found = (p for p in model.parameters() if p.is_floating_point() and not p.is_meta)  # meta: not read yet
+        weight = next(found, torch.empty(0))
         batch = copy.deepcopy(batch)  # the model, or a hook of the user's, may work in place
         with seeded(run.generators, run.seed):
             batch = self.transfer(batch) if self.transfer else moved_to(batch, weight.device)

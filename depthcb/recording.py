@@ -14,6 +14,7 @@ from depthcb.engine.profile_recorder import ProfileRecorder
 from depthcb.engine.step_hooks import Sink
 from depthcb.plain import plain
 from depthcb.profile import Profile
+from depthcb.run import profile_row
 from depthcb.warn import warn
 
 
@@ -147,26 +148,9 @@ def profile_settings(recorder: ProfileRecorder) -> dict[str, Any]:
     """Returns the settings of a profile's record, once the reference is there."""
     reference = recorder.reference
     assert reference is not None
-    settings = {
-        "layers": reference.layer_names,
-        "measures": {m.name: m.definition for m in recorder.measures},
-        "rows": recorder.rows,
-        "probe_rows": len(reference.examples),
-        "distinct": reference.distinct,
-        "probe_hash": reference.probe_hash,
-        "causal": reference.causal,
-        "effective_rank": reference.effective_rank,
-    }
+    settings = reference.settings(recorder.measures, recorder.rows)
     sites = {site: there.layer_names for site, there in recorder.site_references.items()}
     return settings | ({"sites": sites} if sites else {})
-
-
-def profile_row(profiles: Mapping[str, Profile], sites: Mapping[str, Mapping[str, Profile]]) -> dict[str, Any]:
-    """Returns the profiles of one step, by measure, and by site and measure, as a row of the run's record."""
-    first = next(iter(profiles.values()))
-    row = {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
-    inside = {site: {m: p.to_dict() for m, p in by_measure.items()} for site, by_measure in sites.items()}
-    return row | ({"sites": inside} if inside else {})
 
 
 def past_rows(recorder: ProfileRecorder) -> list[dict[str, Any]]:

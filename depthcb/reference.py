@@ -147,6 +147,24 @@ class Reference:
             samples += torch.tensor(change, dtype=torch.float64) - samples.nanmean(dim=0)
         return Profile.from_halves(change, samples.numpy(), **fields)
 
+    def settings(self, measures: Sequence[Measure], rows: str) -> dict[str, Any]:
+        """Returns what a record's header says of the comparison.
+
+        Args:
+            measures: The measures.
+            rows: How rows are formed, see `depthcb.probe.Probe`.
+        """
+        return {
+            "layers": self.layer_names,
+            "measures": {m.name: m.definition for m in measures},
+            "rows": rows,
+            "probe_rows": len(self.examples),
+            "distinct": self.distinct,
+            "probe_hash": self.probe_hash,
+            "causal": self.causal,
+            "effective_rank": self.effective_rank,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors, lists and scalars only, so that checkpoints load with ``weights_only=True``."""
         return {

@@ -423,6 +423,16 @@ def write_row(folder: Path, name: str, row: Row) -> None:
     _append(_file(folder, name), row)
 
 
+def profile_row(
+    profiles: Mapping[str, Profile], sites: Mapping[str, Mapping[str, Profile]] | None = None
+) -> dict[str, Any]:
+    """Returns the profiles of one step, by measure, and by site and measure, as a row of the run's record."""
+    first = next(iter(profiles.values()))
+    row = {"step": first.step, "epoch": first.epoch, "profiles": {m: p.to_dict() for m, p in profiles.items()}}
+    inside = {site: {m: p.to_dict() for m, p in by_measure.items()} for site, by_measure in (sites or {}).items()}
+    return row | ({"sites": inside} if inside else {})
+
+
 def null_names(name: str) -> tuple[str, str]:
     """Returns the names of the records of a callback's two nulls."""
     return f"{name}/null", f"{name}/matched_null"
@@ -463,7 +473,7 @@ def read_runs(*folders: str | Path) -> list[Run]:
                 f"{folder} is not a folder: pass the folder of a run (its logger's, such as lightning_logs/version_0), "
                 "or one that contains several."
             )
-        below = sorted(_run_folders(folder), key=_natural)
+        below = sorted(_run_folders(folder), key=natural)
         if not below:
             raise ValueError(
                 f"{folder} contains no depthcb run (no {FOLDER}/*.jsonl at any depth): train with DepthProfile, "
@@ -663,6 +673,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(shared)) if path != shared else path.name for path in paths]
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural(path: Path) -> list[tuple[int, str]]:
     """Returns a sort key that orders version_10 after version_9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]

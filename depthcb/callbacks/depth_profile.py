@@ -34,10 +34,10 @@ from depthcb.plain import SECRETS
 from depthcb.pretrained import PretrainedWeights
 from depthcb.probe import Forward, Mask, Probe, Rows
 from depthcb.profile import Profiles
-from depthcb.recording import past_rows, profile_row, profile_settings
+from depthcb.recording import past_rows, profile_settings
 from depthcb.reference import Reference
 from depthcb.restore import FEWEST_BATCHES, restore_profile
-from depthcb.run import write_null
+from depthcb.run import profile_row, write_null
 from depthcb.similarity import Measure
 from depthcb.site_names import BLOCK, Site
 from depthcb.stack import LayerStack

