@@ -158,10 +158,10 @@ class Profile:
     @property
     def spearman(self) -> float | None:
         """Spearman's rank correlation of change with depth [ours]; None when all changes are equal."""
-        ranks = _ranks(np.asarray(self.change))
-        if np.ptp(ranks) == 0:
+        order = ranks(np.asarray(self.change))
+        if np.ptp(order) == 0:
             return None
-        return float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
+        return float(np.corrcoef(order, np.arange(len(order)))[0, 1])
 
     @property
     def centre(self) -> float | None:
@@ -311,7 +311,7 @@ def interval_over_halves(values: FloatArray) -> Interval:
     return float(low), float(high)
 
 
-def _ranks(values: FloatArray) -> FloatArray:
+def ranks(values: FloatArray) -> FloatArray:
     """Returns ranks from 0; ties get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1

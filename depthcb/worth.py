@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from depthcb.intervals import Estimate
 from depthcb.profile import Profile
-
-#: A rank correlation with a larger p-value is undecided.
-LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class RankCorrelation:
-    """How the layers' change and worth are related.
-
-    Args:
-        value: Spearman's rank correlation.
-        p: Two-sided p-value by permutation of the layers: exact up to 7 layers, else over 9,999 random ones.
-    """
-
-    value: float
-    p: float
-
-    @property
-    def word(self) -> str:
-        """``"related"``, ``"opposed"``, or ``"undecided"``, as always with fewer than 5 layers."""
-        if not self.p <= LEVEL:
-            return "undecided"
-        return "related" if self.value > 0 else "opposed"
-
-    def __str__(self) -> str:
-        return f"{self.value:+.2f}, p = {self.p:.2g}: {self.word}"
+from depthcb.rank_correlation import RankCorrelation, rank_correlation
 
 
 @dataclass(frozen=True)
@@ -80,16 +52,7 @@ class RestoreProfile:
         """
         if len(profile.change) != len(self.worth):
             raise ValueError(f"The profile has {len(profile.change)} layers, the restore profile {len(self.worth)}.")
-
-        from scipy import stats  # takes a second to import
-
-        def spearman(change: Any) -> float:
-            return float(stats.spearmanr(change, self.worth).statistic)
-
-        if np.ptp(profile.change) == 0 or np.ptp(self.worth) == 0:
-            return RankCorrelation(math.nan, 1.0)
-        found = stats.permutation_test((profile.change,), spearman, permutation_type="pairings", rng=0)
-        return RankCorrelation(float(found.statistic), float(found.pvalue))
+        return rank_correlation(profile.change, self.worth)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the profile in JSON types."""

@@ -431,4 +431,4 @@ def worth_line(run: Run, measure: str) -> str:
     assert worth is not None
     most = max(range(len(worth.worth)), key=worth.worth.__getitem__)
     text = f"{run.name}: the change of {worth.layer_names[most]} is worth most, {worth.restored[most]} of the loss"
-    return f"{text}; rank correlation of change and worth {worth.rank_correlation(profile)}." if profile else f"{text}."
+    return f"{text}; change and worth: {worth.rank_correlation(profile)}." if profile else f"{text}."

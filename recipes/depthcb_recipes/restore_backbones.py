@@ -64,7 +64,7 @@ def restore_backbones(
         table.add_row(name, f"{change:.4g}", *map(str, estimates))
     console.print(table)
     console.print(f"Loss {found.tuned_loss:.4g}, with all layers restored {found.pretrained_loss:.4g}.")
-    console.print(f"Rank correlation of change and worth: {found.rank_correlation(profile)}.", highlight=False)
+    console.print(f"Change and worth: {found.rank_correlation(profile)}.", highlight=False)
     return found
 
 

@@ -260,6 +260,6 @@ def _figures(
         objective_distance=distances[0].overall if distances and distances[0] else None,
         objective_distance_interval=distances[0].interval if distances and distances[0] else None,
         objective_procrustes_uncorrected=distances[0].procrustes_uncorrected if distances and distances[0] else None,
-        worth_correlation=run.worth.rank_correlation(next(iter(profiles.values()))).value if run.worth else None,
+        worth_correlation=run.worth.rank_correlation(next(iter(profiles.values()))).rho if run.worth else None,
         backbone=dataclasses.asdict(describe(config.model)),
     )
