@@ -87,7 +87,7 @@ def runs(cells: pd.DataFrame, seeds: int, rng: np.random.Generator) -> pd.DataFr
             parts.append(cells.assign(seed=seed, control=control, relative_slope=own, width=width))
     return pd.concat(parts, ignore_index=True).assign(
         matched_null=np.nan, null_low=np.nan, null_high=np.nan, floor=np.nan, spread=4.0,
-        distance_low=np.nan, distance_high=np.nan,
+        distance_low=np.nan, distance_high=np.nan, worth=np.nan,
     )  # fmt: skip
 
 

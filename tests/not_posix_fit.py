@@ -15,7 +15,7 @@ import pandas  # noqa: F401
 import torch  # noqa: F401
 import wandb  # noqa: F401
 from lightning.pytorch.trainer.connectors import signal_connector
-from transformers import GPT2LMHeadModel  # noqa: F401
+from transformers import GPT2LMHeadModel, Trainer  # noqa: F401
 
 #: Modules that do not exist on Windows, and `ctypes`, which gives access to the C library.
 MODULES = ("ctypes", "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")

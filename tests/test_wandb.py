@@ -308,4 +308,4 @@ def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: 
     rows = history(tmp_path)
     assert [row["trainer/global_step"] for row in rows if "depth/cka/slope" in row] == [3]
     profile = Profile((0.0, 0.1), ("a", "b"), "cka")
-    assert "Profile(change=(0.0, 0.1)" in profile._repr_html_()
+    assert "&lt;Profile cka at step 0" in profile._repr_html_()

@@ -41,7 +41,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tu
     ("name", "world"),
     [
         ("dp2", 2),
-        ("dp2_matrix", 2),
+        pytest.param("dp2_matrix", 2, marks=pytest.mark.slow),
         pytest.param("tp2", 2, marks=pytest.mark.slow),
         pytest.param("dp2_root", 2, marks=pytest.mark.slow),
         pytest.param("dp2_tp2", 4, marks=pytest.mark.slow),
@@ -63,6 +63,7 @@ def test_pieces_give_what_the_whole_gives(name: str, world: int, through: Any) -
     assert ranks[0]["collectives"] == 8 * 2 + 1 + 2
 
 
+@pytest.mark.slow
 def test_the_extras_of_pieces_are_those_of_the_whole(through: Any) -> None:
     """By matrix, in every column of every logged step."""
     tables = []
