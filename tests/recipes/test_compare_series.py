@@ -124,6 +124,7 @@ def test_files_and_classes_give_what_the_model_folder_gives(base: Path, run: Run
     assert compared(path, tmp_path / "folder", "--backbone", base)["cka"]["change"] == [0.0] * 3
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_sentence(
     base: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
