@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Default for subprocesses of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 torch.set_num_threads(1)
+
+
+def _hooks() -> set[int]:
+    return {*_global_optimizer_pre_hooks, *_global_optimizer_post_hooks}
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_left() -> Iterator[None]:
+    """Fails where hooks on all optimizers are left behind, not in a later test."""
+    before = _hooks()
+    yield
+    left = _hooks() - before
+    for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
+        for key in left & hooks.keys():
+            del hooks[key]
+    assert not left, f"{len(left)} hooks on all optimizers are left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,12 +160,21 @@ def test_a_control_that_a_resume_adds_makes_a_mixed_run(tmp_path: Path) -> None:
     assert run.mixed == "EqualStep 'equal_step' added at step 4; hyperparameters changed at step 4"
 
 
-def test_rows_reach_every_integration_that_is_on(tmp_path: Path, monkeypatch: Any) -> None:
-    wandb.teardown()  # which read the environment for another test
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B reads the environment once per process: it is told before and after."""
+    wandb.teardown()
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_DIR", str(tmp_path))
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("offline")
+def test_rows_reach_every_integration_that_is_on(tmp_path: Path) -> None:
     callbacks = transformers_callbacks()
     trainer(model(), tmp_path / "run", callbacks, report_to=["wandb", "tensorboard"], logging_steps=2).train()
     wandb.finish()
