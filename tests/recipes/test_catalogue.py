@@ -89,7 +89,7 @@ def test_the_lists_on_the_command_line(capsys: pytest.CaptureFixture[str], monke
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     for objective in ("CausalLM", "MaskedLM", "CompletionLM", "SequenceClassification", "TokenClassification",
-                      "Contrastive"):  # fmt: skip
+                      "Contrastive", "DPO"):  # fmt: skip
         assert objective in printed
     assert main(["backbones", "./nowhere"]) == 2
     assert "depthcb backbones: The backbone './nowhere'" in capsys.readouterr().err

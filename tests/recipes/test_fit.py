@@ -38,7 +38,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def fit(config: str, folder: Path, *options: str) -> int:
     """A fit with short rows, since the objective distance is computed on many of them."""
     length = "max_length" if config in ("completion_lm", "sequence_classification", "token_classification",
-                                        "contrastive") else "block_size"  # fmt: skip
+                                        "contrastive", "dpo") else "block_size"  # fmt: skip
     return main(["fit", "--config", config, *SHORT, f"--data.{length}=32",
                  f"--trainer.logger.init_args.save_dir={folder}", *options])  # fmt: skip
 

@@ -123,11 +123,11 @@ class TextData(LightningDataModule):
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if isinstance(values[0], int):
+            if isinstance(values[0], int | float):
                 batch[name] = torch.tensor(values)
                 continue
             width = max(map(len, values))
-            fill = IGNORED if name == "labels" else self._pad_token
+            fill = IGNORED if name.endswith("labels") else self._pad_token
             batch[name] = self._padded(values, width, fill)
             if name.endswith("input_ids"):
                 ones = [[1] * len(value) for value in values]
