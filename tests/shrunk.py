@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from depthcb_recipes.backbones.architectures import ARCHITECTURES
 
@@ -42,6 +42,7 @@ def write_tokenizer(folder: Path) -> int:
     """Saves a byte-level tokenizer with few tokens, and returns how many."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>", "cls_token": "<cls>"}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

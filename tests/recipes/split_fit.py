@@ -13,15 +13,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import transformers as hf
 from datasets import Dataset
 from lightning.pytorch.strategies import ModelParallelStrategy
 from recipes_families import tiny
+from shrunk import write_tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from depthcb import DepthProfile, EqualStep
-from depthcb_recipes import CausalLM, MaskedLM
+from depthcb_recipes import DPO, CausalLM, MaskedLM, PreferencePairs
 
 
 def loader(ranks: int, rank: int) -> DataLoader[Any]:
@@ -36,7 +38,25 @@ def loader(ranks: int, rank: int) -> DataLoader[Any]:
     return DataLoader(data, 8 // ranks, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
+class Pairs(PreferencePairs):
+    """The same pairs on both sides, shared out to the processes in a fixed order."""
+
+    def __init__(self, folder: Path, ranks: int, rank: int) -> None:
+        write_tokenizer(folder)
+        super().__init__(hf.AutoTokenizer.from_pretrained(folder), batch_size=8 // ranks)
+        self.of = {"num_replicas": ranks, "rank": rank, "shuffle": False}
+        ids = torch.randint(5, 50, (2, 32, 12), generator=torch.Generator().manual_seed(1)).tolist()
+        columns = {"input_ids": ids[0], "labels": ids[0], "rejected_input_ids": ids[1], "rejected_labels": ids[1]}
+        self.train_data = self.val_data = Dataset.from_dict(columns)
+
+    def _loader(self, data: Dataset, shuffle: bool) -> DataLoader[Any]:
+        sampler = DistributedSampler(data, **self.of)  # type: ignore[arg-type]
+        return DataLoader(data, self.batch_size, sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
+
+
 def objective(name: str) -> Any:
+    if name == "dpo":
+        return DPO(tiny("gpt2", "ForCausalLM"), optimizer="sgd", lr=0.1, warmup_steps=0)
     if name == "masked_lm":
         return MaskedLM(tiny("bert", "ForMaskedLM"), optimizer="sgd", lr=0.1, warmup_steps=0)
     return CausalLM(tiny("gpt2", "ForCausalLM"), optimizer="sgd", lr=0.1, warmup_steps=0)
@@ -55,7 +75,10 @@ def main(folder: Path, name: str, ranks: int, tensor_parallel: int) -> None:
         callbacks=[EqualStep(), watch], num_sanity_val_steps=0, gradient_clip_val=1.0,
     )  # fmt: skip
     module = objective(name)
-    trainer.fit(module, loader(ranks, rank), loader(ranks, rank))
+    if name == "dpo":
+        trainer.fit(module, datamodule=Pairs(folder / f"tokenizer{rank}", ranks, rank))
+    else:
+        trainer.fit(module, loader(ranks, rank), loader(ranks, rank))
     null = watch.recorder.measure_null()
     assert null is not None
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]

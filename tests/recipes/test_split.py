@@ -19,7 +19,7 @@ def fitted(folder: Path, name: str, ranks: int, tensor_parallel: int = 1) -> lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal_lm", "masked_lm"])
+@pytest.mark.parametrize("name", ["causal_lm", "masked_lm", "dpo"])
 def test_pieces_give_what_the_whole_gives(name: str, tmp_path: Path) -> None:
     (alone,) = fitted(tmp_path / "one", name, 1)
     ranks = fitted(tmp_path / "two", name, 2)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from depthcb.pretrained import reshard
 from depthcb_recipes.cache import digest
 from depthcb_recipes.data.preference_pairs import PreferencePairs
 from depthcb_recipes.objectives.causal_lm import CausalLM, unpadded
@@ -132,6 +133,7 @@ class DPO(CausalLM):
                 found.append(torch.stack(list(self.reference(placed).values()), dim=1).cpu())
         for module, flag in flags:
             module.training = flag
+        reshard(self)  # FSDP2 keeps gathered weights, which the optimizer would be given instead of the pieces
         return torch.cat(found)
 
     def _log_probabilities(self, batch: Batch) -> tuple[Tensor, Tensor]:

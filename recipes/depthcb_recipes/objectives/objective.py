@@ -217,8 +217,9 @@ def split(module: Objective, mesh: DeviceMesh) -> None:
     for layer in LayerStack.find(module.model).modules:
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(module, mesh=mesh["data_parallel"])
-    for method in ("training_step", "validation_step"):  # they call parts of the network, not forward()
-        register_fsdp_forward_method(module, method)
+    for method in ("training_step", "validation_step", "reference"):  # they call parts of the network, not forward()
+        if hasattr(module, method):
+            register_fsdp_forward_method(module, method)
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
