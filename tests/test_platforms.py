@@ -78,6 +78,7 @@ def test_no_module_needs_a_posix_system_to_be_imported() -> None:
     assert {name: uses for name, uses in found.items() if uses} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fewer than 5 directions.*")
 def test_the_callbacks_measure_the_same_without_a_posix_system(tmp_path: Path) -> None:
     """All modules of the library, and a fit with its record and progress bars, run without POSIX-only features."""

@@ -68,6 +68,7 @@ def chosen(probe: Probe) -> list[int]:
     return indices
 
 
+@pytest.mark.slow
 def test_the_probe_is_a_seeded_sample_of_the_whole_set() -> None:
     loader = DataLoader(Noisy(), batch_size=8)
     probe, again = Probe.collect(loader, limit=20), Probe.collect(DataLoader(Noisy(), batch_size=8), limit=20)

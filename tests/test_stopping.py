@@ -71,7 +71,8 @@ def long_backward(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_fit_ends_in_the_middle_of_a_backward_of_twenty_seconds(number: signal.Signals, tmp_path: Path) -> None:
     process = long_backward(tmp_path)
     text = end(process, number)

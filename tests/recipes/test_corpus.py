@@ -211,6 +211,7 @@ def test_the_names_of_the_packages_are_no_answer(library):
     assert not any(name in text for name in ("depthcb_sample", "depthcb_other") for text in rows["text"])
 
 
+@pytest.mark.slow
 def test_the_eight_packages_have_enough_docstrings_each():
     rows = docstring_packages()
     assert set(rows["label"]) == set(PACKAGES)

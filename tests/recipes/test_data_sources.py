@@ -165,6 +165,7 @@ def test_a_tokenizer_without_a_pad_token_is_refused_where_rows_are_padded() -> N
         Completions(tokenizer).collate([{"input_ids": [5, 6]}, {"input_ids": [7]}])
 
 
+@pytest.mark.slow
 def test_too_few_rows_for_a_probe(bert: Any) -> None:
     with pytest.raises(ValueError, match="validation documents have 100000 tokens"):
         PackedText(bert).probe_batches(block_size=100_000)

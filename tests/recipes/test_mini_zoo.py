@@ -42,6 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_pretraining_learns_is_recorded_and_happens_once(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()

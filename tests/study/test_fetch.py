@@ -53,6 +53,7 @@ def test_what_is_here_needs_no_download(tmp_path: Path, capsys: Any) -> None:
     assert is_fetched(config, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_without_a_network_one_sentence_says_what_and_how(tmp_path: Path) -> None:
     path = study(tmp_path, "some/model", write_text(tmp_path / "text"))
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}

@@ -90,6 +90,7 @@ def check(path: Path, out: Path) -> None:
     assert all((result := store.result(config)) is not None and result.finished for config in configs)
 
 
+@pytest.mark.slow
 def test_slow_disks(shim: Path, tmp_path: Path) -> None:
     path, out = study(tmp_path), tmp_path / "out"
     began = time.monotonic()
