@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from depthcb.batches import batch_size, examples_of
-from depthcb.feeding import Call
+from depthcb.feeding import Call, run_call
 from depthcb.layout import Layout
 from depthcb.probe import Probe
 from depthcb.similarity import Measure, sketch
@@ -20,7 +23,7 @@ from depthcb.stack import LayerStack
 
 #: Share of the probe's examples that is also run in float64, and the smallest number of them.
 SHARE, FEWEST = 0.1, 16
-#: A float64 copy of the parameters may take at most this many bytes.
+#: A float64 copy of one parameter may take at most this many bytes.
 MOST_MEMORY = 4 * 2**30
 
 
@@ -38,13 +41,12 @@ def rounding_floor(
 
     Returns:
         The floor of each layer by measure; empty if it could not be measured: the parameters are sharded or already
-        float64, would take more than 4 GB in it, the device or the model does not support it, or its forward draws
+        float64, one would take more than 4 GB in it, the device or the model does not support it, or its forward draws
         random numbers, which are others in float64.
     """
     parameters = [*model.parameters(), *model.buffers()]
     floating = [p for p in parameters if p.is_floating_point()]
-    too_large = sum(8 * p.numel() for p in floating) > MOST_MEMORY
-    if too_large or any(isinstance(p, DTensor) or p.dtype == torch.float64 for p in floating):
+    if any(isinstance(p, DTensor) or p.dtype == torch.float64 or 8 * p.numel() > MOST_MEMORY for p in floating):
         return {}
     few = _first(probe, max(FEWEST, math.ceil(SHARE * sum(map(batch_size, probe.batches)))))
     try:
@@ -75,29 +77,34 @@ def _first(probe: Probe, examples: int) -> Probe:
 
 
 def _in_double(model: nn.Module, call: Call) -> Any:
-    """Runs a call with float64 weights, without changing the model."""
-    runner = _Runner(model, call)
-    tensors = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
-    double = {name: _doubled(tensor) for name, tensor in tensors.items()}
-    owners: list[Any] = [owner for m in runner.modules() for owner in (m._parameters, m._buffers)]
-    held = [dict(owner) for owner in owners]
-    try:
-        return torch.func.functional_call(runner, double, (call.mapped(_doubled).payload,))
-    finally:
-        # A forward that parametrizes (peft's stacked experts) has registered others.
-        for owner, before in zip(owners, held, strict=True):
-            owner.clear()
-            owner.update(before)
+    """Runs a call with float64 weights, of which one operation's at a time are in memory; the model stays as it is."""
+    with _Doubled([*model.parameters(), *model.buffers()]):
+        return run_call(model, call.mapped(_doubled))
+
+
+class _Doubled(TorchFunctionMode):
+    """Gives each operation float64 copies of the weights among its arguments."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = {id(weight) for weight in weights if weight.is_floating_point()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:  # its rows are few, and rounding has no part in finding them
+            return _doubled(func(*args, **kwargs))
+        if func == Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            return torch.float64 if id(args[0]) in self._weights else func(*args)
+        if getattr(func, "__name__", "") == "__get__":  # a shape, a device
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(self._copy, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _copy(self, value: Any) -> Any:
+        return value.double() if id(value) in self._weights else value
 
 
 def _doubled(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-class _Runner(nn.Module):
-    def __init__(self, model: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.model, self.call = model, call
-
-    def forward(self, payload: Any) -> Any:
-        return self.call.run(payload)

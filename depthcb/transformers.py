@@ -1,8 +1,8 @@
 """The front end for ``transformers.Trainer`` and TRL: ``Trainer(..., callbacks=[EqualStepCallback()])``.
 
-Rows go to every integration of ``report_to`` that is on, and to the record in ``output_dir``; there too is a file for
-each callback, by which a resumed run keeps its reference. Steps in records are numbered from 0: after step 9 the
-Trainer's ``global_step`` is 10. Hooks exist only while the optimizer makes a step.
+Rows go to every integration of ``report_to`` that is on and to the record in ``output_dir``, beside which each callback
+keeps a file for a resumed run. A profile can choose the best checkpoint: ``metric_for_best_model="depth/cka/slope"``.
+Records number steps from 0: after step 9, ``global_step`` is 10. Hooks exist only while the optimizer makes a step.
 """
 
 from __future__ import annotations
@@ -83,12 +83,10 @@ class _Callback(NotForFabric, NotForLightning, TrainerCallback, Generic[M]):
 
     def _trainer(self) -> Trainer:
         """Returns the Trainer that is calling, which transformers does not tell its callbacks."""
-        frame = inspect.currentframe()
-        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-            frame = frame.f_back
-        if frame is None:
+        callers = (info.frame.f_locals.get("self") for info in inspect.stack(context=0))
+        trainer = next((caller for caller in callers if isinstance(caller, Trainer)), None)
+        if trainer is None:
             raise ValueError(f"{type(self).__name__} was not called by a transformers.Trainer.")
-        trainer: Trainer = frame.f_locals["self"]
         if trainer.is_deepspeed_enabled:
             raise unsupported(type(self).__name__, "DeepSpeed")
         if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -122,6 +120,7 @@ class DepthProfileCallback(_Callback[Profiling]):
         if self.member.fit is not None and state.global_step != self._last:  # else it is another evaluation dataset
             self._last = state.global_step
             self.member.measure(state.global_step - 1, math.ceil(state.epoch) - 1, kwargs["metrics"])
+            kwargs["metrics"] |= {f"eval_{key}": value for row in self._rows for key, value in row.items()}
             self._flush(args, state, control, prefix="eval_")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,26 @@ def reference(model: nn.Module, probe: Probe) -> Reference:
     return Reference.record(probe, model, LayerStack.find(model), CHOSEN)
 
 
-def test_the_floor_is_the_change_between_float32_and_float64() -> None:
+class Recurrent(nn.Module):
+    """Asks its weights for their dtype, and gives them to one function in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.layers = nn.ModuleList([nn.LSTM(8, 8, batch_first=True) for _ in range(3)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.embedding(input_ids)
+        for layer in self.layers:
+            hidden, _ = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("make", [lambda: TinyLM().model, Recurrent])
+def test_the_floor_is_the_change_between_float32_and_float64(make: Callable[[], nn.Module]) -> None:
     """Against a model that was itself turned into float64."""
-    model, probe = TinyLM().model, Probe((IDS,))
+    torch.manual_seed(0)
+    model, probe = make(), Probe((IDS,))
     before = {name: p.clone() for name, p in model.state_dict().items()}
     found = reference(model, probe)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())

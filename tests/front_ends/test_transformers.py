@@ -206,6 +206,18 @@ def test_another_fit_with_the_same_objects_keeps_the_reference(tmp_path: Path) -
     assert [p.step for p in run.profiles["cka"]] == [3, 7]
 
 
+def test_a_profile_chooses_the_best_checkpoint(tmp_path: Path) -> None:
+    watch = DepthProfileCallback(probe(), measures=MEASURES)
+    options = {"save_strategy": "best", "metric_for_best_model": "depth/cka/mean", "greater_is_better": False}
+    made = trainer(model(), tmp_path, [watch], **options)
+    made.train()
+    first, second = watch.recorder.profiles
+    assert first.mean < second.mean
+    assert made.state.best_metric == pytest.approx(first.mean)
+    assert made.state.best_model_checkpoint is not None
+    assert made.state.best_model_checkpoint.endswith("checkpoint-4")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
