@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files, version
+from importlib.metadata import PackageNotFoundError, entry_points, files, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -29,10 +32,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from depthcb_recipes.backbones import zoo
@@ -43,10 +42,10 @@ from depthcb_recipes.silence import silent_transformers
 
 Pretraining = Literal["causal_lm", "masked_lm", "contrastive"]
 AUTOS: dict[Head, Any] = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
-_HEADS: dict[Head, Any] = {
-    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-}
+#: By class of configuration; with what other packages registered.
+_HEADS: dict[Head, Any] = {"causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING, "masked_lm": MODEL_FOR_MASKED_LM_MAPPING}
+#: Entry points that name modules, which register networks of their own with transformers (``AutoModel.register``).
+NETWORKS = "depthcb.backbones"
 
 
 class BackboneNotFoundError(ValueError):
@@ -173,7 +172,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def is_encoder(config: PretrainedConfig) -> bool:
     """Returns whether a network is bidirectional (BERT-like, without a causal mask)."""
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def pretraining(name: str) -> Pretraining:
@@ -192,9 +191,10 @@ def pretraining(name: str) -> Pretraining:
     """
     if name in PACKAGED:
         return PACKAGED[name].pretrained_by
-    saved_as = set(load_config(name).architectures or ())
+    config = load_config(name)
+    saved_as = set(config.architectures or ())
     for head, classes in _HEADS.items():
-        if saved_as & set(classes.values()):
+        if type(config) in classes and classes[type(config)].__name__ in saved_as:
             return head
     raise ValueError(
         f"The checkpoint of {name!r} has no language-model head (it is a {', '.join(saved_as) or 'bare network'}), so "
@@ -224,7 +224,7 @@ def _config(source: str, head: Head | None) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.from_pretrained(source)
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # otherwise RWKV rescales weights in place on every eval()
-    if head is not None and config.model_type not in _HEADS[head]:
+    if head is not None and type(config) not in _HEADS[head]:
         raise ValueError(
             f"transformers has no {head} head for {config.model_type!r} ({source}): use another objective or backbone."
         )
@@ -312,6 +312,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+@functools.cache
+def register_networks() -> None:
+    """Imports the modules that installed packages name under the entry point group ``depthcb.backbones``."""
+    for entry in entry_points(group=NETWORKS):
+        entry.load()
+
+
 def _located(name: str) -> str:
     """Returns the folder of a model of the mini zoo; other names are returned unchanged.
 
@@ -319,6 +326,7 @@ def _located(name: str) -> str:
         BackboneNotFoundError: The model is not pretrained yet, or the name is nearly one of ours: the hub, where there
             may be no network, is not asked for it.
     """
+    register_networks()
     if name not in zoo.ZOO:
         near = difflib.get_close_matches(name, [*zoo.ZOO, *PACKAGED], n=1, cutoff=0.88)
         if near and name not in PACKAGED and not Path(name).exists():

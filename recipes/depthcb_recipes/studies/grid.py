@@ -17,6 +17,8 @@ from depthcb_recipes.backbones.architectures import ARCHITECTURES, Family
 
 #: The axes of the grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
+#: The bundled configurations of objectives, one file each.
+CONFIGS = Path(__file__).parents[1] / "configs"
 #: What options can depend on besides the axes: the family of a model, see `depthcb_recipes.backbones.catalogue`.
 FAMILY = "family"
 #: The measures of a profile that names none: those of `depthcb.DepthProfile`, which is not imported here (slow).
@@ -36,7 +38,7 @@ class RunConfig:
 
     Args:
         model: A backbone's name.
-        objective: Name of a bundled configuration of ``depthcb fit``.
+        objective: Name of a bundled configuration of ``depthcb fit``, or of a file of the user's own.
         optimizer: ``"adamw"`` or ``"sgd"``.
         control: ``"standard"`` or ``"equal-step"``.
         seed: Of newly initialised weights, dropout and data order.
@@ -44,6 +46,7 @@ class RunConfig:
         gpus: GPUs of the run, for the same reason; 0 is the CPU, even on a machine with GPUs.
         null_seeds: Draws of noise for each of the two nulls.
         options: Options of ``depthcb fit`` beyond the objective's own configuration.
+        recipe: What the user's own file says, so that a run is determined by its contents; empty for a bundled one.
 
     Example:
         >>> a = RunConfig("gpt2-mini", "causal_lm", "adamw", "standard", 0)
@@ -60,6 +63,7 @@ class RunConfig:
     gpus: int = 0
     null_seeds: int = 8
     options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -94,7 +98,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in JSON types."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"options": dict(self.options)}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"options": dict(self.options)}
+        del fields["recipe"]
+        return fields | ({"recipe": dict(self.recipe)} if self.recipe else {})
 
 
 def digest(fields: Mapping[str, Any]) -> str:
@@ -124,10 +130,12 @@ def load_study(path: str | Path) -> Study:
     """Reads a study.
 
     The file has ``grid`` (one list each for model, objective, optimizer, control and seed; or a list of such grids,
-    whose runs come one after another), and may have ``threads``, ``gpus``, ``null_seeds``, ``options`` (for every fit),
-    ``deciding`` (the measure that verdicts go by) and ``by``: options, or these numbers, for the runs with one value of
-    an axis, or of one family of models (``by: {optimizer: {sgd: {model.lr: 0.1}}, family: {encoder: {...}}, model:
-    {gpt2-xl: {gpus: 2}}}``). Where two entries of ``by`` set the same option, the later one holds.
+    whose runs come one after another). An objective is the name of a bundled configuration, or a YAML file of your own,
+    as ``depthcb fit --config`` takes it, named relative to the study's folder. The file may also have ``threads``,
+    ``gpus``, ``null_seeds``, ``options`` (for every fit), ``deciding`` (the measure that verdicts go by) and ``by``:
+    options, or these numbers, for the runs with one value of an axis, or of one family of models (``by: {optimizer:
+    {sgd: {model.lr: 0.1}}, family: {encoder: {...}}, model: {gpt2-xl: {gpus: 2}}}``). Where two entries of ``by`` set
+    the same option, the later one holds.
 
     Args:
         path: The file.
@@ -148,6 +156,7 @@ def load_study(path: str | Path) -> Study:
     options_of_all = _options(path, "options", study.get("options"))
     by = _by(path, study.get("by"), values)
     families = _families(path, by, values["model"])
+    recipes = _recipes(path, values["objective"])
     defaults = {name: study.get(name, default) for name, (default, _) in _NUMBERS.items()} | options_of_all
     runs = []
     for point in [dict(zip(AXES, own, strict=True)) for own in points]:
@@ -155,7 +164,8 @@ def load_study(path: str | Path) -> Study:
         for axis, choices in by.items():
             options |= choices.get(families[point["model"]] if axis == FAMILY else point[axis], {})
         numbers = {name: _number(path, name, options.pop(name)) for name in _NUMBERS}
-        runs.append(RunConfig(**(point | numbers), options=options))
+        name, recipe = recipes[point["objective"]]
+        runs.append(RunConfig(**(point | numbers | {"objective": name}), options=options, recipe=recipe))
     return Study(runs, _deciding(path, study.get("deciding"), runs))
 
 
@@ -166,7 +176,8 @@ def measures_of(config: RunConfig) -> list[str]:
         >>> measures_of(RunConfig("gpt2-mini", "causal_lm", "adamw", "standard", 0))
         ['cka', 'cka_normalized']
     """
-    for callback in config.options.get("trainer.callbacks") or ():
+    own = config.recipe.get("trainer", {}).get("callbacks")
+    for callback in config.options.get("trainer.callbacks", own) or ():
         if isinstance(callback, dict) and str(callback.get("class_path", "")).endswith("DepthProfile"):
             return list(callback.get("init_args", {}).get("measures", _MEASURES))
     return list(_MEASURES)
@@ -195,6 +206,39 @@ def _file(path: str | Path) -> dict[str, Any]:
             f"({', '.join(AXES)}), options, by, deciding, {', '.join(_NUMBERS)}."
         )
     return study
+
+
+def _recipes(path: str | Path, objectives: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns for each objective its name, which is a file's without folder and ending, and what its file says."""
+    own = {name: _recipe(path, name) for name in objectives if name.endswith((".yaml", ".yml"))}
+    found = {name: (Path(name).stem, own[name]) if name in own else (name, {}) for name in objectives}
+    names = [name for name, _ in found.values()]
+    for written, (name, recipe) in found.items():
+        if recipe and (names.count(name) > 1 or (CONFIGS / f"{name}.yaml").is_file()):
+            raise ValueError(
+                f"The study {path}: grid.objective has {written}, and {name} is also the name of another objective: "
+                "rename the file."
+            )
+    return found
+
+
+def _recipe(path: str | Path, name: str) -> dict[str, Any]:
+    """Returns what a configuration of the user's own says, in the types of JSON, which its hash is computed from."""
+    file = Path(path).parent / name
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"The study {path}: grid.objective has {name}, and {file} cannot be read "
+            f"({error.strerror}): name it relative to the study's folder."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"The study {path}: {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(part), dict) for part in ("model", "data")):
+        raise ValueError(f"The study {path}: {file} must have 'model:' and 'data:', each with a class_path.")
+    for part, options in recipe.items():
+        _options(path, f"{part} of {name}", {part: options})
+    return recipe
 
 
 def _deciding(path: str | Path, deciding: Any, runs: Sequence[RunConfig]) -> str | None:

@@ -198,9 +198,9 @@ def fit(
 
 def configuration(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Returns the options of ``depthcb fit`` that are the run, as LightningCLI takes them."""
-    default, objective = (
-        yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DEFAULTS, CONFIGS / f"{config.objective}.yaml")
-    )
+    default = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+    bundled = CONFIGS / f"{config.objective}.yaml"
+    objective = copy.deepcopy(config.recipe) or yaml.safe_load(bundled.read_text(encoding="utf-8"))
     options = {**objective, "trainer": default["trainer"] | objective.get("trainer", {})}
     logger = {"save_dir": str(folder), "name": "", "version": ""}
     own = {

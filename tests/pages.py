@@ -1,0 +1,68 @@
+"""The code blocks of the documentation."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<info>\S[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code.
+
+    Args:
+        page: The file.
+        line: Line of its first line of code, counted from 1.
+        language: As the fence says.
+        title: The name of the file that it is; empty if it is none.
+        text: The code.
+    """
+
+    page: Path
+    line: int
+    language: str
+    title: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*pages: Path) -> Iterator[Block]:
+    for page in pages:
+        source = page.read_text(encoding="utf-8")
+        for match in _FENCE.finditer(source):
+            title = re.search(r'title="([^"]*)"', match["info"])
+            text = "".join(line.removeprefix(match["indent"]) for line in match["text"].splitlines(keepends=True))
+            line = source.count("\n", 0, match.start()) + 2
+            yield Block(page, line, match["info"].split()[0], title[1] if title else "", text)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each ``depthcb`` command in a shell block, also of one that another command is given."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for command in re.split(r"&&|\||;", line):
+            words = shlex.split(command, comments=True)
+            inner = [word for word in words if word.startswith("depthcb ")]  # sbatch --wrap 'depthcb …'
+            own = words if words[:1] == ["depthcb"] else shlex.split(inner[0]) if inner else []
+            if own:
+                found.append(own[1:])
+    return found
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Writes the blocks of a page that have a title into files of that name."""
+    for block in blocks(page):
+        if block.title:
+            path = folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
