@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe in another encoding than UTF-8 shows "?" instead
             stream.reconfigure(errors="replace")
-    args, options = _parser().parse_known_args(argv)
+    args, options = parser().parse_known_args(argv)
     if options and not args.takes_options:
-        _parser().error(f"unrecognized arguments: {' '.join(options)}")
+        parser().error(f"unrecognized arguments: {' '.join(options)}")
     args.options = options
     try:
         return int(args.run(args) or 0)
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands, those of other packages too."""
     parser = argparse.ArgumentParser(
         prog="depthcb",
         description="Measure where in depth fine-tuning changes a network, and whether step size explains it.",

@@ -10,7 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<info>\S[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"(?P<mark>^ *<!-- parsed only -->\n)?^(?P<indent> *)```(?P<info>\S[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Block:
         language: As the fence says.
         title: The name of the file that it is; empty if it is none.
         text: The code.
+        parsed_only: Whether the page says that it can't be run as it stands.
     """
 
     page: Path
@@ -30,6 +34,7 @@ class Block:
     language: str
     title: str
     text: str
+    parsed_only: bool = False
 
     @property
     def name(self) -> str:
@@ -42,20 +47,20 @@ def blocks(*pages: Path) -> Iterator[Block]:
         for match in _FENCE.finditer(source):
             title = re.search(r'title="([^"]*)"', match["info"])
             text = "".join(line.removeprefix(match["indent"]) for line in match["text"].splitlines(keepends=True))
-            line = source.count("\n", 0, match.start()) + 2
-            yield Block(page, line, match["info"].split()[0], title[1] if title else "", text)
+            line = source.count("\n", 0, match.start("info")) + 2
+            name = title[1] if title else ""
+            yield Block(page, line, match["info"].split()[0], name, text, bool(match["mark"]))
 
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of each ``depthcb`` command in a shell block, also of one that another command is given."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        for command in re.split(r"&&|\||;", line):
-            words = shlex.split(command, comments=True)
-            inner = [word for word in words if word.startswith("depthcb ")]  # sbatch --wrap 'depthcb …'
-            own = words if words[:1] == ["depthcb"] else shlex.split(inner[0]) if inner else []
-            if own:
-                found.append(own[1:])
+        words = shlex.split(line, comments=True)
+        inner = [word for word in words if word.startswith("depthcb ")]  # sbatch --wrap 'depthcb …'
+        words = shlex.split(inner[0]) if inner else words
+        if "depthcb" in words:
+            found.append(words[words.index("depthcb") + 1 :])
     return found
 
 

@@ -1,11 +1,100 @@
-"""Everything the documentation refers to exists."""
+"""Everything the documentation refers to exists, and every block of code in it runs or is parsed."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from pages import PAGES, ROOT, blocks, commands, write_files
+from support import TinyLM, loaders, texts
+from torch.utils.data import DataLoader
+
+import depthcb
+from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb.cli import parser
+from depthcb_recipes.studies.grid import load_study
+
+#: Files that are not run here: another test runs all of that page, or it takes several processes.
+ELSEWHERE = {"own-package.md", "fsdp.md"}
+WITH_PYTHON = sorted({block.page for block in blocks(*PAGES) if block.language == "python"})
+SHELL = [block for block in blocks(*PAGES) if block.language == "bash"]
+
+
+class Data(pl.LightningDataModule):
+    """What a reader's own module is trained on."""
+
+    def train_dataloader(self) -> Any:
+        return loaders()[0]
+
+    def val_dataloader(self) -> Any:
+        return loaders()[1]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that blocks take for granted, in an empty folder; and Trainers that are short and silent."""
+    monkeypatch.chdir(tmp_path)
+    short = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
+             "enable_checkpointing": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}  # fmt: skip
+    trainer = functools.partial(pl.Trainer, **short, max_steps=4, check_val_every_n_epoch=1)
+    monkeypatch.setattr(pl, "Trainer", functools.partial(pl.Trainer, **short))
+    return {
+        "__name__": "page", "pl": pl, "Trainer": functools.partial(trainer, logger=CSVLogger("logs")), "torch": torch,
+        "DepthProfile": DepthProfile, "EqualStep": EqualStep, "UpdateRatioMonitor": UpdateRatioMonitor,
+        "CSVLogger": CSVLogger, "DataLoader": DataLoader, "depthcb": depthcb, "MyModule": TinyLM, "MyData": Data,
+        "batch": next(iter(loaders()[1])), "dataset": texts(), "texts": loaders()[1],
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, reader: dict[str, Any]) -> None:
+    if page.name == "loggers.md":  # it reads a run that the reader has made
+        fit = pl.Trainer(max_steps=2, callbacks=[DepthProfile()], logger=CSVLogger("runs"))
+        fit.fit(TinyLM(), *loaders())
+    for block in blocks(page):
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.text, page, "exec")
+            if not block.parsed_only and page.name not in ELSEWHERE:
+                exec(code, reader)
+
+
+def test_few_blocks_are_parsed_only() -> None:
+    only = [block.name for block in blocks(*PAGES) if block.parsed_only]
+    assert len(only) < 10, "a block that is not run is a promise that is not kept"
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
+def test_every_command_is_one_that_there_is(block: Any) -> None:
+    for own in commands(block.text):
+        args, rest = parser().parse_known_args(own)
+        assert args.takes_options or not rest, own
+
+
+def test_commands_are_found_in_every_kind_of_line() -> None:
+    text = "A=1 depthcb show x  # a word\nsbatch --wrap 'depthcb study run paper --jobs 1'\npip install . && depthcb report \\\n  y\n"
+    assert commands(text) == [["show", "x"], ["study", "run", "paper", "--jobs", "1"], ["report", "y"]]
+
+
+def test_only_what_can_be_installed_is_told_to_be_installed() -> None:
+    """Nothing is on PyPI: a clone is installed."""
+    lines = [line for block in SHELL for line in block.text.splitlines() if "pip install" in line]
+    assert len(lines) > 3
+    assert [line for line in lines if re.search(r"install (-\S+ )*'?depthcb", line)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["my-study.yaml", "study.yaml"])
+def test_every_study_of_a_page_can_be_read(title: str, tmp_path: Path) -> None:
+    (block,) = [block for block in blocks(*PAGES) if block.title == title]
+    write_files(block.page, tmp_path)
+    assert load_study(tmp_path / title).runs
 
 
 def test_every_test_and_file_that_the_method_names_exists() -> None:

@@ -1,0 +1,21 @@
+"""What MkDocs does before a page is rendered: it writes the generated parts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from generated import PARTS  # noqa: E402
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Writes the generated parts."""
+    for name, make in PARTS.items():
+        mark = f"<!-- generated: {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
