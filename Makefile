@@ -5,7 +5,7 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all bench calibrate browser lint format dist clean
+.PHONY: demo test test-all bench calibrate browser docs lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
@@ -31,6 +31,11 @@ browser:
 	    { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; } || \
 	    { echo "make test-all needs Chromium: install it, then try again."; exit 1; }
 
+# The pages, with warnings as errors; they need no network, also not to be read: open site/index.html.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +52,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv depthcb-demo depthcb-report.html build dist *.egg-info
+	rm -rf .venv depthcb-demo depthcb-report.html build dist site *.egg-info
 
 # torch first and pinned: resolved together with the rest, pip could choose a newer build of several GB.
 $(READY): pyproject.toml constraints.txt requirements-models.txt

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from depthcb.restore import restore_profile as restore_profile
     from depthcb.stack import LayerStack as LayerStack
 
-__version__ = "0.1.0"
+    #: As installed; of a checkout that is not installed, unknown.
+    __version__: str
 
 _MODULES = {
     "DepthProfile": "depthcb.callbacks.depth_profile",
@@ -45,6 +46,13 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_MODULES[name]), name)
     if name == "similarity":
         return importlib.import_module("depthcb.similarity")
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("depthcb")
+        except PackageNotFoundError:
+            return "0+unknown"
     raise AttributeError(f"module 'depthcb' has no attribute {name!r}")
 
 

@@ -1,0 +1,37 @@
+"""The lowest version of each dependency that pyproject.toml allows: ``python tests/lowest.py > constraints-lowest.txt``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+HEAD = """\
+# The lowest versions that pyproject.toml declares, made by tests/lowest.py; the callbacks' tests pass with them (Python 3.11).
+# torch apart: it is tested at the version of constraints.txt alone.
+"""
+
+
+def lowest() -> dict[str, str]:
+    """The highest lower bound of each requirement, over all extras but those that only build or document."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dist", "docs")}
+    found: dict[str, str] = {}
+    for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
+        requirement = Requirement(line)
+        if requirement.name not in ("depthcb", "torch"):
+            (bound,) = [each.version for each in requirement.specifier if each.operator == ">="]
+            found[requirement.name] = max(found.get(requirement.name, "0"), bound, key=Version)
+    return found
+
+
+def text() -> str:
+    return HEAD + "".join(
+        f"{name}=={version}\n" for name, version in sorted(lowest().items(), key=lambda x: x[0].lower())
+    )
+
+
+if __name__ == "__main__":
+    print(text(), end="")
