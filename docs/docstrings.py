@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-_RULE = re.compile(r"^=+(?: +=+)+$")
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def simple_tables(text: str) -> str:
-    """Turns the simple tables of reStructuredText, of two columns or more, in a text into those of Markdown."""
-    lines, found, rules = text.split("\n"), [], 0
-    rows: list[list[str]] = []
-    starts: list[int] = []
-    for line in lines:
-        if _RULE.match(line.strip()):
-            rules += 1
-            starts = [match.start() for match in re.finditer(r"=+", line)]
-            if rules == 3:
-                head, *rest = [f"| {' | '.join(row)} |" for row in rows]
-                found += [head, "|" + " --- |" * len(starts), *rest]
-                rows, rules = [], 0
-            continue
-        if not rules:
-            found.append(line)
-            continue
-        cells = [line[a:b].strip().replace("|", "\\|") for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        if cells[0] and not (rules == 1 and rows):
-            rows.append(cells)
-        else:  # the cell above goes on
-            rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
-    return "\n".join(found)
+from simple_tables import simple_tables
 
 
 def shown(text: str) -> str:

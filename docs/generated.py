@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from docstrings import simple_tables
+from simple_tables import simple_tables
 
 from depthcb.glossary import RATIO_UNIT, RUN_COLUMNS, VERDICTS
 
 ROOT = Path(__file__).parents[1]
 #: Classes whose docstrings have a table of what they log.
-_LOGGING = {
+LOGGING = {
     "depthcb/callbacks/depth_profile.py": "DepthProfile",
     "depthcb/callbacks/equal_step.py": "EqualStep",
     "depthcb/callbacks/update_ratio.py": "UpdateRatioMonitor",
@@ -42,7 +42,7 @@ def keys(file: str, name: str) -> list[str]:
 
 def logged_keys() -> str:
     """A section with a table for each class that logs."""
-    sections = [f"## {name}\n\n" + "\n".join(tables(docstring(file, name))) for file, name in _LOGGING.items()]
+    sections = [f"## {name}\n\n" + "\n".join(tables(docstring(file, name))) for file, name in LOGGING.items()]
     return "\n\n".join(sections)
 
 

@@ -12,8 +12,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 from generated import PARTS  # noqa: E402
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+#: Pages whose tables need the whole width.
+WIDE = ("method.md",)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Writes the generated parts."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     for name, make in PARTS.items():
         mark = f"<!-- generated: {name} -->"
         if mark in markdown:
