@@ -33,7 +33,6 @@ browser:
 
 # The pages, with warnings as errors; they need no network, also not to be read: open site/index.html.
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)

@@ -11,7 +11,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from generated import PARTS  # noqa: E402
 
-
 #: Pages whose tables need the whole width.
 WIDE = ("method.md",)
 

@@ -50,7 +50,7 @@ def test_the_recipes_log_what_the_page_says(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("minilm")
     tiny("gpt2", "ForCausalLM", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    data = PackedText(str(tmp_path), block_size=32, train_rows=32, val_rows=64, batch_size=8)
+    data = PackedText(str(tmp_path), block_size=8, train_rows=8, val_rows=24, batch_size=4)
     rows = Rows()
     monitor = ObjectiveDistanceMonitor(most_batches=6, procrustes=True)
     fit(CausalLM(str(tmp_path)), [monitor], (data,), max_steps=1, val_check_interval=1, logger=rows)

@@ -23,8 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mylab")
     write_files(PAGE, folder)
     (folder / "mylab" / "__init__.py").touch()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps",
-               "--disable-pip-version-check", "--target", "site", "."]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command += ["--target", "site", "."]
     subprocess.run(command, cwd=folder, check=True)
     run(folder, "make_backbone.py")
     return folder
@@ -54,10 +54,11 @@ def test_the_pages_commands_work_as_they_stand(folder: Path) -> None:
     assert len({(result["data_order"], result["initial_weights"]) for result in results}) == 1, "they are a pair"
 
 
-def test_a_run_is_what_its_file_says(folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_what_its_file_says(tmp_path: Path) -> None:
     write_files(PAGE, tmp_path)
+    write_files(PAGE, tmp_path / "elsewhere")
     before = read_study(tmp_path / "study.yaml")
-    assert [run.hash for run in before] == [run.hash for run in read_study(folder / "study.yaml")]
+    assert [run.hash for run in before] == [run.hash for run in read_study(tmp_path / "elsewhere" / "study.yaml")]
     recipe = yaml.safe_load((tmp_path / "sums.yaml").read_text())
     recipe["model"]["init_args"]["smoothing"] = 0.2
     (tmp_path / "sums.yaml").write_text(yaml.safe_dump(recipe))
