@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 import depthcb
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 from depthcb.cli import parser
+from depthcb.report.groups import conclusions
+from depthcb.run import read_runs
 from depthcb_recipes.studies.grid import load_study
 
 #: Files that are not run here: another test runs all of that page, or it takes several processes.
@@ -46,7 +48,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(pl, "Trainer", functools.partial(pl.Trainer, **short))
     return {
         "__name__": "page", "pl": pl, "Trainer": functools.partial(trainer, logger=CSVLogger("logs")), "torch": torch,
-        "DepthProfile": DepthProfile, "EqualStep": EqualStep, "UpdateRatioMonitor": UpdateRatioMonitor,
+        "DepthProfile": functools.partial(DepthProfile, null_draws=1), "EqualStep": EqualStep, "UpdateRatioMonitor": UpdateRatioMonitor,
         "CSVLogger": CSVLogger, "DataLoader": DataLoader, "depthcb": depthcb, "MyModule": functools.partial(TinyLM, layers=2), "MyData": Data,
         "batch": next(iter(loaders()[1])), "dataset": texts(), "texts": loaders()[1],
     }  # fmt: skip
@@ -63,6 +65,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, reader: dict[s
             code = compile("\n" * (block.line - 1) + block.text, page, "exec")
             if runs(block):
                 exec(code, reader)
+    if page.name == "verdict.md":
+        (found,) = conclusions(read_runs("runs"))["verdicts"]
+        assert set(found["verdicts"]) == {"cka", "cka_normalized"}, "the word that the page promises"
 
 
 def runs(block: Block) -> bool:
