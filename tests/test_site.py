@@ -14,7 +14,7 @@ from pages import ROOT
 
 
 def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(source)}
     return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
 
