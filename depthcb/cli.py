@@ -59,6 +59,22 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help=run_dir)
     show.set_defaults(run=_show)
+    figure = commands.add_parser(
+        "figure",
+        help="draw a figure of runs for a paper",
+        description="Draw a figure for a paper, and write the numbers that it shows beside it as CSV.",
+    )
+    figure.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help=run_dir)
+    figure.add_argument("--kind", choices=("profile", "evolution", "pair", "study"), default="profile",
+                        help="latest profiles; all validations; a pair with its null and step ratios; the slopes of "
+                        "many pairs (default: %(default)s)")  # fmt: skip
+    figure.add_argument("--output", type=Path, required=True, metavar="FILE", help="the figure")
+    figure.add_argument("--format", choices=("pdf", "svg", "png"), help="default: by FILE's suffix")
+    figure.add_argument("--columns", type=int, choices=(1, 2), default=2, help="3.3 or 6.9 inches wide (default: 2)")
+    figure.add_argument(
+        "--measure", metavar="NAME", help="such as cka_normalized (default: the first that was recorded)"
+    )
+    figure.set_defaults(run=_figure, extra="report")
     workspace = commands.add_parser(
         "workspace",
         help="save a W&B workspace view of the depth profiles",
@@ -90,6 +106,20 @@ def _show(args: argparse.Namespace) -> None:
 
     for run in read_runs(*args.runs):
         print_bars(run, Console())
+
+
+def _figure(args: argparse.Namespace) -> None:
+    from depthcb.report import write_figure
+    from depthcb.run import read_runs
+
+    more = {"format": args.format, "columns": args.columns, "measure": args.measure}
+    try:
+        beside = write_figure(read_runs(*args.runs), args.kind, args.output, **more)
+    except OSError as error:
+        raise ValueError(
+            f"--output {args.output} cannot be written ({error.strerror}): choose another file."
+        ) from error
+    print(printable(f"{args.output}, its numbers in {beside}"))
 
 
 def _workspace(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthcb.report.page import read_html as read_html
     from depthcb.report.page import write_html as write_html
+    from depthcb.report.paper_figure import write_figure as write_figure
     from depthcb.report.static_figure import figure as figure
     from depthcb.report.static_figure import write_png as write_png
     from depthcb.report.terminal import print_bars as print_bars
@@ -23,6 +24,7 @@ _MODULES = {
     "print_bars": "terminal",
     "print_runs": "terminal",
     "read_html": "page",
+    "write_figure": "paper_figure",
     "write_html": "page",
     "write_png": "static_figure",
 }

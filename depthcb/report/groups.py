@@ -97,7 +97,7 @@ class Replicates:
     """Complete pairs that differ only in their seed.
 
     Args:
-        pairs: Two or more pairs.
+        pairs: One or more pairs.
     """
 
     pairs: tuple[Group, ...]
@@ -105,35 +105,36 @@ class Replicates:
     @property
     def title(self) -> str:
         """The optimizer and the seeds."""
-        seeds = ", ".join(_seed(pair.runs[0]) for pair in self.pairs)
-        return f"{_optimizer(self.pairs[0].runs[0])}, {len(self.pairs)} pairs (seeds {seeds})"
+        seeds, s = ", ".join(_seed(pair.runs[0]) for pair in self.pairs), "s" * (len(self.pairs) > 1)
+        return f"{_optimizer(self.pairs[0].runs[0])}, {len(self.pairs)} pair{s} (seed{s} {seeds})"
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """The verdict by each measure, the deciding one first; empty with too few pairs, or if nothing changed."""
-        measures = self.pairs[0].measures
-        if len(self.pairs) < FEWEST_PAIRS or any(s is None for m in measures for s in self._slopes(m)):
+        slopes = {m: self.relative_slopes(m) for m in self.pairs[0].measures}
+        if len(self.pairs) < FEWEST_PAIRS or any(None in [*s, *e] for s, e, _ in slopes.values()):
             return {}
-        return {m: self._judge(m) for m in measures}
+        return {m: _judge(*found) for m, found in slopes.items()}
 
     @property
     def agreement(self) -> Agreement:
         """Whether the measures agree on the sign of the mean slope of both kinds of runs."""
         return agreement({m: [v.standard.sign, v.equal_step.sign] for m, v in self.verdicts.items()})
 
-    def _judge(self, measure: str) -> Verdict:
-        standard, equal = zip(*(both for both in self._slopes(measure) if both is not None), strict=True)
-        return judge(standard, equal, self._nulls(measure))
+    def relative_slopes(self, measure: str) -> tuple[list[float | None], list[float | None], list[float | None]]:
+        """Returns each pair's relative slopes: standard, equal-step, and the mean of the standard run's matched null.
 
-    def _slopes(self, measure: str) -> list[tuple[float, float] | None]:
-        """Returns the relative slopes of each pair; None where nothing changed."""
-        both = [[_relative_slope(last(run, measure)) for run in pair.runs] for pair in self.pairs]
-        return [None if s is None or e is None else (s, e) for s, e in both]
+        None is where nothing changed, or no such null was measured.
+        """
+        standard, equal = ([_relative_slope(last(pair.runs[i], measure)) for pair in self.pairs] for i in (0, 1))
+        nulls = [pair.runs[0].matched_null.get(measure, Profiles()).mean_relative_slope for pair in self.pairs]
+        return standard, equal, nulls
 
-    def _nulls(self, measure: str) -> list[float]:
-        """Returns the mean relative slope of the standard runs' change-matched nulls; empty unless all have one."""
-        found = [pair.runs[0].matched_null.get(measure, Profiles()).mean_relative_slope for pair in self.pairs]
-        return [] if any(slope is None for slope in found) else [slope for slope in found if slope is not None]
+
+def _judge(standard: Sequence[float | None], equal: Sequence[float | None], null: Sequence[float | None]) -> Verdict:
+    """Returns the verdict over slopes that are all known; a null counts only if all pairs have one."""
+    s, e, n = ([slope for slope in slopes if slope is not None] for slopes in (standard, equal, null))
+    return judge(s, e, n if len(n) == len(s) else ())
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -150,13 +151,13 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     return [*found, *([Group(rest)] if rest else [])]
 
 
-def replicates(found: Sequence[Group]) -> list[Replicates]:
-    """Returns the complete pairs of `groups` that differ only in their seed, where there are several."""
+def replicates(found: Sequence[Group], fewest: int = 2) -> list[Replicates]:
+    """Returns the complete pairs of `groups` that differ only in their seed, where there are at least ``fewest``."""
     by_settings: dict[str, dict[str, Group]] = defaultdict(dict)
     for group in found:
-        if group.replicated and group.complete:
+        if group.complete:
             by_settings[_seedless(group.runs)].setdefault(_seed(group.runs[0]), group)
-    return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) > 1]
+    return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) >= fewest]
 
 
 def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
