@@ -157,7 +157,7 @@ class Run:
         if self.mixed:
             return f"it is a mixed run ({self.mixed})"
         if self._depth.provenance.get("seed") is None:
-            return "its seed is not known: call seed_everything before the model is built, or pass seed="
+            return "no seed: add pl.seed_everything(0) before the model is built (depthcb.watch: pass seed=)"
         if not self._depth.fit.get("initial_weights"):
             return "its initial weights are not known (recorded, or begun, by depthcb 0.1)"
         if f'"{UNKNOWN}"' in dumps(self._depth.fit):
@@ -364,6 +364,7 @@ def write_header(
     fit: Row | None = None,
     parts: Sequence[Row] = (),
     seed: object = None,
+    named: str = "",
 ) -> None:
     """Starts a callback's record of a fit.
 
@@ -376,6 +377,7 @@ def write_header(
         fit: See `Record`.
         parts: See `Record`.
         seed: The seed, where Lightning's ``seed_everything`` did not set it.
+        named: The name by which the logger shows the run, if that is not its folder's.
 
     Raises:
         ValueError: There is a file where the folder should be.
@@ -390,7 +392,8 @@ def write_header(
             "logger, or logger=False to the Trainer to disable records."
         ) from error
     _end_torn_line(_file(folder, name))
-    write_row(folder, name, {**head, "parts": parts, "provenance": provenance(seed)})
+    known = provenance(seed) | ({"name": named} if named else {})
+    write_row(folder, name, {**head, "parts": parts, "provenance": known})
 
 
 def void_records(folder: Path, step: int) -> None:
@@ -480,8 +483,14 @@ def read_runs(*folders: str | Path) -> list[Run]:
                 "EqualStep or UpdateRatioMonitor and any logger."
             )
         found |= dict.fromkeys(path.resolve() for path in below)
+    records = [dict(_records(path)) for path in found]
     names = _names(list(found))
-    return [run for path, name in zip(found, names, strict=True) for run in _runs(path, name)]
+    given = [next((str(r.provenance["name"]) for r in own.values() if "name" in r.provenance), "") for own in records]
+    shown = [  # a logger's name for the run, with its folder where several have the same
+        name if not own else own if given.count(own) == 1 and own not in names else f"{own} ({name})"
+        for own, name in zip(given, names, strict=True)
+    ]
+    return [run for own, name in zip(records, shown, strict=True) for run in _runs(own, name)]
 
 
 def provenance(seed: object = None) -> dict[str, Any]:
@@ -563,8 +572,7 @@ def _run_folders(folder: Path) -> set[Path]:
     return found
 
 
-def _runs(folder: Path, name: str) -> list[Run]:
-    records = dict(_records(folder))
+def _runs(records: Mapping[str, Record], name: str) -> list[Run]:
     measured = [n for n, record in records.items() if record.callback == "DepthProfile"]
     if len(measured) < 2:
         return [Run(name, records)]

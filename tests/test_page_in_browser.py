@@ -103,7 +103,7 @@ def test_a_pair_of_runs(layers: int, scheme: str, browser: Browser, tmp_path: Pa
     page, first = opened.page, opened.chart(1)
 
     charts = page.locator(".js-plotly-plot").count()
-    assert charts == 4
+    assert charts == 5
     for number in range(1, charts + 1):
         boxes = opened.chart(number).evaluate(BOXES)
         assert len(boxes) > 10

@@ -22,10 +22,12 @@ from depthcb import report
 from depthcb.glossary import VERDICTS
 from depthcb.report.charts import heatmaps, profile_chart, progress_chart, ratio_heatmaps
 from depthcb.report.groups import conclusions, groups, replicates, verdict_lines
-from depthcb.run import Run
+from depthcb.run import Record, Run
 from depthcb.style import MISSING
 from depthcb.verdict import judge
 
+#: The record of a control none of whose steps was logged.
+EMPTY = Record("EqualStep", {}, {}, {"seed": "0"})
 HOSTILE = "</script><script>alert('$x_1$')</script>[bold]&<!--"
 
 
@@ -236,9 +238,10 @@ def test_runs_without_a_null_are_drawn_too(tmp_path: Path) -> None:
     steps = profile_chart(groups(runs)[0]).layout.sliders[0].steps
     assert [len(step.args[0]["y"]) for step in steps] == [8] * 8, "band and change of two runs by two measures"
     report.write_png(runs, tmp_path / "a.png")
-    shown = page(runs, tmp_path)
-    assert ", end of fit" not in shown
-    assert "null of standard: not measured (DepthProfile measures it with pretrained=" in shown
+    shown = html.unescape(page(runs, tmp_path))
+    assert "Shape of the latest profile" not in shown
+    assert "null of standard: not measured: DepthProfile(pretrained='cpu') measures it" in shown
+    assert "whether noise alone would give the standard slope was not measured" in shown
     assert f"null relative slope {MISSING}" in printed(runs)
 
 
@@ -248,11 +251,10 @@ def test_the_slider_holds_every_validation() -> None:
     steps = chart.layout.sliders[0].steps
     assert [s.label for s in steps] == [str(20 * (i + 1)) for i in range(8)]
     for i, step in enumerate(steps):
-        ys = step.args[0]["y"]  # band, change and null for two runs and two measures
+        ys = step.args[0]["y"]  # band and change for two runs and two measures
         assert ys[1] == standard.profiles["cka"][i].change
-        assert list(ys[4]) == (list(equal.profiles["cka"][i].change) if i < 5 else [None] * 12)
-        assert ys[7] == standard.profiles["cka_normalized"][i].change
-        assert (ys[2][0] is not None, ys[5][0] is not None) == (i == 7, i == 4), "the null belongs to the last one"
+        assert list(ys[3]) == (list(equal.profiles["cka"][i].change) if i < 5 else [None] * 12)
+        assert ys[5] == standard.profiles["cka_normalized"][i].change
     assert [list(t.y) for t in chart.data] == [list(y) for y in steps[-1].args[0]["y"]]
 
 
@@ -287,29 +289,34 @@ def test_charts_over_time_hold_the_data() -> None:
 def test_the_figure_holds_the_data(layers: int) -> None:
     runs = make_runs(layers)
     for row, (axes, group) in enumerate(zip(panels(runs), groups(runs), strict=True)):
-        for ax, measure in zip(axes, MEASURES, strict=False):
-            expected = [
-                list(y) for run in group.runs for y in (run.profiles[measure][-1].change, null_mean(run, measure))
-            ]
-            assert [list(line.get_ydata()) for line in ax.lines] == expected
+        for ax, below, measure in zip(axes, axes[3:], MEASURES, strict=False):
+            last = [run.profiles[measure][-1] for run in group.runs]
+            assert [list(line.get_ydata()) for line in ax.lines] == [list(p.change) for p in last]
             assert ax.get_ylim()[0] <= 0
-            for drawn, run in zip(ax.collections, group.runs, strict=True):
-                edges, band = drawn.get_paths()[0].vertices[:, 1], run.profiles[measure][-1].band
+            for drawn, profile in zip(ax.collections, last, strict=True):
+                edges, band = drawn.get_paths()[0].vertices[:, 1], profile.band
                 assert band is not None
                 assert (edges.min(), edges.max()) == (min(band[0]), max(band[1]))
+            shapes = [
+                y for run, p in zip(group.runs, last, strict=True) for y in (relative(p.change), null(run, measure))
+            ]
+            assert np.allclose([line.get_ydata() for line in below.lines], shapes, rtol=1e-12)
+            assert below.get_ylabel() == "change / its mean"
         assert [list(line.get_ydata()) for line in axes[2].lines] == [run.step_ratio.mean for run in group.runs]
-        spread = group.runs[0].step_ratio.spread
-        assert spread is not None
-        assert axes[2].get_yscale() == ("log" if spread > 3 else "linear")
+        assert axes[2].get_yscale() == "log"
+        assert axes[2].get_ylim() == panels(runs)[0][2].get_ylim(), "one rule for all rows"
         assert group.comparison is not None
         title = report.figure(runs).subfigs[row].get_suptitle()
         assert f"standard relative slope {group.comparison.difference} (" in title
         assert f"; the control removed a step-ratio spread of {group.spread:.3g}x" in title
 
 
-def null_mean(run: Run, measure: str) -> list[float]:
-    mean: list[float] = np.mean([p.change for p in run.null[measure]], axis=0).tolist()
-    return mean
+def relative(change: Any) -> Any:
+    return np.array(change) / np.mean(change)
+
+
+def null(run: Run, measure: str) -> Any:
+    return np.mean([relative(p.change) for p in run.null[measure]], axis=0)
 
 
 @pytest.mark.parametrize("layers", [6, 12, 30, 48, 49, 97])
@@ -335,8 +342,9 @@ def test_labels_do_not_overlap(layers: int) -> None:
 
 def test_an_unmeasured_run_is_named_and_not_drawn() -> None:
     (axes, _) = panels(make_runs(6, (8, 0, 0, 2)))
-    assert all("equal-step: not measured" in ax.get_title() for ax in axes)
-    assert [len(ax.lines) for ax in axes] == [2, 2, 1]
+    assert all("equal-step: not measured" in ax.get_title() for ax in axes[:2])
+    assert "equal-step: no step ratios, add UpdateRatioMonitor() to the callbacks" in axes[2].get_title()
+    assert [len(ax.lines) for ax in axes] == [1, 1, 1, 2, 2]
 
 
 def test_a_figure_without_profiles_says_so() -> None:
@@ -383,7 +391,7 @@ def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
     assert report.read_html(tmp_path / "a.html") == runs
 
 
-def test_a_run_without_interval_or_ratios_is_not_compared() -> None:
+def test_a_run_without_interval_is_not_compared_and_says_why() -> None:
     def bare(record: dict[str, Any]) -> None:
         for row in record["rows"]:
             for profile in row["profiles"].values():
@@ -392,4 +400,20 @@ def test_a_run_without_interval_or_ratios_is_not_compared() -> None:
     standard, equal = make_runs(arms=2)
     (group,) = groups([changed(standard, "DepthProfile", bare), equal])
     assert group.comparison is None
-    assert "no comparison (no interval, or no step ratios)" in printed(list(group.runs))
+    told = " ".join(printed(list(group.runs)).split())
+    assert "no comparison (standard has no interval: it takes a probe of at least 8 different examples)" in told
+
+
+def test_a_pair_without_ratios_is_compared_and_says_what_is_missing(tmp_path: Path) -> None:
+    runs = [
+        Run(run.name, {k: r for k, r in run.records.items() if k not in ("update_ratio", "equal_step")} | kept)
+        for run, kept in zip(make_runs(arms=2), ({}, {"equal_step": EMPTY}), strict=True)
+    ]
+    (group,) = groups(runs)
+    assert group.comparison is not None
+    assert "is not known: lower the Trainer's log_every_n_steps" in " ".join(printed(runs).split())
+    axes = panels(runs)[0]
+    assert "add UpdateRatioMonitor() to the callbacks" in " ".join(t.get_text() for t in axes[2].texts).replace(
+        "\n", " "
+    )
+    assert "add UpdateRatioMonitor() to the callbacks" in page(runs, tmp_path)

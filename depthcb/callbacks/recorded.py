@@ -150,10 +150,13 @@ def open_record(callback: RecordedCallback, trainer: pl.Trainer, pl_module: pl.L
         void_records(folder, step)
     fit = fit_settings(trainer, pl_module, redact) | {"initial_weights": callback.history["initial_weights"]}
     parts = callback.history["parts"]
+    named = ""
+    with tolerated(callback, "ask the logger for the run's name", "the folder's is used"):
+        named = sink_of(trainer.loggers[0]).run_name()
     write_record(
         callback,
         trainer,
-        lambda folder: write_header(folder, callback.name, kind_of(callback), step, settings, fit, parts),
+        lambda folder: write_header(folder, callback.name, kind_of(callback), step, settings, fit, parts, named=named),
     )
     for logger in trainer.loggers:
         with tolerated(callback, f"configure the {type(logger).__name__}", "the record has the settings"):

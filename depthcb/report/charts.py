@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthcb.glossary import RATIO_UNIT
-from depthcb.profile import FloatArray, Profile, layer_key, relative_depth
-from depthcb.report.groups import Group, label, last, log_axis, null_change, title_of, unit_of
+from depthcb.profile import FloatArray, Profile, layer_key
+from depthcb.report.groups import Group, label, last, title_of, unit_of
+from depthcb.report.panels import NO_RATIO, SHAPE, positions, ratio_decades, same_depth, shape_panel
 from depthcb.run import Run
 from depthcb.site_names import is_head
 from depthcb.style import PALE, line_style, thinned, tick_step
@@ -52,29 +53,19 @@ def layout(fig: go.Figure, height: int, **more: Any) -> go.Figure:
     return fig
 
 
-def _same_depth(group: Group) -> bool:
-    """Returns whether all runs have the same number of layers; if not, charts use relative depth."""
-    return len({len(run.layers) for run in group.runs if run.layers}) <= 1
-
-
 def _layer_axis(group: Group) -> dict[str, Any]:
-    if not _same_depth(group):
+    if not same_depth(group):
         return {"title": {"text": "relative depth (0 = input side)"}, "range": [-0.02, 1.02]}
     count = len(group.layers)
     ticks = {"tick0": 0, "dtick": tick_step(count), "range": [-0.5, count - 0.5]}
     return {"title": {"text": "layer (0 = input side)"}, **ticks}
 
 
-def _depth(group: Group, layers: int) -> list[float]:
-    """Returns the positions of a run's layers on the axis."""
-    return list(range(layers)) if _same_depth(group) else relative_depth(layers).tolist()
-
-
 def _line(y: Values, group: Group, index: int, **more: Any) -> go.Scatter:
     """Returns a run's line over its layers."""
     style, run = line_style(index), group.runs[index]
     trace = {
-        "x": _depth(group, len(y)),
+        "x": positions(group, len(y)),
         "y": list(y),
         "customdata": [_shown(name) for name in run.layers],
         "name": _shown(label(run, group)),
@@ -127,7 +118,7 @@ def profile_chart(group: Group, values: int = MOST_VALUES) -> go.Figure:
             fig.add_trace(trace, 1 + row, 1 + col)
         named.add(i)
     by_step = {(m, i): {p.step: p for p in group.runs[i].profiles[m]} for m, i in drawn}
-    ys = [[y for m, i in drawn for y in _profile_ys(m, group.runs[i], by_step[m, i].get(step))] for step in steps]
+    ys = [[y for m, i in drawn for y in _profile_ys(group.runs[i], by_step[m, i].get(step))] for step in steps]
     slider = {
         "active": len(steps) - 1,
         "currentvalue": {"prefix": "validation at step "},
@@ -172,7 +163,7 @@ def worth_chart(group: Group) -> go.Figure:
     fig = go.Figure()
     for index, run in enumerate(group.runs):
         if run.worth is not None:
-            x = _depth(group, len(run.worth.worth))
+            x = positions(group, len(run.worth.worth))
             ends = [[getattr(e, end) for e in run.worth.restored] for end in ("low", "high")]
             fig.add_trace(_band(x, [*ends[0], *reversed(ends[1])], group, index))
             fig.add_trace(_line(run.worth.worth, group, index))
@@ -196,27 +187,43 @@ def head_heatmaps(group: Group) -> go.Figure:
 
 
 def _profile_traces(measure: str, group: Group, index: int, step: int) -> list[go.Scatter]:
-    run, color = group.runs[index], line_style(index).color
-    band, change, *null = _profile_ys(measure, run, next((p for p in run.profiles[measure] if p.step == step), None))
-    x = _depth(group, len(change))
-    traces = [_band(x, band, group, index), _line(change, group, index, showlegend=True)]
-    if null:
-        dashed = {"color": color, "width": 1.2, "dash": "dash"}
-        name = _shown(f"null of {label(run, group)}, end of fit")
-        traces.append(_line(null[0], group, index, showlegend=True, mode="lines", line=dashed, name=name))
-    return traces
+    run = group.runs[index]
+    band, change = _profile_ys(run, next((p for p in run.profiles[measure] if p.step == step), None))
+    x = positions(group, len(change))
+    return [_band(x, band, group, index), _line(change, group, index, showlegend=True)]
 
 
-def _profile_ys(measure: str, run: Run, profile: Profile | None) -> list[Values]:
-    """Returns the band, change and null (if any, at the last profile only) of a profile; Nones if there is none."""
+def _profile_ys(run: Run, profile: Profile | None) -> list[Values]:
+    """Returns the band and the change of a profile; Nones if there is none."""
     layers = len(run.layers)
-    nothing: Values = [None] * layers
     if profile is None:
-        ys: list[Values] = [[None] * 2 * layers, nothing, nothing]
-    else:
-        band = [None] * 2 * layers if profile.band is None else [*profile.band[0], *reversed(profile.band[1])]
-        ys = [band, profile.change, (profile == last(run, measure) and null_change(run, measure)) or nothing]
-    return ys if run.null else ys[:2]
+        return [[None] * 2 * layers, [None] * layers]
+    band = [None] * 2 * layers if profile.band is None else [*profile.band[0], *reversed(profile.band[1])]
+    return [band, profile.change]
+
+
+def shape_chart(group: Group) -> go.Figure:
+    """Returns change / mean change of each layer by each measure, and dashed the nulls with their draws' range."""
+    panels = [shape_panel(group, measure) for measure in group.measures]
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    titles = [_shown(panel.title) for panel in panels]
+    fig = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.25 / rows)
+    named: set[str] = set()
+    for number, panel in enumerate(panels):
+        place = [1 + part for part in divmod(number, columns)]
+        for series in panel.series:
+            more: dict[str, Any] = {"name": _shown(series.name), "showlegend": series.name not in named}
+            if series.dashed:
+                more |= {"mode": "lines", "line": {"color": line_style(series.look).color, "dash": "dash"}}
+            named.add(series.name)
+            if series.band is not None:
+                edges = [*series.band[0], *reversed(series.band[1])]
+                fig.add_trace(_band([float(x) for x in series.x], edges, group, series.look), *place)
+            fig.add_trace(_line(series.y, group, series.look, **more), *place)
+    fig.update_xaxes(_layer_axis(group))
+    fig.update_yaxes(rangemode="tozero", title={"text": SHAPE})
+    return layout(fig, 60 + 400 * rows, hovermode="x unified", hoverdistance=100)
 
 
 def _rgba(color: str, alpha: float) -> str:
@@ -246,6 +253,7 @@ def heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
         f"coloraxis{c + 1 if c else ''}": _colors(c, len(measures), len(runs), cmin=0) for c in range(len(measures))
     }
     fig.update_xaxes(title={"text": "validation at step"})
+    fig.update_yaxes(_whole_layers(group))
     return layout(fig, 120 + 280 * len(runs), **axes)
 
 
@@ -271,6 +279,7 @@ def ratio_heatmaps(group: Group, values: int = MOST_VALUES) -> go.Figure:
             row, col = divmod(index, columns)
             fig.add_trace(trace, 1 + row, 1 + col)
     fig.update_xaxes(title={"text": "step"})
+    fig.update_yaxes(_whole_layers(group))
     colors = _log_colors(np.concatenate([run.layer_ratio.table.ravel() for run in runs]), rows)
     return layout(fig, 120 + 280 * rows, coloraxis=colors)
 
@@ -300,6 +309,10 @@ def unit_heatmaps(group: Group) -> go.Figure:
     fig.update_yaxes(type="category", nticks=12)
     colors = _log_colors(np.concatenate([grid.values.ravel() for grid in grids]), len(runs))
     return layout(fig, 160 + 380 * len(runs), coloraxis=colors)
+
+
+def _whole_layers(group: Group) -> dict[str, Any]:
+    return {"tick0": 0, "dtick": tick_step(len(group.layers), 8)}
 
 
 def _log_colors(ratios: FloatArray, rows: int) -> dict[str, Any]:
@@ -348,8 +361,13 @@ def _colors(column: int, columns: int, rows: int, **more: Any) -> dict[str, Any]
     return {"colorscale": "Cividis", "colorbar": bar | {"exponentformat": "e", "outlinewidth": 0, "xpad": 4}, **more}
 
 
-def progress_chart(group: Group) -> go.Figure:
-    """Returns the slope over steps with its interval, the mean step ratio per layer, and any logged validation loss."""
+def progress_chart(group: Group, span: tuple[int, int] | None = None) -> go.Figure:
+    """Returns the slope over steps with its interval, the mean step ratio per layer, and any logged validation loss.
+
+    Args:
+        group: The runs.
+        span: The decades of the step ratios' axis, which the charts of a page share; None for this chart's own.
+    """
     losses = [loss_of(run) for run in group.runs]
     smaller = any(run.unit_ratio.units for run in group.runs) and not any(run.layer_ratio.mean for run in group.runs)
     of_ratio = "mean step ratio per layer" + (": of smaller units, see below" if smaller else "")
@@ -372,12 +390,18 @@ def progress_chart(group: Group) -> go.Figure:
     for col in (1, 3)[: len(panels) - 1]:
         fig.update_xaxes(title={"text": "step"}, row=1, col=col, **ticks)
     fig.update_xaxes(_layer_axis(group), row=1, col=2)
-    shown = [ratios for run in group.runs for ratios in (run.step_ratio, run.wanted_ratio) if ratios.by_layer]
-    log = log_axis(*(ratios.mean for ratios in shown))
-    axis: dict[str, Any] = {"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"}
-    fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, **axis)
+    first, last_one = span or ratio_decades([group]) or (-4, -2)
+    every = max(1, (last_one - first) // 6)
+    decades = {"type": "log", "range": [first, last_one], "dtick": every, "exponentformat": "power"}
+    fig.update_yaxes(title={"text": RATIO_UNIT}, row=1, col=2, minor={"ticks": "outside", "dtick": "D1"})
     fig.update_yaxes(title={"text": "change per whole depth"}, row=1, col=1)
-    return layout(fig, 430, hovermode="x unified", hoverdistance=100)
+    fig = layout(fig, 430, hovermode="x unified", hoverdistance=100)
+    absent = [label(run, group) for run in group.runs if not run.step_ratio.mean]
+    if absent:
+        text = "<br>".join(f"{_shown(name)}: no step ratios<br>{NO_RATIO}" for name in absent)
+        fig.add_annotation(text=text, x=0.5, y=0.97 if len(absent) < len(group.runs) else 0.5, showarrow=False,
+                           xref="x2 domain", yref="y2 domain", font={"size": 12})  # fmt: skip
+    return fig.update_yaxes(decades, row=1, col=2)
 
 
 def loss_of(run: Run) -> list[tuple[int, float]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -28,12 +27,10 @@ from depthcb.verdict import (
     percent,
 )
 
-#: Step ratios use a log axis if max / min exceeds this value.
-LOG_ABOVE = 3.0
 #: Marks a change that rounding alone may give.
 UNRESOLVED = "~"
 UNRESOLVED_NOTE = f"{UNRESOLVED} below {RESOLVED:g} x the rounding error of the forward: no evidence of a change"
-ONE_PAIR = "one pair: this speaks of its probe rows, not of training"
+ONE_PAIR = f"one pair: this speaks of its probe rows, not of training; a word takes at least {FEWEST_PAIRS} seeds"
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """Whether it is a pair of finished runs with profiles and step ratios."""
-        return self.paired and all(run.finished and run.profiles and run.wanted_ratio.spread for run in self.runs)
+        """Whether it is a pair of finished runs with profiles."""
+        return self.paired and all(run.finished and any(run.profiles.values()) for run in self.runs)
 
     @cached_property
     def comparison(self) -> PairComparison | None:
@@ -82,7 +79,7 @@ class Group:
 
     @property
     def spread(self) -> float | None:
-        """The step-ratio spread that the control removed from a pair."""
+        """The step-ratio spread that the control removed from a pair; None if no step of it was logged."""
         return self.runs[1].wanted_ratio.spread if self.paired else None
 
     @property
@@ -233,12 +230,6 @@ def definition_of(group: Group, measure: str) -> str:
     return next((text for run in group.runs if (text := run.definitions.get(measure))), "")
 
 
-def null_change(run: Run, measure: str) -> list[float]:
-    """Returns the mean change of each layer over the null's seeds; empty without a null."""
-    draws = run.null.get(measure)
-    return np.mean([p.change for p in draws], axis=0).tolist() if draws else []
-
-
 def null_slope(run: Run, measure: str) -> float | None:
     """Returns the mean relative slope over the null's seeds; None without a null."""
     return run.null[measure].mean_relative_slope if measure in run.null else None
@@ -249,16 +240,36 @@ def headline(group: Group) -> str:
     found = group.comparison
     if found is not None:
         left = "" if found.share is None else f" ({percent(found.share)} of the slope is left)"
-        removed = f"the control removed a step-ratio spread of {group.spread:.3g}x"
-        return f"{group.title}: equal-step minus standard relative slope {found.difference}{left}; {removed}"
+        return f"{group.title}: equal-step minus standard relative slope {found.difference}{left}; {_removed([group])}"
     if not group.paired:
         return group.title
     absent = [run.control for run in group.runs if not any(run.profiles.values())]
     unfinished = [run.control for run in group.runs if run.profiles and not run.finished]
     why = f"{' and '.join(absent)} not measured" if absent else f"{' and '.join(unfinished)} not finished"
     if not absent and not unfinished:
-        why = "no interval, or no step ratios"
+        why = "; ".join(_without_slopes(group)) or "their intervals are not over the same halves of the probe"
     return f"{group.title}: no comparison ({why})"
+
+
+def _without_slopes(group: Group) -> list[str]:
+    """Names the runs of a complete pair whose slope or interval is missing, with the remedy."""
+    told = []
+    for run in group.runs:
+        profile = last(run, group.measures[0])
+        if profile is None or profile.relative_slope is None:
+            told.append(f"nothing changed in {run.control}")
+        elif not profile.half_relative_slopes:
+            told.append(f"{run.control} has no interval: it takes a probe of at least 8 different examples")
+    return told
+
+
+def _removed(pairs: Sequence[Group]) -> str:
+    """Returns the spreads that the control removed, or how to get to know them."""
+    known = [f"{pair.spread:.3g}" for pair in pairs if pair.spread is not None]
+    if not known:
+        return "the spread that the control removed is not known: lower the Trainer's log_every_n_steps"
+    spreads = f"a step-ratio spread of {known[0]}" if len(pairs) == 1 else f"step-ratio spreads of {', '.join(known)}"
+    return f"the control removed {spreads}x"
 
 
 def context(group: Group) -> list[str]:
@@ -307,12 +318,11 @@ def verdict_lines(found: Replicates) -> list[str]:
     first = (
         next(iter(words)) if len(words) == 1 else "; ".join(f"{_word(v)} by {titles[m]}" for m, v in verdicts.items())
     )
-    spreads = ", ".join(f"{pair.spread:.3g}" for pair in found.pairs)
     return [
         f"{found.title}: {first}",
         *(f"{titles[m]}: {v.reason}; {_null_reason(v)}" for m, v in verdicts.items()),
         *_agreement_line(found.agreement, list(verdicts)),
-        f"the control removed step-ratio spreads of {spreads}x",
+        _removed(found.pairs),
     ]
 
 
@@ -356,7 +366,10 @@ def null_line(run: Run, measure: str) -> str:
     kinds = {"weights": run.null.get(measure), "change": run.matched_null.get(measure)}
     shown = [f"{show_draws(draws)} at the same size of {size}" for size, draws in kinds.items() if draws]
     if not shown:
-        return "not measured (DepthProfile measures it with pretrained='cpu')"
+        return (
+            "not measured: DepthProfile(pretrained='cpu') measures it, with a copy of the weights in main memory and "
+            "about 20 passes over the probe at the end"
+        )
     return "relative slope " + ", ".join(shown)
 
 
@@ -379,12 +392,6 @@ def run_line(run: Run, group: Group) -> str:
         f"relative slope {show(p.relative_slope, '+.3g')}{show_interval(p.relative_slope_interval)}, "
         f"width {show(p.width, '.2f')}, null relative slope {show(null_slope(run, measure), '+.3g')}"
     )
-
-
-def log_axis(*columns: Iterable[float | None]) -> bool:
-    """Returns whether step ratios span enough to need a log axis and are all positive."""
-    ratios = [r for column in columns for r in column if r is not None and math.isfinite(r)]
-    return bool(ratios) and min(ratios) > 0 and max(ratios) > LOG_ABOVE * min(ratios)
 
 
 def show_rank(value: float | None) -> str:

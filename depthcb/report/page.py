@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
-from depthcb.glossary import RUN_COLUMNS, VERDICTS
+from depthcb.glossary import RUN_COLUMNS
 from depthcb.plain import dumps, loads
 from depthcb.report.charts import (
     MOST_VALUES,
@@ -23,6 +23,7 @@ from depthcb.report.charts import (
     profile_chart,
     progress_chart,
     ratio_heatmaps,
+    shape_chart,
     sites_chart,
     unit_heatmaps,
     worth_chart,
@@ -46,6 +47,8 @@ from depthcb.report.groups import (
     verdict_lines,
     worth_line,
 )
+from depthcb.report.panels import has_null, ratio_decades
+from depthcb.report.plain_words import pair_sentence, verdict_sentence
 from depthcb.run import NULLS, Run
 from depthcb.site_names import is_head
 from depthcb.style import MISSING, show, show_interval, thinned
@@ -61,6 +64,11 @@ _CONFIG = {
 _SLOPES = list(RUN_COLUMNS)[list(RUN_COLUMNS).index("run") :]
 # Blocks all network requests from the page; plotly needs inline scripts, inline styles and data images.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+NULL_NOTE = (
+    '<p class="soft">Change divided by its mean over the layers, whose slope is the relative slope. Dashed: noise on '
+    "the pretrained weights, in random directions, of the size that changes the representations as much as training "
+    "did (where that was measured); the band is the range over its draws.</p>"
+)
 _STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --ink: #1b1b1b; --soft: #595959; --line: #d9d9d9; --card: #f5f5f5; }
 @media (prefers-color-scheme: dark) {
@@ -71,9 +79,11 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bott
 p.soft, caption { color: var(--soft); }
 .verdict { background: var(--card); border-left: 4px solid #0072B2; padding: .6rem 1rem; margin: 1rem 0; }
 .verdict h3 { margin: 0 0 .3rem; } .verdict ul { margin: .3rem 0; padding-left: 1.2rem; }
+.verdict p { margin: .3rem 0 0; font-weight: 600; }
 .wide { overflow: auto; margin-bottom: 1.2rem; } .wide > div { min-width: 820px; } .tall { max-height: 34rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
+.tall { scrollbar-gutter: stable; scrollbar-width: auto; scrollbar-color: var(--soft) var(--card); }
 th { position: sticky; top: 0; background: var(--card); vertical-align: bottom; white-space: normal; }
 th[title] { text-decoration: underline dotted; cursor: help; }
 th.text, td.text { text-align: left; } tr.differs td { font-weight: 600; }
@@ -176,11 +186,12 @@ def _thinned(run: Run, most: int) -> Run:
 
 def _sections(runs: Sequence[Run]) -> list[str]:
     found, charts = groups(runs), Charts()
+    span = ratio_decades(found)
     words = replicates(found)
     cards = "".join([*map(_verdict_card, words), *map(_group_card, found)]) or "<p>No run was started.</p>"
     return [
         f"<h2>{'Verdict' if words else 'Summary'}</h2>{cards}",
-        *(_group_section(group, charts, MOST_VALUES // len(found)) for group in found),
+        *(_group_section(group, charts, MOST_VALUES // len(found), span) for group in found),
         f"<h2>Slopes at the last validation</h2>{_slopes_table(found)}" if found else "",
         f"<h2>Settings and provenance</h2>{_settings_table(runs)}" if found else "",
     ]
@@ -202,21 +213,23 @@ class Charts:
 
 def _verdict_card(found: Replicates) -> str:
     title, *lines = verdict_lines(found)
-    words = dict.fromkeys(verdict.word for verdict in found.verdicts.values())
-    return _card(title, lines, " ".join(VERDICTS[word] for word in words))
+    return _card(title, lines, verdict_sentence(found))
 
 
 def _group_card(group: Group) -> str:
-    return _card(headline(group), [*context(group), *(run_line(run, group) for run in group.runs)])
+    title = "" if len(group.runs) == 1 else headline(group)  # the page's own title names a single run
+    return _card(title, [*context(group), *(run_line(run, group) for run in group.runs)], pair_sentence(group))
 
 
-def _card(title: str, lines: Sequence[str], meaning: str = "") -> str:
+def _card(title: str, lines: Sequence[str], closing: str) -> str:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f'<div class="verdict"><h3>{html.escape(title)}</h3>{html.escape(meaning)}<ul>{items}</ul></div>'
+    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+    last = f"<p>{html.escape(closing)}</p>" if closing else ""
+    return f'<div class="verdict">{heading}<ul>{items}</ul>{last}</div>'
 
 
-def _group_section(group: Group, charts: Charts, values: int) -> str:
-    parts = [f"<h2>{html.escape(group.title)}</h2>"]
+def _group_section(group: Group, charts: Charts, values: int, span: tuple[int, int] | None) -> str:
+    parts = [f"<h2>{html.escape('Profile' if len(group.runs) == 1 else group.title)}</h2>"]
     if group.measures:
         fig, steps = profile_chart(group, values), len(measured_steps(group))
         shown = len(fig.layout.sliders[0].steps)
@@ -226,6 +239,8 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         elif shown < steps:
             note += f" Charts of long runs are thinned evenly: the slider has {shown:,} of {steps:,} validations."
         parts += [charts(fig, "Depth profile, with 95 % band"), f'<p class="soft">{note}</p>']
+        if has_null(group):
+            parts += [charts(shape_chart(group), "Shape of the latest profile, with the null"), NULL_NOTE]
         parts += [charts(heatmaps(group, values), "Change of each layer over training")]
         if any(run.sites for run in group.runs):
             parts += [charts(sites_chart(group), "Where in the layers: latest change of what each part writes")]
@@ -238,7 +253,7 @@ def _group_section(group: Group, charts: Charts, values: int) -> str:
         parts += ["<p>No depth profile was measured.</p>"]
     ratios = [run for run in group.runs if run.layer_ratio.steps]
     if ratios or group.measures or any(loss_of(run) for run in group.runs):
-        parts += [charts(progress_chart(group), "Slope, step ratios and loss")]
+        parts += [charts(progress_chart(group, span), "Slope, step ratios and loss")]
     if ratios:
         fig = ratio_heatmaps(group, values)
         parts += [charts(fig, "Step ratio of each layer over training")]

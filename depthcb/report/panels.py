@@ -20,7 +20,7 @@ from depthcb.style import thinned
 #: Maximum number of validations in one panel; if there are more, evenly spaced ones are drawn.
 MOST_CURVES = 24
 #: Which callback gives the step ratios of a run that has none.
-NO_RATIO = "no step ratios: add UpdateRatioMonitor() to the callbacks"
+NO_RATIO = "add UpdateRatioMonitor() to the callbacks"
 LAYER, DEPTH = "layer  (0 = input side)", "relative depth  (0 = input side)"
 SHAPE = "change / its mean"
 RELATIVE_SLOPE = "relative slope  (slope / mean change)"
@@ -160,7 +160,7 @@ def ratio_panel(group: Group, span: tuple[int, int] | None) -> Panel:
         if (mean := run.layer_ratio.mean)
     )
     absent = [label(run, group) for run in group.runs if not run.step_ratio.mean]
-    notes = tuple(f"{name}: {NO_RATIO}" for name in absent)
+    notes = tuple(f"{name}: no step ratios, {NO_RATIO}" for name in absent)
     return _over_layers(group, "mean step ratio", RATIO_UNIT, series, notes, span)
 
 

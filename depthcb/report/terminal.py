@@ -29,6 +29,7 @@ from depthcb.report.groups import (
     verdict_lines,
     worth_line,
 )
+from depthcb.report.plain_words import pair_sentence, verdict_sentence
 from depthcb.run import Run
 from depthcb.style import BLUE, printable, show, show_interval
 
@@ -50,13 +51,13 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
         for run in group.runs:
             console.print(_hanging(run_line(run, group), console))
         console.print(_text(headline(group), style="bold"))
-        for line in context(group):
+        for line in filter(None, [*context(group), pair_sentence(group)]):
             console.print(_hanging(f"  {line}", console))
         console.print()
     for seeds in replicates(found):
         title, *lines = verdict_lines(seeds)
         console.print(_text(title, style="bold"))
-        for line in lines:
+        for line in filter(None, [*lines, verdict_sentence(seeds)]):
             console.print(_hanging(f"  {line}", console))
 
 

@@ -27,6 +27,10 @@ class LoggerSink:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
+    def run_name(self) -> str:
+        """Returns the name by which the logger's page shows the run, if that is not its folder's; else nothing."""
+        return ""
+
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         """Adds a callback's settings to the run's configuration.
 

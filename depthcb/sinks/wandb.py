@@ -29,6 +29,9 @@ class WandbSink(LoggerSink):
 
     draws = True
 
+    def run_name(self) -> str:
+        return str(self.logger.experiment.name or "")  # its folder has the run's id
+
     def configure(self, name: str, settings: Mapping[str, Any], control: str) -> None:
         layers = {layer_key(i): layer for i, layer in enumerate(settings["layers"])}
         config: Any = self.logger.experiment.config
