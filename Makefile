@@ -5,7 +5,7 @@ READY := .venv/.ready
 DEMO ?=
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test test-all bench calibrate browser docs lint format dist clean
+.PHONY: demo test test-all bench calibrate pictures browser docs lint format dist clean
 
 demo: $(READY)
 	$(BIN)/depthcb demo $(DEMO)
@@ -24,6 +24,11 @@ bench: $(READY)
 # Error rates and power of verdicts and claims, on planted studies: half an hour on 2 cores.
 calibrate: $(READY)
 	$(BIN)/python tests/calibrate.py
+
+# The README's picture, from the files of a quick demo.
+pictures: $(READY)
+	$(BIN)/depthcb demo --quick
+	$(BIN)/python tests/pictures.py depthcb-demo
 
 # The report is checked in Chromium, from Debian's packages unless a browser is installed already.
 browser:

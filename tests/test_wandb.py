@@ -309,3 +309,14 @@ def test_without_matplotlib_the_scalars_are_logged(tmp_path: Path, monkeypatch: 
     assert [row["trainer/global_step"] for row in rows if "depth/cka/slope" in row] == [3]
     profile = Profile((0.0, 0.1), ("a", "b"), "cka")
     assert "&lt;Profile cka at step 0" in profile._repr_html_()
+
+
+def test_a_run_has_its_display_name_in_reports(tmp_path: Path) -> None:
+    for _ in range(2):
+        logger = offline_logger(tmp_path, name="warm lake")
+        fit(seeded(TinyLM), [DepthProfile()], logger=logger)
+        finish(logger)
+    both = read_runs(tmp_path)
+    folders = sorted(path.name for path in (tmp_path / "p").iterdir())
+    assert [run.name for run in both] == [f"warm lake ({folder})" for folder in folders], "two of one name"
+    assert [run.name for run in read_runs(tmp_path / "p" / folders[0])] == ["warm lake"]
