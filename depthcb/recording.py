@@ -150,7 +150,7 @@ def profile_settings(recorder: ProfileRecorder) -> dict[str, Any]:
     assert reference is not None
     settings = reference.settings(recorder.measures, recorder.rows)
     sites = {site: there.layer_names for site, there in recorder.site_references.items()}
-    return settings | ({"sites": sites} if sites else {})
+    return settings | recorder.contents() | ({"sites": sites} if sites else {})
 
 
 def past_rows(recorder: ProfileRecorder) -> list[dict[str, Any]]:

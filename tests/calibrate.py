@@ -2,7 +2,8 @@
 
 ``make calibrate`` prints them over 1,000 studies per scenario. Where a claim is false in the planted truth, it may be
 "supported" in at most 5 % of the studies. Where it is true, its power stands beside that of an oracle: a test on the
-same design that knows the planted variances, or sees the values without noise.
+same design that knows the planted variances, or sees the values without noise. A false winner of ``depthcb advise
+--test`` may be named in at most 5 % of the planted tables.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from planted_advice import planted_tables
 from scipy import stats
 
 from depthcb.verdict import BOUNDS, WORDS, judge
@@ -348,6 +350,12 @@ def main(studies: int) -> int:
         wrong += bad
         shown = ", ".join(f"{word} {rate:.1%}" for word, rate in sorted(words.items(), key=lambda item: -item[1]))
         print(f"  {'FAIL' if bad else 'ok':5}{false:6.1%} false  {planted}: {shown}")
+    print(f"Winners of `depthcb advise --test` over {studies} planted tables")
+    for table in planted_tables():
+        false, named = table.rates(studies)
+        bad = false > 0.05 or (table.power is not None and named < table.power)
+        wrong += bad
+        print(f"  {'FAIL' if bad else 'ok':5}{false:6.1%} false, {named:6.1%} of true winners named  {table.name}")
     print(f"Claims over {studies} planted studies")
     planted_studies = list(scenarios())
     with ProcessPoolExecutor() as pool:

@@ -25,6 +25,9 @@ FIGURES = Figures(
 )  # fmt: skip
 
 
+#: What differs between two executions of a run.
+MEASURED = ("seconds", "peak_memory", "provenance")
+
 HOLDER = """
 import socket, sys, time
 from pathlib import Path
@@ -70,14 +73,14 @@ def drive(study: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def figures(study: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """The result of each run, without durations and timestamps."""
+    """The result of each run, without durations, memory and timestamps."""
     found = {}
     for config in read_study(study):
         result = Store(out).result(config)
         assert result is not None, f"{config.name} has no result"
         assert result.figures is not None, result
         fields = result.to_dict()
-        found[config.name] = {name: value for name, value in fields.items() if name not in ("seconds", "provenance")}
+        found[config.name] = {name: value for name, value in fields.items() if name not in MEASURED}
     return found
 
 

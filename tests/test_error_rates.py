@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from planted_advice import Table, nothing, planted_tables
 from studies import SMOKE, command
 from torch import Tensor, nn
 
@@ -238,3 +239,17 @@ def test_runs_that_differ_in_their_seeds_alone_get_few_false_words(tmp_path: Pat
     print(f"A/A on gpt2-mini: {counts} of {len(words)}")
     true = {"persists", "undecided", "no more than noise"}
     assert sum(count for word, count in counts.items() if word not in true) <= 0.05 * len(words), counts
+
+
+@pytest.mark.parametrize("table", planted_tables(), ids=lambda table: table.name)
+def test_false_winners_among_rules_are_rare_and_clear_ones_are_named(table: Table) -> None:
+    """A promise of 5 %; 99 of 100 correct implementations pass at 200 tables with a rate of 5 %."""
+    false, named = table.rates(200)
+    assert false <= 0.09
+    assert table.power is None or named >= table.power
+
+
+def test_without_intervals_false_winners_are_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the intervals are for: lower mean losses alone name a winner where there is none."""
+    monkeypatch.setattr("depthcb_recipes.advice.conclusion.LEVEL", 2 * 7 * 0.4999)
+    assert Table("", nothing).rates(200)[0] > 0.5

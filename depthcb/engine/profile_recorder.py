@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from depthcb.engine.step_hooks import StepHooks, checkpoint_errors
 from depthcb.glossary import LOW_RANK
+from depthcb.layer_contents import layer_contents
 from depthcb.layout import check_axes
 from depthcb.null import DRAWS, Null, null_profiles
 from depthcb.pretrained import PretrainedWeights
@@ -184,6 +185,10 @@ class ProfileRecorder(StepHooks):
         self._prepare_sites(self.fixed_probe, self.reference)
         self._warn_half()
         self.seconds += time.perf_counter() - start
+
+    def contents(self) -> dict[str, Any]:
+        """Returns what the layers consist of, see `depthcb.layer_contents`; available after `prepare`."""
+        return layer_contents(self._stack)
 
     def _prepare_sites(self, probe: Probe, reference: Reference) -> None:
         """Finds the sites, and records those that have no reference yet."""

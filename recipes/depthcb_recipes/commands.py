@@ -1,4 +1,4 @@
-"""The subcommands provided by the recipes: demo, fit, compare, restore, pretrain, study, recipes and backbones."""
+"""The subcommands provided by the recipes: demo, fit, compare, restore, pretrain, study, advise, recipes, backbones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from depthcb_recipes.advice import parser as advice
 from depthcb_recipes.machine import use_threads_politely
 from depthcb_recipes.studies import parser as study
 
@@ -71,6 +72,7 @@ def add_commands(commands: Any) -> None:
     )
     fit.set_defaults(run=_fit, takes_options=True)
     study.add_parser(commands)
+    advice.add_parser(commands)
     pretrain = commands.add_parser(
         "pretrain",
         help="pretrain a small model of the mini zoo on this machine, about 6 minutes",

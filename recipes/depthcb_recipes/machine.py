@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def free_memory() -> int:
             with contextlib.suppress(OSError, ValueError):
                 limits.append(int((group / limit).read_text()) - int((group / used).read_text()) + _cached(group))
     return max(0, min(limits))
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of main memory that this process has held so far (Linux and macOS)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def release_memory() -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from depthcb import LayerStack
 from depthcb_recipes.backbones.loading import load_backbone
 from depthcb_recipes.backbones.zoo import Head
+from depthcb_recipes.objectives.layer_choice import train_only
 
 Batch = dict[str, Tensor]
 OptimizerName = Literal["adamw", "sgd"]
@@ -62,10 +63,13 @@ class Objective(LightningModule):
         momentum: Momentum of SGD.
         betas: Betas of AdamW.
         warmup_steps: Number of optimizer steps of the warm-up.
+        train_layers: The layers to train, by their number in depth; the rest of the network is frozen, but for heads.
+            None trains everything.
+        lora_rank: Rank of LoRA adapters, which are trained in place of the layers' weights, see `train_only`.
 
     Raises:
-        ValueError: If the optimizer is unknown, the learning rate is not positive, ``warmup_steps`` is negative or the
-            backbone does not suit the objective.
+        ValueError: If the optimizer is unknown, the learning rate is not positive, ``warmup_steps`` is negative, the
+            backbone does not suit the objective or has no such layers.
     """
 
     model: PreTrainedModel
@@ -82,6 +86,8 @@ class Objective(LightningModule):
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 10,
+        train_layers: list[int] | None = None,
+        lora_rank: int | None = None,
     ) -> None:
         super().__init__()
         if optimizer not in get_args(OptimizerName):
@@ -92,6 +98,7 @@ class Objective(LightningModule):
             raise ValueError(f"lr must be positive, not {lr}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, not {warmup_steps}")
+        self._choice = train_layers, lora_rank
         if isinstance(backbone, str):
             self.save_hyperparameters()
         else:
@@ -121,6 +128,8 @@ class Objective(LightningModule):
             ValueError: The objective makes no sense for it.
         """
         self.check_backbone(model)
+        if self._choice != (None, None):
+            train_only(model, *self._choice)
         self.model = model
 
     def _load(self, mesh: DeviceMesh | None) -> None:

@@ -13,8 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from depthcb.batches import collect_batches
 from depthcb.callbacks.depth_profile import first_validation_loader
+from depthcb.callbacks.logging import write_record
 from depthcb.gradient_distance import GROUPS, ObjectiveDistance, objective_distance
+from depthcb.plain import plain
 from depthcb.profile import layer_key
+from depthcb.run import write_header
 from depthcb_recipes.backbones.loading import load_backbone, load_tokenizer, pretraining
 from depthcb_recipes.data.packed_text import masking
 from depthcb_recipes.objectives.causal_lm import CausalLM
@@ -45,7 +48,7 @@ class ObjectiveDistanceMonitor(Callback):
 
     Validation batches are added until the interval is narrower than ``width``, or ``most_batches`` are used; a warning
     then says how wide it is. Gradients near an optimum are mostly noise, so this may take many. Resumed runs do not
-    measure again.
+    measure again. The run's record has the figures too.
 
     Args:
         width: The width of the interval to reach.
@@ -61,6 +64,9 @@ class ObjectiveDistanceMonitor(Callback):
         True
     """
 
+    #: Name of its record.
+    name = "objective_distance"
+
     def __init__(self, width: float = WIDTH, most_batches: int = 48, procrustes: bool = False) -> None:
         if not width > 0:
             raise ValueError(f"width must be positive, not {width}")
@@ -69,8 +75,10 @@ class ObjectiveDistanceMonitor(Callback):
         self.width, self.most_batches, self.procrustes = width, most_batches, procrustes
         #: The measured distance; None before training starts.
         self.distance: ObjectiveDistance | None = None
+        self._recorded = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._recorded = False
         if self.distance is not None or trainer.global_step > 0:
             return
         if any(isinstance(p, DTensor) for p in pl_module.parameters()):
@@ -102,6 +110,14 @@ class ObjectiveDistanceMonitor(Callback):
             )
         for logger in trainer.loggers:
             logger.log_metrics(_row(self.distance), step=0)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not before: a callback that comes later opens the records of this fit, and makes void what was there.
+        if self._recorded or self.distance is None:
+            return
+        self._recorded = True
+        settings = plain(asdict(self.distance))
+        write_record(self, trainer, lambda folder: write_header(folder, self.name, type(self).__name__, 0, settings))
 
     def state_dict(self) -> dict[str, Any]:
         return {"distance": None if self.distance is None else asdict(self.distance)}

@@ -44,6 +44,21 @@ def _study_file(name: str) -> Path:
 
 
 def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -> int:
+    return run_configs(args, configs, store, f"`depthcb study run {args.study}`")
+
+
+def run_configs(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store, command: str) -> int:
+    """Runs what has no result yet, and prints what failed.
+
+    Args:
+        args: The command line, with engine, jobs, shard and retry_failed.
+        configs: The runs.
+        store: Their folder.
+        command: What continues after a stop, for a message.
+
+    Returns:
+        The exit status: 0 if all runs have figures.
+    """
     from depthcb_recipes.studies.pool import run_study
     from depthcb_recipes.studies.progress import shown
 
@@ -53,7 +68,7 @@ def _run(args: argparse.Namespace, configs: Sequence[RunConfig], store: Store) -
     check_writable(store.root)
     if args.retry_failed:
         store.forget_failures(own)
-    message = f"Stopped. The same command continues: `depthcb study run {args.study}`."
+    message = f"Stopped. The same command continues: {command}."
     try:
         with stoppable(lambda: print(message, flush=True)):
             engine = _engine(args, own)

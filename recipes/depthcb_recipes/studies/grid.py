@@ -44,7 +44,7 @@ class RunConfig:
         seed: Of newly initialised weights, dropout and data order.
         threads: CPU threads of the run; they are part of the configuration because they change the last digit of sums.
         gpus: GPUs of the run, for the same reason; 0 is the CPU, even on a machine with GPUs.
-        null_seeds: Draws of noise for each of the two nulls.
+        null_seeds: Draws of noise for each of the two nulls; 0 measures none.
         options: Options of ``depthcb fit`` beyond the objective's own configuration.
         recipe: What the user's own file says, so that a run is determined by its contents; empty for a bundled one.
 
@@ -93,8 +93,10 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The values of the axes, for messages."""
-        return " ".join(str(getattr(self, axis)) for axis in AXES)
+        """The values of the axes, and what is trained if not everything, for messages."""
+        layers, rank = (self.options.get(f"model.{option}") for option in ("train_layers", "lora_rank"))
+        trained = "" if layers is None else f" layers {','.join(map(str, layers))}"
+        return " ".join(str(getattr(self, axis)) for axis in AXES) + trained + (f" LoRA {rank}" if rank else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration in JSON types."""

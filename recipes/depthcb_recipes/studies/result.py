@@ -47,6 +47,9 @@ class Figures:
         worth_correlation: Rank correlation of the layers' change with their worth; None where it was not measured.
         backbone: The fields of `depthcb_recipes.backbones.catalogue.Backbone`.
         precision: What the fit was trained in; None in older files, which do not say.
+        trained_parameters: Number of parameters that were trained; None in older files.
+        peak_memory: The most bytes that the run's process held: of the GPU if it had one, else of main memory; None in
+            older files.
     """
 
     pair: str
@@ -69,6 +72,8 @@ class Figures:
     objective_distance_interval: Sequence[float] | None = None
     objective_procrustes_uncorrected: float | None = None
     worth_correlation: float | None = None
+    trained_parameters: int | None = None
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)

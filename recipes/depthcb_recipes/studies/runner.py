@@ -23,6 +23,7 @@ from depthcb.run import Run, read_runs
 from depthcb_recipes.backbones.catalogue import CONFIGS, describe
 from depthcb_recipes.backbones.loading import BackboneNotFoundError
 from depthcb_recipes.fit import DEFAULTS, fit_cli
+from depthcb_recipes.machine import peak_memory
 from depthcb_recipes.objectives.objective import Objective
 from depthcb_recipes.objectives.objective_distance_monitor import ObjectiveDistanceMonitor
 from depthcb_recipes.precision import Precision
@@ -176,8 +177,9 @@ def fit(
         raise ValueError(
             "trainer.callbacks has no DepthProfile, which a study's figures come from: add depthcb.DepthProfile."
         )
-    watch.recorder.pretrained = watch.recorder.pretrained or "cpu"
-    watch.recorder.null_draws = config.null_seeds
+    if config.null_seeds:
+        watch.recorder.pretrained = watch.recorder.pretrained or "cpu"
+        watch.recorder.null_draws = config.null_seeds
     callbacks.append(prints)
     checkpoint = folder / "last.ckpt"
     if config.resumes:
@@ -193,7 +195,7 @@ def fit(
     if not trainer.is_global_zero:
         return None
     (found,) = read_runs(folder)
-    return _figures(config, found, callbacks, prints, str(trainer.precision))
+    return _figures(config, found, callbacks, prints, trainer)
 
 
 def configuration(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -236,14 +238,14 @@ def _set(options: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def _figures(
-    config: RunConfig, run: Run, callbacks: Sequence[pl.Callback], prints: Fingerprints, precision: str
+    config: RunConfig, run: Run, callbacks: Sequence[pl.Callback], prints: Fingerprints, trainer: pl.Trainer
 ) -> Figures:
     losses, depth = run.metrics["val/loss"], run.records["depth"]
     profiles = {measure: found[-1] for measure, found in run.profiles.items()}
     distances = [c.distance for c in callbacks if isinstance(c, ObjectiveDistanceMonitor)]
     return Figures(
         pair=config.pair,
-        precision=precision,
+        precision=str(trainer.precision),
         slope=next(iter(profiles.values())).slope,
         profiles={measure: profile.to_dict() for measure, profile in profiles.items()},
         null={measure: [p.to_dict() for p in draws] for measure, draws in run.null.items()},
@@ -262,4 +264,6 @@ def _figures(
         objective_procrustes_uncorrected=distances[0].procrustes_uncorrected if distances and distances[0] else None,
         worth_correlation=run.worth.rank_correlation(next(iter(profiles.values()))).rho if run.worth else None,
         backbone=dataclasses.asdict(describe(config.model)),
+        trained_parameters=sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad),
+        peak_memory=torch.cuda.max_memory_allocated() if config.gpus else peak_memory(),
     )

@@ -1,0 +1,92 @@
+"""What ``depthcb advise`` does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from depthcb.advice import LAST, RANDOM, RULES, Proposal, affordable, parse_budget, propose, sizes
+from depthcb.advice_formats import as_dict
+from depthcb.run import Run, read_runs
+from depthcb_recipes.advice.arms import Arm, Mode, arms, parse_modes
+from depthcb_recipes.advice.printed import print_proposals, print_trained
+from depthcb_recipes.advice.source import training_of
+from depthcb_recipes.advice.trained import Trained, trained_table
+from depthcb_recipes.studies.commands import check_writable, run_configs, writing
+from depthcb_recipes.studies.store import Store
+
+
+def advise(args: argparse.Namespace) -> int:
+    """Prints what the rules propose; with ``--test`` trains it, and prints what the trainings say."""
+    share, run = parse_budget(args.budget), _run_of(args.run_dir)
+    wanted, modes = _rules(args.rules), parse_modes(args.modes)
+    layers = len(sizes(run))
+    args.draws = layers // affordable(layers, share) if args.draws is None else args.draws
+    if args.test and min(args.seeds, args.draws, args.lora_rank) < 1:
+        raise ValueError("--seeds, --draws and --lora-rank must be at least 1.")
+    found = [p for p in propose(run, share) if p.rule.name in wanted]
+    console = Console(width=max(Console().width, 140))  # no name is truncated, in a file either
+    print_proposals(run, found, share, console)
+    written = {"run": run.name, "budget": share, "rules": [_as_dict(run, p) for p in found]}
+    status = 0
+    if args.test:
+        status, tables = _test(args, run, share, wanted, modes)
+        print_trained(tables, console)
+        written["tested"] = [dataclasses.asdict(table) | {"conclusion": str(table.conclusion)} for table in tables]
+    if args.json is not None:
+        with writing("--json", args.json):
+            args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return status
+
+
+def _run_of(folder: Path) -> Run:
+    runs = read_runs(folder)
+    if len(runs) > 1:
+        raise ValueError(f"{folder} has {len(runs)} runs ({', '.join(r.name for r in runs[:3])}, ...): name one.")
+    return runs[0]
+
+
+def _rules(text: str | None) -> list[str]:
+    """Returns the names of the rules to ask; random sets and the last layers are always among them."""
+    asked = list(RULES) if text is None else [name.strip() for name in text.split(",")]
+    unknown = [name for name in asked if name not in RULES]
+    if unknown:
+        raise ValueError(f"--rules: there is no rule {unknown[0]!r}: use some of {', '.join(RULES)}.")
+    return [name for name in RULES if name in (*asked, LAST, RANDOM)]
+
+
+def _as_dict(run: Run, proposal: Proposal) -> dict[str, Any]:
+    depth = run.record("DepthProfile")
+    assert depth is not None
+    forms = [as_dict(run.layers, chosen, depth.settings["linear"]) for chosen in proposal.sets]
+    rule = proposal.rule
+    return {"rule": rule.name, "needs": rule.cost, "sets": forms, "missing": proposal.missing}
+
+
+def _test(
+    args: argparse.Namespace, run: Run, share: float, wanted: Sequence[str], modes: Sequence[Mode]
+) -> tuple[int, list[Trained]]:
+    """Trains what is missing, and returns the exit status and one table per mode."""
+    if "lora" in modes and importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError("peft is not installed", name="peft")
+    base = training_of(args.run_dir)
+    options = dict(base.options) | ({} if args.steps is None else {"trainer.max_steps": args.steps})
+    base = dataclasses.replace(base, threads=args.threads, gpus=args.gpus, options=options)
+    proposals = [p for p in propose(run, share, range(args.seeds * args.draws)) if p.rule.name in wanted]
+    planned = arms(base, proposals, len(sizes(run)), modes, args.seeds, args.draws, args.lora_rank)
+    store = Store(args.out or Path("depthcb-advice") / Path(args.run_dir).resolve().name)
+    check_writable(store.root)
+    status = run_configs(args, _distinct(planned), store, "`depthcb advise` with the same arguments")
+    return status, [trained_table(proposals, [a for a in planned if a.mode == mode], store) for mode in modes]
+
+
+def _distinct(planned: Sequence[Arm]) -> list[Any]:
+    """Returns the trainings in order, each once: rules that choose the same layers share theirs."""
+    return list({arm.config.hash: arm.config for arm in planned}.values())
