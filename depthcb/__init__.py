@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from depthcb import similarity as similarity
     from depthcb.callbacks.depth_profile import DepthProfile as DepthProfile
     from depthcb.callbacks.equal_step import EqualStep as EqualStep
+    from depthcb.callbacks.freeze_by_change import FreezeByChange as FreezeByChange
     from depthcb.callbacks.step_events import OptimizerStepCallback as OptimizerStepCallback
     from depthcb.callbacks.update_ratio import UpdateRatioMonitor as UpdateRatioMonitor
     from depthcb.compare import depth_profile as depth_profile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DepthProfile": "depthcb.callbacks.depth_profile",
     "EqualStep": "depthcb.callbacks.equal_step",
+    "FreezeByChange": "depthcb.callbacks.freeze_by_change",
     "LayerStack": "depthcb.stack",
     "OptimizerStepCallback": "depthcb.callbacks.step_events",
     "Profile": "depthcb.profile",

@@ -241,7 +241,7 @@ def test_runs_that_differ_in_their_seeds_alone_get_few_false_words(tmp_path: Pat
     assert sum(count for word, count in counts.items() if word not in true) <= 0.05 * len(words), counts
 
 
-@pytest.mark.parametrize("table", planted_tables(), ids=lambda table: table.name)
+@pytest.mark.parametrize("table", list(planted_tables()), ids=lambda table: table.name)
 def test_false_winners_among_rules_are_rare_and_clear_ones_are_named(table: Table) -> None:
     """A promise of 5 %; 99 of 100 correct implementations pass at 200 tables with a rate of 5 %."""
     false, named = table.rates(200)

@@ -14,7 +14,7 @@ import numpy as np
 from depthcb.glossary import LOW_RANK
 from depthcb.intervals import Estimate
 from depthcb.profile import RESOLVED, Profile, Profiles
-from depthcb.run import Run
+from depthcb.run import Record, Run
 from depthcb.style import MISSING, show, show_interval
 from depthcb.verdict import (
     FEWEST_PAIRS,
@@ -174,7 +174,13 @@ def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
         fit["hparams"] = {name: v for name, v in fit.get("hparams", {}).items() if "seed" not in name}
     if seedless or not weights:
         del fit["initial_weights"]
-    return json.dumps([measured, fit, None if seedless else _seed(run)], sort_keys=True)
+    return json.dumps([measured, fit, _steering(depth), None if seedless else _seed(run)], sort_keys=True)
+
+
+def _steering(depth: Record) -> dict[str, Any]:
+    """Returns the callbacks other than the control that change the training, such as `FreezeByChange`."""
+    callbacks = [(name, *c) for part in depth.parts for name, c in part["callbacks"].items()]
+    return {name: [kind, settings] for name, kind, settings in callbacks if settings and kind != "EqualStep"}
 
 
 def _seedless(pair: Sequence[Run]) -> str:

@@ -32,7 +32,7 @@ def advise(args: argparse.Namespace) -> int:
     if args.test and min(args.seeds, args.draws, args.lora_rank) < 1:
         raise ValueError("--seeds, --draws and --lora-rank must be at least 1.")
     found = [p for p in propose(run, share) if p.rule.name in wanted]
-    console = Console(width=max(Console().width, 140))  # no name is truncated, in a file either
+    console = Console(width=max(Console().width, 180))  # no figure is truncated, in a file either
     print_proposals(run, found, share, console)
     written = {"run": run.name, "budget": share, "rules": [_as_dict(run, p) for p in found]}
     status = 0

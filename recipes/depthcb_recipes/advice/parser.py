@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     test.add_argument("--engine", choices=("pool", "ray"), default="pool", help="this machine, or a Ray cluster")
     test.add_argument("--shard", default="1/1", metavar="I/N", help="the i-th of n parts, for job arrays")
     test.add_argument("--retry-failed", action="store_true", help="train again what failed")
-    advise.set_defaults(run=_advise)
+    advise.set_defaults(run=_advise, extra="demo,lora")
 
 
 def _advise(args: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def print_trained(tables: Sequence[Trained], console: Console) -> None:
 def _table(trained: Trained) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for title in ("rule", "needs", "layers", "trained", "loss", "minus random", "minus last k", "seconds", "GB"):
-        table.add_column(title, justify="left" if title in ("rule", "needs", "layers") else "right")
+        table.add_column(title, justify="left" if title in ("rule", "needs", "layers") else "right", no_wrap=True)
     compared = {c.rule: (str(c.random), str(c.last)) for c in trained.conclusion.comparisons}
     for row in trained.rows:
         chosen = _shown(row.sets[0]) if len(row.sets) == 1 else f"{len(row.sets)} sets"
