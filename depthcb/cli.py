@@ -14,6 +14,8 @@ from depthcb.style import printable
 
 #: Entry point group for functions that add subcommands; each is called with the return value of ``add_subparsers``.
 COMMANDS = "depthcb.commands"
+#: The order of the help, in which people come to need them; those of other packages follow.
+ORDER = ("demo", "fit", "show", "report", "compare", "study", "figure", "restore", "advise", "recipes", "backbones")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"depthcb {depthcb.__version__}")
     parser.set_defaults(extra="demo", takes_options=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for entry in entry_points(group=COMMANDS):
         entry.load()(commands)
     report = commands.add_parser(
@@ -84,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     workspace.add_argument("--project", required=True, help="the W&B project; it must exist")
     workspace.add_argument("--dry-run", action="store_true", help="print the view's specification without saving it")
     workspace.set_defaults(run=_workspace, extra="workspace")
+    commands._choices_actions.sort(key=lambda listed: (*ORDER, listed.dest).index(listed.dest))
     return parser
 
 

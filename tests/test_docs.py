@@ -70,6 +70,25 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, reader: dict[s
         assert set(found["verdicts"]) == {"cka", "cka_normalized"}, "the word that the page promises"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_of_the_readme_prints_what_it_says(
+    reader: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the digits that do not depend on the machine."""
+    script, output = (
+        next(b for b in blocks(ROOT / "README.md") if b.language == language) for language in ("python", "text")
+    )
+    exec(compile(script.text, "README.md", "exec"), reader)
+    said, promised = (
+        [line for line in text.splitlines() if "<Profile" in line] for text in (capsys.readouterr().out, output.text)
+    )
+    for line, expected in zip(said, promised, strict=True):
+        number = r"[-+]?\d+(?:\.\d+)?"
+        assert re.sub(number, "", line) == re.sub(number, "", expected)
+        numbers = [[float(n) for n in re.findall(number, text)] for text in (line, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
+
+
 def runs(block: Block) -> bool:
     """Whether a block is run, and not only parsed. In the README, those that begin with an import are whole scripts."""
     if block.page.name == "README.md":

@@ -28,7 +28,8 @@ class FreezeByChange(RecordedCallback):
     It changes the training, and nothing but a training without it says what that does to the loss: compare both. At
     every ``every``-th measurement of the Trainer's `DepthProfile` that comes before it in the list of callbacks, each
     layer's change c (by the profile's first measure) is compared with what it was ``every`` measurements before. The
-    layer is frozen until the end of the fit if ``|c_now - c_before| < below * c_now``. At least one layer keeps training.
+    layer is frozen until the end of the fit if ``|c_now - c_before| < below * c_now``. At least one layer keeps
+    training.
 
     A frozen parameter has ``requires_grad=False`` and no gradient, so that the optimizer skips it: neither momentum nor
     weight decay moves it, and parameter groups and optimizer state stay as they are. After the fit all parameters
