@@ -189,7 +189,7 @@ def unknown_weights(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (unseeded, "its seed is not known: call seed_everything before the model is built, or pass seed="),
+        (unseeded, "no seed: add pl.seed_everything(0) before the model is built (depthcb.watch: pass seed=)"),
         (unknown_weights, "its initial weights are not known"),
         (other_weights, "its initial weights are not those of adamw-standard"),
     ],
