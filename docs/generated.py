@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ LOGGING = {
     "depthcb/callbacks/depth_profile.py": "DepthProfile",
     "depthcb/callbacks/equal_step.py": "EqualStep",
     "depthcb/callbacks/update_ratio.py": "UpdateRatioMonitor",
+    "depthcb/callbacks/freeze_by_change.py": "FreezeByChange",
     "recipes/depthcb_recipes/objectives/objective_distance_monitor.py": "ObjectiveDistanceMonitor",
     "recipes/depthcb_recipes/objectives/objective.py": "Objective",
 }
@@ -59,4 +62,30 @@ def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-PARTS: dict[str, Callable[[], str]] = {"glossary": glossary, "logged keys": logged_keys}
+def notebook(path: Path) -> str:
+    """A notebook with its outputs."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = []
+    for cell in cells:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [_output(output.get("data", output)) for output in cell.get("outputs", [])]
+    return "\n\n".join(parts)
+
+
+def _output(data: dict[str, list[str] | str]) -> str:
+    """The richest form of an output."""
+    kind = next(kind for kind in ("image/png", "text/html", "text/plain", "text") if kind in data)
+    content = "".join(data[kind])
+    if kind == "image/png":
+        return f'<img alt="output" src="data:image/png;base64,{content.strip()}">'
+    if kind == "text/html":  # in one line, which Markdown leaves as it is
+        return "<div>" + " ".join(content.split("\n")) + "</div>"
+    return f"```text\n{content.rstrip()}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "glossary": glossary,
+    "logged keys": logged_keys,
+    **{f"notebook {p.stem}": functools.partial(notebook, p) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))},
+}

@@ -16,6 +16,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_processes_left() -> Iterator[None]:
+    """Fails where a test makes this process, and all that later tests start, one of several."""
+    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    yield
+    assert not torch.distributed.is_initialized(), "a process group is left"
+    assert before == {name: os.environ.get(name) for name in before}
+
+
 def _hooks() -> set[int]:
     return {*_global_optimizer_pre_hooks, *_global_optimizer_post_hooks}
 

@@ -13,7 +13,7 @@ from recipes_families import tiny
 from support import Rows, TinyLM, fit, seeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb import DepthProfile, EqualStep, FreezeByChange, UpdateRatioMonitor
 from depthcb.step_extras import EXTRAS
 from depthcb_recipes import CausalLM, PackedText
 from depthcb_recipes.backbones.loading import load_tokenizer
@@ -32,11 +32,11 @@ def general(logged: set[str]) -> set[str]:
 
 def test_the_callbacks_log_what_the_page_says(tmp_path: Path) -> None:
     watch = DepthProfile(pretrained="cpu", null_draws=1, sites=("block", "attention", "mlp", "head"))
-    callbacks = [EqualStep(), UpdateRatioMonitor(extras=EXTRAS), watch]
+    callbacks = [EqualStep(), UpdateRatioMonitor(extras=EXTRAS), watch, FreezeByChange()]
     fit(seeded(TinyLM), callbacks, max_steps=4, val_check_interval=2, logger=TensorBoardLogger(tmp_path, "", ""))
     events = EventAccumulator(str(tmp_path)).Reload()
     logged = general({*events.Tags()["scalars"], *events.Tags()["images"]}) - {"train/loss", "val/loss"}
-    expected = documented("DepthProfile", "EqualStep", "UpdateRatioMonitor")
+    expected = documented("DepthProfile", "EqualStep", "UpdateRatioMonitor", "FreezeByChange")
     expected |= {"depth/cka/slope_low", "depth/cka/slope_high"}  # which the row of the slope names
     assert {"slope_low", "slope_high"} <= set(re.findall(r"``(slope_\w+)``", logged_keys()))
     sites = {key for key in logged if re.match(r"depth/(attention|mlp)/cka/", key)}

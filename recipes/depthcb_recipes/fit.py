@@ -189,7 +189,7 @@ def _bundled(argv: Sequence[str]) -> Iterator[str]:
         if named and not path.is_file() and not Path(name).exists():
             known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
             raise ValueError(f"There is no configuration {name!r}: name a YAML file, or one of {known}.")
-        yield f"{flag}{path}" if flag in ("", "--config=") and path.is_file() else argument
+        yield f"{flag}{path}" if named and path.is_file() else argument
 
 
 def _brief(message: str) -> str:

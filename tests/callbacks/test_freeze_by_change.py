@@ -212,8 +212,10 @@ def test_what_cannot_work_is_refused_before_the_first_step() -> None:
             fit(seeded(TinyLM), callbacks, ordered())
     with pytest.raises(ValueError, match="LBFGS"):
         fit(seeded(lambda: TinyLM(torch.optim.LBFGS)), [DepthProfile(), FreezeByChange()], ordered())
+    freeze = FreezeByChange()
+    trainer = pl.Trainer(callbacks=[DepthProfile(), freeze], strategy="ddp", devices=1, accelerator="cpu", logger=False)
     with pytest.raises(ValueError, match="ddp_find_unused_parameters_true"):
-        fit(seeded(TinyLM), [DepthProfile(), FreezeByChange()], ordered(), strategy="ddp", devices=1)
+        freeze.setup(trainer, seeded(TinyLM), "fit")
     damaged = FreezeByChange()
     with pytest.raises(ValueError, match="FreezeByChange 'freeze'"):
         damaged.load_state_dict({"frozen": {}})

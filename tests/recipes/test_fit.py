@@ -13,6 +13,7 @@ from recipes_families import tiny
 
 from depthcb.cli import main
 from depthcb_recipes.backbones.loading import load_tokenizer
+from depthcb_recipes.fit import _bundled
 
 # Warnings of Lightning and jsonargparse that users would see too.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -121,3 +122,10 @@ def test_the_configs_differ_only_where_they_must(name: str) -> None:
     """The same callbacks, steps and logging in each: a comparison of objectives compares objectives."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["trainer"]
     assert config == {"logger": {"init_args": {"name": name}}}, "all else is in fit_defaults.yaml"
+
+
+def test_only_a_configuration_is_looked_up_by_its_name() -> None:
+    """The name of a logger is not one, although it is that of an objective."""
+    named = ["--config", "dpo", "--config=causal_lm", "--trainer.logger.init_args.name", "contrastive"]
+    paths = [str(CONFIGS / f"{name}.yaml") for name in ("dpo", "causal_lm")]
+    assert list(_bundled(named)) == ["--config", paths[0], f"--config={paths[1]}", *named[3:]]

@@ -166,5 +166,8 @@ def test_depth_as_a_covariate_explains_what_depth_explains() -> None:
 
 def test_objectives_with_a_new_head_are_named() -> None:
     names = [path.stem for path in CONFIGS.glob("*.yaml")]
-    classes = {name: getattr(depthcb_recipes, name.title().replace("_", "").replace("Lm", "LM")) for name in names}
+    classes = {
+        name: getattr(depthcb_recipes, name.title().replace("_", "").replace("Lm", "LM").replace("Dpo", "DPO"))
+        for name in names
+    }
     assert {name for name, kind in classes.items() if issubclass(kind, Classification)} == set(NEW_HEAD)
