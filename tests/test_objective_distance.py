@@ -90,6 +90,7 @@ def test_batches_are_added_until_the_interval_is_narrow() -> None:
     assert most.width > 1e-6
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth() -> None:
     model, a, b = Scales(), torch.ones(3), torch.tensor([1.0, 1.0, -1.0])
     hits, runs = 0, 200
@@ -122,6 +123,7 @@ def test_the_scale_of_a_loss_is_no_distance() -> None:
     assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_noise_does_not_pass_for_distance() -> None:
     """Two losses that differ by noise alone: the plain cosine distance is biased, this one is 0 on average."""
     model, found, plain = Scales(), [], []

@@ -51,7 +51,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("columns", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_width_is_a_column_of_a_journal_and_the_fonts_are_there(kind: Any, columns: int, tmp_path: Path) -> None:
     inches = {1: 3.3, 2: 6.9}[columns]
     for ending in FORMATS:

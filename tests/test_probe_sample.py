@@ -204,6 +204,7 @@ def test_few_distinct_examples_are_a_warning() -> None:
         assert any(f"only {count} distinct examples or documents" in str(w.message) for w in found) == told
 
 
+@pytest.mark.slow
 def test_intervals_by_document_cover_the_truth() -> None:
     """Clustered rows, as in packed text: 3 rows of each of 40 documents share most of their change."""
     rng = np.random.default_rng(0)

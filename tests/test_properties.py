@@ -41,6 +41,7 @@ def change(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {m: p.change for m, p in depth_profile(BEFORE, AFTER, batches, measures=("cka", "cka_normalized")).items()}
 
 
+@pytest.mark.slow
 @RUNS
 @given(st.permutations(range(16)), st.lists(st.integers(1, 6), min_size=3, max_size=12))
 def test_profiles_depend_neither_on_batch_size_nor_on_row_order(order: list[int], sizes: list[int]) -> None:

@@ -16,7 +16,7 @@ from support import Judge
 from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=500)
 
 

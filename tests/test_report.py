@@ -285,7 +285,7 @@ def test_charts_over_time_hold_the_data() -> None:
         assert lines[run.control, "x3"] == [loss for _, loss in run.metrics["val/loss"]]
 
 
-@pytest.mark.parametrize("layers", [6, 12, 30, 48])
+@pytest.mark.parametrize("layers", [6, 48, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 30))])
 def test_the_figure_holds_the_data(layers: int) -> None:
     runs = make_runs(layers)
     for row, (axes, group) in enumerate(zip(panels(runs), groups(runs), strict=True)):
@@ -319,7 +319,7 @@ def null(run: Run, measure: str) -> Any:
     return np.mean([relative(p.change) for p in run.null[measure]], axis=0)
 
 
-@pytest.mark.parametrize("layers", [6, 12, 30, 48, 49, 97])
+@pytest.mark.parametrize("layers", [6, 48, 97, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 30, 49))])
 def test_labels_do_not_overlap(layers: int) -> None:
     fig = report.figure(make_runs(layers))
     FigureCanvasAgg(fig).draw()

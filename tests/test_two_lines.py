@@ -77,6 +77,7 @@ def test_without_a_seed_the_report_says_which_line_to_add(tmp_path: Path, monkey
         assert f"version_{version} is not paired: {line}" in page
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*plain CKA sees fewer than 5 directions.*")
 def test_a_small_probe_is_named(tmp_path: Path) -> None:
     page = report_on(tmp_path, probe_rows=6)

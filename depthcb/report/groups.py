@@ -102,7 +102,8 @@ class Replicates:
     @property
     def title(self) -> str:
         """The optimizer and the seeds."""
-        seeds, s = ", ".join(_seed(pair.runs[0]) for pair in self.pairs), "s" * (len(self.pairs) > 1)
+        seeds = ", ".join(sorted((_seed(pair.runs[0]) for pair in self.pairs), key=lambda seed: (len(seed), seed)))
+        s = "s" * (len(self.pairs) > 1)
         return f"{_optimizer(self.pairs[0].runs[0])}, {len(self.pairs)} pair{s} (seed{s} {seeds})"
 
     @cached_property

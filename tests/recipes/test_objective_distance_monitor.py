@@ -72,7 +72,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "kind"), CASES)
 def test_watching_is_silent_and_every_objective_is_measured(
     make: Any, kind: Any, family: str, folders: dict[str, str]

@@ -50,6 +50,7 @@ def test_time_grows_with_parameters_and_steps() -> None:
     assert seconds(longer, 10**8, COSTS, 10**8) > 1.6 * once
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_fit_are_named_with_what_to_do() -> None:
     runs = [r for r in read_study(PAPER) if r.model in ("gpt2", "EleutherAI/pythia-1.4b", "EleutherAI/pythia-6.9b")]
     table, problems = plan_table(runs, COSTS, 10**8, 80 * 10**9, 1, 64 * 10**9)

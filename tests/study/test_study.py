@@ -229,6 +229,7 @@ def test_a_run_that_dies_each_time_is_given_up_and_named(runner: str, tmp_path: 
     assert [path.name for path in store.folder(configs[-1]).iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_without_a_result_is_given_up_and_named(runner: str, tmp_path: Path) -> None:
     configs, store = read_study(study(tmp_path, options={"leave": "b"})), Store(tmp_path / "out")
     progress = run_study(configs, store, Pool(4, runner=runner))

@@ -100,6 +100,7 @@ def test_slow_disks(shim: Path, tmp_path: Path) -> None:
     check(path, out)
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_while_two_drivers_run(shim: Path, tmp_path: Path) -> None:
     path, out, jump = study(tmp_path), tmp_path / "out", tmp_path / "jump"
     jump.write_text("0")
