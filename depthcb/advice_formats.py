@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -90,12 +89,10 @@ def schedule(names: Sequence[str], chosen: Sequence[int]) -> str:
 
 def as_dict(names: Sequence[str], chosen: Sequence[int], linear: Sequence[str]) -> dict[str, Any]:
     """Returns all forms, in JSON types."""
-    forms = {
+    return {
         "layers": list(chosen),
         "peft": peft_arguments(names, chosen, linear),
         "freeze": frozen(names, chosen),
         "glob": layers_argument(names, chosen),
         "finetuning_scheduler": schedule(names, chosen),
     }
-    found: dict[str, Any] = json.loads(json.dumps(forms))
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,13 +45,6 @@ def note(name: str, value: float, limit: float) -> None:
     found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "figures": {}}
     found["figures"][name] = {"value": value, "limit": limit}
     path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def peak_memory() -> float:
-    """Returns the largest resident size of this process so far, in MB; that of `getrusage` may be a parent's."""
-    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 def machine() -> dict[str, object]:

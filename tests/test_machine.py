@@ -75,3 +75,11 @@ def test_affinity_counts_and_what_the_user_has_set_stays() -> None:
 
     assert said() == "1 PASSIVE"
     assert said(OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE") == "3 ACTIVE"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system says only what getrusage does")
+def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
+    held = b"x" * 2**29
+    code = "from depthcb_recipes.machine import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**20 < int(done.stdout) < len(held) <= machine.peak_memory()

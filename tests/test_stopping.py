@@ -16,7 +16,7 @@ from studies import alive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
-from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes import CONFIGS
 
 TESTS = Path(__file__).parent
 #: Maximum time between the signal and the end of the process, as required by the issue.

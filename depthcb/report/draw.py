@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -95,6 +96,11 @@ def share_limits(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
         limits = [ax.get_ylim() for ax in same]
         for ax in same:
             ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def legend_handles(axes: Iterable[Axes]) -> dict[str, Any]:
+    """Returns one handle for each name in the axes' legends."""
+    return {text: h for ax in axes for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
 
 
 def draw_study(ax: Axes, panel: Panel) -> None:

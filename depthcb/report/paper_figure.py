@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from depthcb.report.draw import draw_panel, draw_study, share_limits
+from depthcb.report.draw import draw_panel, draw_study, legend_handles, share_limits
 from depthcb.report.groups import Group, groups, replicates
 from depthcb.report.panels import (
     Panel,
@@ -172,7 +172,7 @@ def draw_figure(panels: Sequence[Panel], columns: int, *, study: bool = False) -
 
 
 def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
-    handles = {text: h for ax in axes for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = legend_handles(axes)
     if len(handles) > 1:
         letters = 72 * fig.get_figwidth() / 4.4  # that fit side by side
         fitting = max(1, min(len(handles), int(letters // (max(map(len, handles)) + 10))))

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure, SubFigure
 
 from depthcb.curves import draw_units
-from depthcb.report.draw import draw_panel
+from depthcb.report.draw import draw_panel, legend_handles
 from depthcb.report.groups import Group, context, groups, headline, label
 from depthcb.report.panels import change_panel, has_null, ratio_decades, ratio_panel, shape_panel
 from depthcb.report.plain_words import pair_sentence
@@ -36,15 +36,15 @@ def figure(runs: Sequence[Run], title: str = "") -> Figure:
     """Plots for each group of runs each layer's change by each measure and its mean step ratio, and below the nulls."""
     found = [group for group in groups(runs) if group.measures]
     width = 15 + 4 * max((len(_finer(group)) for group in found), default=0)
-    height = 0.6 + sum(5.1 + 4 * has_null(group) for group in found) if found else 3
-    fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    heights = [5.1 + 4 * has_null(group) for group in found]
+    fig = Figure(figsize=(width, 0.6 + sum(heights) if found else 3), layout="constrained", facecolor="white")
     fig.suptitle(literal(title), fontsize=10, color="#555555")
     if not found:
         names = ", ".join(run.name for run in runs) or "no run was started"
         fig.text(0.5, 0.45, literal(f"No depth profile was measured ({names})."), ha="center", fontsize=13)
         return fig
     fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
-    heights, span = [5.1 + 4 * has_null(group) for group in found], ratio_decades(found)
+    span = ratio_decades(found)
     subfigures = fig.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
     for sub, group in zip(subfigures, found, strict=True):
         _draw_group(sub, group, span)
@@ -67,7 +67,7 @@ def _draw_group(sub: SubFigure, group: Group, span: tuple[int, int] | None) -> N
         draw_units(ax, run.unit_ratio.grid, f"mean step ratio wanted, {label(run, group)}")
     for ax in grid[1:, len(below) :].ravel():
         ax.remove()
-    handles = {text: h for ax in sub.axes for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = legend_handles(sub.axes)
     if handles:
         sub.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
 

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+#: The bundled YAML files, one per objective.
+CONFIGS = Path(__file__).with_name("configs")
 #: The packages whose classes are found by their names.
 _PACKAGES = ("objectives", "data")
 _FUNCTIONS = {"load_backbone": "backbones.loading", "python_corpus": "data.corpus"}

@@ -23,7 +23,7 @@ import depthcb_recipes
 from depthcb import DepthProfile
 from depthcb.callbacks.logging import callbacks_of, run_folder, write_record
 from depthcb.run import write_header
-from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes import CONFIGS
 from depthcb_recipes.backbones.pretraining import pretrain_if_missing
 from depthcb_recipes.data.probe_texts import ProbeTexts
 from depthcb_recipes.fit_progress import FitProgress

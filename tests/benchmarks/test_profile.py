@@ -120,10 +120,10 @@ compare = torch.no_grad()(lambda: cka.compare(loader, loader))
 """,
 }
 NAMES = [f"encoder.layer.{i}.output.LayerNorm" for i in range(6)]
-#: Prints the seconds of one comparison, and how much memory it needs at its peak beside the first model, in MB.
+#: Prints the seconds of one comparison, and how many bytes it needs at its peak beside the first model.
 TIMED = """
 import time
-from benchmarking import peak_memory
+from depthcb_recipes.machine import peak_memory
 from test_profile import *
 model = make("encoder_6")
 ids = torch.cat([batch["input_ids"] for batch in texts()])

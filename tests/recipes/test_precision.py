@@ -19,8 +19,7 @@ from studies import FIGURES, drive, smoke
 
 from depthcb.cli import main
 from depthcb.run import read_runs
-from depthcb_recipes import precision
-from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes import CONFIGS, precision
 from depthcb_recipes.backbones.loading import load_tokenizer
 from depthcb_recipes.demo.sizes import Settings
 from depthcb_recipes.precision import Product, choose, device_of, product, settle, speedup

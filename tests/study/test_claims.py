@@ -12,7 +12,7 @@ from planted import BOTH, SMALL, everywhere, nowhere, paper, study
 from scipy import stats
 
 import depthcb_recipes
-from depthcb_recipes.backbones.catalogue import CONFIGS
+from depthcb_recipes import CONFIGS
 from depthcb_recipes.objectives.classification import Classification
 from depthcb_recipes.studies.claims import NEW_HEAD, Claim, _distance_note, claims, variance_difference, within_models
 from depthcb_recipes.studies.result import Result

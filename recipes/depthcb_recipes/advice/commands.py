@@ -19,7 +19,8 @@ from depthcb_recipes.advice.arms import Arm, Mode, arms, parse_modes
 from depthcb_recipes.advice.printed import print_proposals, print_trained
 from depthcb_recipes.advice.source import training_of
 from depthcb_recipes.advice.trained import Trained, trained_table
-from depthcb_recipes.studies.commands import check_writable, run_configs, writing
+from depthcb_recipes.studies.commands import run_configs, writing
+from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.store import Store
 
 
@@ -82,11 +83,10 @@ def _test(
     proposals = [p for p in propose(run, share, range(args.seeds * args.draws)) if p.rule.name in wanted]
     planned = arms(base, proposals, len(sizes(run)), modes, args.seeds, args.draws, args.lora_rank)
     store = Store(args.out or Path("depthcb-advice") / Path(args.run_dir).resolve().name)
-    check_writable(store.root)
     status = run_configs(args, _distinct(planned), store, "`depthcb advise` with the same arguments")
     return status, [trained_table(proposals, [a for a in planned if a.mode == mode], store) for mode in modes]
 
 
-def _distinct(planned: Sequence[Arm]) -> list[Any]:
+def _distinct(planned: Sequence[Arm]) -> list[RunConfig]:
     """Returns the trainings in order, each once: rules that choose the same layers share theirs."""
     return list({arm.config.hash: arm.config for arm in planned}.values())

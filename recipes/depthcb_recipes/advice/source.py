@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from depthcb_recipes import CONFIGS
 from depthcb_recipes.studies.grid import PRECISION, RunConfig
 from depthcb_recipes.studies.result import CONFIG
 
@@ -21,7 +22,6 @@ _TRAINER = (
 )  # fmt: skip
 #: What each training of a test sets itself.
 _OWN = ("backbone", "optimizer", "seed", "train_layers", "lora_rank")
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def training_of(folder: Path) -> RunConfig:

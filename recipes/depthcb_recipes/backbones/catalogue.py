@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import yaml
@@ -24,9 +23,6 @@ from depthcb_recipes.silence import silent_transformers
 
 #: The 15 hub networks of the study [ours].
 HUB = tuple(ARCHITECTURES)
-
-#: The bundled YAML files, one per objective.
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def backbones_table(names: Sequence[str] = ()) -> tuple[Table, list[str]]:
 def objectives_table() -> Table:
     """Returns a printable table of the objectives with their bundled YAML files."""
     table = Table("objective", "what it trains", "depthcb fit --config", box=SIMPLE_HEAD, pad_edge=False)
-    for path in sorted(CONFIGS.glob("*.yaml")):
+    for path in sorted(depthcb_recipes.CONFIGS.glob("*.yaml")):
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"].rpartition(".")[2]
         what = (getattr(depthcb_recipes, name).__doc__ or "").strip().partition("\n")[0]
         table.add_row(name, what, path.stem)

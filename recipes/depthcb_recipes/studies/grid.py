@@ -13,12 +13,11 @@ from typing import Any, get_args
 import yaml
 
 from depthcb.run import CONTROLS, Control
+from depthcb_recipes import CONFIGS
 from depthcb_recipes.backbones.architectures import ARCHITECTURES, Family
 
 #: The axes of the grid, in the order of the table's columns.
 AXES = ("model", "objective", "optimizer", "control", "seed")
-#: The bundled configurations of objectives, one file each.
-CONFIGS = Path(__file__).parents[1] / "configs"
 #: What options can depend on besides the axes: the family of a model, see `depthcb_recipes.backbones.catalogue`.
 FAMILY = "family"
 #: The measures of a profile that names none: those of `depthcb.DepthProfile`, which is not imported here (slow).

@@ -20,7 +20,8 @@ from depthcb import DepthProfile
 from depthcb.callbacks.logging import callbacks_of
 from depthcb.errors import NotFiniteError, chain
 from depthcb.run import Run, read_runs
-from depthcb_recipes.backbones.catalogue import CONFIGS, describe
+from depthcb_recipes import CONFIGS
+from depthcb_recipes.backbones.catalogue import describe
 from depthcb_recipes.backbones.loading import BackboneNotFoundError
 from depthcb_recipes.fit import DEFAULTS, fit_cli
 from depthcb_recipes.machine import peak_memory
