@@ -8,6 +8,7 @@ Every tensor is weighted by its share, 1 / (number of processes that hold the sa
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
 Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
-#: Weights are summed in rows of this length; those of half precision in blocks of so many rows (1 MB in fp32).
+#: Weights are summed in rows of this length, and in blocks of so many rows, 1 MB in fp32, which stay in the cache.
 ROW, BLOCK = 128, 2048
 #: Number of elements below which tensors are summed together instead, which calls fewer functions.
 SMALL = 2**14
@@ -210,8 +211,6 @@ def tensor_sums(
     now: Sequence[Sequence[Tensor]],
     before: Sequence[Sequence[Tensor]],
     shares: tuple[float, ...] | None = None,
-    *,
-    of_now: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """Computes this process's part of the sums behind the step ratios, for each of the layers' T tensors.
 
@@ -221,7 +220,6 @@ def tensor_sums(
         now: As in `step_ratios`.
         before: As in `step_ratios`.
         shares: As in `step_ratios`.
-        of_now: Whether to return ||now||^2 instead of ||before||^2.
 
     Returns:
         (2, T): ||before||^2 and ||now - before||^2, the second one not finite if ``now`` is not. And the layers that
@@ -229,12 +227,33 @@ def tensor_sums(
     """
     device = now[0][0].device
     if device.type == "cpu":
-        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before), of_now)
+        columns, unsafe = _sums_on_cpu(_flat(now), _flat(before))
         of_layer = [i for i, layer in enumerate(now) for _ in layer]
         return weighted(columns, shares), sorted({of_layer[i] for i in unsafe})
     pairs = _together(_flat(now), _flat(before))
-    parts = [_sums_together(n, b, of_now).to(device) for n, b in pairs]
+    parts = [_sums_together(n, b).to(device) for n, b in pairs]
     return weighted(torch.cat(parts, dim=1), shares), list(range(len(now)))
+
+
+@torch.no_grad()
+def rescaled_sums(
+    now: Sequence[Sequence[Tensor]],
+    before: Sequence[Sequence[Tensor]],
+    scale: Tensor,
+    shares: tuple[float, ...] | None = None,
+) -> Tensor:
+    """Rescales each layer's step as `rescale` does, and measures the outcome while it is in the cache of a CPU.
+
+    Returns:
+        (2, T): this process's part of ||now||^2 and ||now - before||^2 after that.
+    """
+    if now[0][0].device.type == "cpu":
+        factors = [factor for layer, factor in zip(now, scale.unbind(), strict=True) for _ in layer]
+        return weighted(_sums_on_cpu(_flat(now), _flat(before), factors)[0], shares)
+    rescale(now, before, scale)
+    pairs = _together(_flat(now), _flat(before))
+    parts = [_sums_together(n, b, of_now=True).to(scale.device) for n, b in pairs]
+    return weighted(torch.cat(parts, dim=1), shares)
 
 
 def weighted(columns: Tensor, shares: tuple[float, ...] | None) -> Tensor:
@@ -248,51 +267,68 @@ def by_layer(columns: Tensor, layers: Sequence[Sequence[Tensor]]) -> Tensor:
     return found.index_add_(1, _layer_index(tuple(map(len, layers)), columns.device), columns)
 
 
-def _sums_on_cpu(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> tuple[Tensor, list[int]]:
-    """Returns the sums of each tensor, as in `step_sums`, and the indices of those that are not finite."""
+def _sums_on_cpu(
+    now: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[int]]:
+    """Returns the sums of each tensor, as in `tensor_sums`, and the indices of those that are not finite.
+
+    With ``factors``, one scalar per tensor, rescales the steps first; the sums are then those of `rescaled_sums`.
+    """
+    of_now = factors is not None
+    scratch = {dtype: torch.empty(BLOCK, ROW, dtype=dtype) for dtype in {_summed_as(n) for n in now}}
     parts, least = [], []
-    for n, b in zip(now, before, strict=True):
+    for n, b, factor in zip(now, before, factors or itertools.repeat(None, len(now)), strict=True):
         large = n.numel() >= SMALL
-        parts.append(_row_norms(n, b, of_now) if large else _in_double(n, b, of_now))
+        if factor is not None and not (large and n.is_contiguous() and b.is_contiguous()):
+            _interpolate(n, b, factor)
+            factor = None
+        parts.append(
+            _row_norms(n, b, of_now, factor, scratch[_summed_as(n)]) if large else _pair(n.double(), b.double(), of_now)
+        )
         least.append(n.numel() * LEAST_SQUARE if large else -1.0)
     found = _squares_of(parts)
     sure = found.isfinite() & (found > torch.tensor(least, dtype=torch.float64))
     doubtful = [i for i, flag in enumerate(sure.all(dim=0).tolist()) if not flag]
     for i in doubtful:
         if least[i] > 0 and not (sure[0, i] and torch.equal(now[i], before[i])):  # a step of 0 is no lost square
-            exact = _squares_of([_in_double(now[i], before[i], of_now)])[:, 0]
+            exact = _squares_of([_pair(now[i].double(), before[i].double(), of_now)])[:, 0]
             found[:, i] = torch.where(sure[:, i], found[:, i], exact)
     return found, [i for i in doubtful if not found[:, i].isfinite().all()]
 
 
-def _row_norms(now: Tensor, before: Tensor, of_now: bool) -> tuple[Tensor, Tensor]:
-    """Returns the norms of pieces of a tensor and of its step, without writing the step to memory.
+def _row_norms(
+    now: Tensor, before: Tensor, of_now: bool, factor: Tensor | None, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the norms of pieces of a tensor and of its step, which is rescaled first if a factor is given.
 
-    The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4.
+    The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4. Steps go to ``scratch``, (BLOCK, ROW).
     """
-    dtype = torch.promote_types(now.dtype, torch.float32)
-    norms = []
-    for n, b in zip(*(_rows(t, dtype) for t in (now, before)), strict=True):
-        n, b = n.to(dtype), b.to(dtype)
-        steps = torch.cdist(n[:, None], b[:, None], compute_mode="donot_use_mm_for_euclid_dist")  # of one row to one
-        norms.append((torch.linalg.vector_norm(n if of_now else b, dim=1), steps.flatten()))
-    sizes, moved = (norm[0] if len(norm) == 1 else torch.cat(norm) for norm in zip(*norms, strict=True))
-    return sizes, moved
+    sizes, steps = [], []
+    for n, b in zip(_rows(now), _rows(before), strict=True):
+        if factor is not None:
+            _interpolate(n, b, factor)
+        size, step = _pair(n.to(scratch.dtype), b.to(scratch.dtype), of_now, scratch[: len(n), : n.shape[1]])
+        sizes.append(torch.linalg.vector_norm(size, dim=1))
+        steps.append(torch.linalg.vector_norm(step, dim=1))
+    return torch.cat(sizes), torch.cat(steps)
 
 
-def _rows(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Splits a tensor into a matrix with rows of ROW numbers, and the rest; into blocks if they will be converted."""
+def _summed_as(tensor: Tensor) -> torch.dtype:
+    """Returns the precision in which short pieces of a tensor are summed on a CPU."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rows(tensor: Tensor) -> list[Tensor]:
+    """Splits a tensor into blocks of at most BLOCK rows of ROW numbers, and the rest: views, if it is contiguous."""
     flat = tensor.reshape(-1)
     whole = len(flat) // ROW * ROW
-    rows, rest = flat[:whole].view(-1, ROW), flat[whole:]
-    blocks = [rows] if tensor.dtype == dtype else list(torch.split(rows, BLOCK))
-    return [*blocks, rest[None]] if len(rest) else blocks
+    blocks = torch.split(flat[:whole].view(-1, ROW), BLOCK)
+    return [*blocks, flat[whole:][None]] if whole < len(flat) else list(blocks)
 
 
-def _in_double(now: Tensor, before: Tensor, of_now: bool) -> tuple[Tensor, Tensor]:
-    """Returns a tensor and its step in float64."""
-    n, b = now.double(), before.double()
-    return n if of_now else b, b - n
+def _pair(now: Tensor, before: Tensor, of_now: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns a tensor, as it is now or as it was before the step, and the step."""
+    return now if of_now else before, torch.sub(now, before, out=out)
 
 
 def _squares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -312,8 +348,8 @@ def _together(now: list[Tensor], before: list[Tensor]) -> Iterator[tuple[list[Te
     yield now[start:], before[start:]
 
 
-def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool) -> Tensor:
-    """Returns the sums of each tensor, as in `step_sums`, by few calls, which need the memory of the tensors."""
+def _sums_together(now: Sequence[Tensor], before: Sequence[Tensor], of_now: bool = False) -> Tensor:
+    """Returns the sums of each tensor, as in `tensor_sums` or `rescaled_sums`, by few calls; writes the step."""
     device = now[0].device
     before = [_beside(b, n) for b, n in zip(before, now, strict=True)]
     now, before = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in (now, before))

@@ -31,7 +31,7 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int = 7) -
 
 
 def median_ratio(times: Mapping[str, list[float]], a: str, b: str, minus: str = "") -> float:
-    """Returns the median over the rounds of a / b, or of (a - minus) / b."""
+    """Returns the median over the rounds of a / b, or of (a - minus) / b, of times or bytes."""
     rounds = zip(times[a], times[b], times[minus] if minus else [0.0] * len(times[a]), strict=True)
     return statistics.median((x - m) / y for x, y, m in rounds)
 

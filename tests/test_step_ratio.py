@@ -13,6 +13,7 @@ from depthcb.step_ratio import (
     imposed_ratios,
     layer_norms,
     rescale,
+    rescaled_sums,
     revert,
     step_ratios,
 )
@@ -85,7 +86,15 @@ def test_ratios_of_any_size_and_layout(scale: float, dtype: torch.dtype) -> None
     expected = [np.linalg.norm(m) / np.linalg.norm(vector(b)) for m, b in zip(moved, before, strict=True)]
     assert step_ratios(now, before).tolist() == pytest.approx(expected, rel=1e-6)
     start, factors = [vector(b) for b in before], torch.tensor([0.5, 2.0], dtype=torch.float64)
+    copies = [[t.clone() for t in layer] for layer in now]
+    sums = rescaled_sums(copies, before, factors)
     rescale(now, before, factors)
+    for pair in zip(copies, now, strict=True):
+        assert torch.equal(*(layer[0] for layer in pair))
+    squares = [
+        [np.square(vector(n) - b * of_step).sum() for n, b in zip(now, start, strict=True)] for of_step in (0, 1)
+    ]
+    assert sums.numpy() == pytest.approx(np.array(squares), rel=1e-5)
     for layer, b, m, factor in zip(now, start, moved, factors.tolist(), strict=True):
         precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.5}[dtype]
         assert np.abs(vector(layer) - b - factor * m).max() < precision * np.abs(m).max()
@@ -157,6 +166,6 @@ def test_an_accelerator_sums_up_runs_of_tensors_whatever_their_units(monkeypatch
     now = [b + 1e-2 * torch.randn_like(b) for b in before]
     runs = list(step_ratio._together(now, before))
     assert [[len(t) for t in side] for side, _ in runs] == [[30, 70], [1], [500], [20, 40]]
-    sums = torch.cat([step_ratio._sums_together(*run, of_now=False) for run in runs], dim=1)
+    sums = torch.cat([step_ratio._sums_together(*run) for run in runs], dim=1)
     squares = [[float(np.square(t.double().numpy()).sum()) for t in side] for side in (before, [n - b for n, b in zip(now, before, strict=True)])]  # fmt: skip
     assert sums.numpy() == pytest.approx(np.array(squares), rel=1e-5)

@@ -30,6 +30,7 @@ from depthcb.step_ratio import (
     on_device,
     parameters_of,
     rescale,
+    rescaled_sums,
     revert,
     step_sums,
     tensor_sums,
@@ -291,7 +292,10 @@ class StepEqualizer(StepHooks):
         if reduced:
             self._log_step(reduced[0])
         ratios, scale, broken = self._scale(as_ratios(squares), done)
-        rescale(now, before, scale)
+        if logs:
+            after = rescaled_sums(now, before, scale, shares)
+        else:
+            rescale(now, before, scale)
         if suspects:
             flags = torch.stack([broken[i] for i in suspects])
             revert([now[i] for i in suspects], [before[i] for i in suspects], flags)
@@ -299,7 +303,6 @@ class StepEqualizer(StepHooks):
         self.steps_made += 1
         if logs:
             self.raise_if_broken()
-            after, _ = tensor_sums(now, before, shares, of_now=True)
             layers = list(opened.values())
             self._unlogged = LoggedStep(step, done, layers, ratios, scale, torch.cat([sums[:1], after]), shares)
             if shares is None:

@@ -145,19 +145,20 @@ def test_it_is_faster_and_smaller_than_other_packages() -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     seconds: dict[str, list[float]] = {name: [] for name in PEERS}
-    memory = {}
-    for _ in range(3):
+    memory: dict[str, list[float]] = {name: [] for name in PEERS}
+    for _ in range(5):
         for name, setup in PEERS.items():
             command = [sys.executable, "-W", "ignore", "-c", TIMED.format(setup=setup)]
             ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found, memory[name] = map(float, ran.stdout.split()[-2:])
-            seconds[name].append(found)
+            for found, of_package in zip(map(float, ran.stdout.split()[-2:]), (seconds, memory), strict=True):
+                of_package[name].append(found)
     for name in ("pytorch-cka", "torch-cka"):
         faster = median_ratio(seconds, name, "depthcb")
         note(f"one comparison by {name}, in measurements of depthcb", faster, 2.0)
-        note(f"memory of {name}, in that of depthcb", memory[name] / memory["depthcb"], 2.0)
+        larger = median_ratio(memory, name, "depthcb")
+        note(f"memory of {name}, in that of depthcb", larger, 2.0)
         assert faster > 2.0
-        assert memory[name] > 1.9 * memory["depthcb"]
+        assert larger > 2.0
 
 
 def test_it_is_right_where_other_packages_are_not(capsys: pytest.CaptureFixture[str]) -> None:

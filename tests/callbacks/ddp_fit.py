@@ -65,9 +65,12 @@ def main(folder: Path, world: int, strategy: str) -> None:
     module = fit(world, strategy, [control, UpdateRatioMonitor(), watch], loggers)
     if strategy == "ddp":
         loggers[1].experiment.finish()
+    matrices = EqualStep(unit="matrix")
     seen = {
         "weights": flat(module),
         "unwatched": flat(fit(world, strategy, [EqualStep()], False)),
+        "by_matrix": flat(fit(world, strategy, [matrices], False)),
+        "realised_by_matrix": matrices.mean_realised.values(),
         "change": watch.profiles[-1].change if watch.profiles else None,  # spawned processes keep theirs
         "realised": control.mean_realised.values(),
         "monitored": module.metrics["depth/cka/slope"],

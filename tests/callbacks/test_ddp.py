@@ -40,8 +40,12 @@ def test_two_processes_agree_with_each_other_and_with_one(one: Alone, tmp_path: 
     assert first == second
     assert first["weights"] == first["unwatched"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=1e-6)
+    assert first["by_matrix"] == pytest.approx(alone["by_matrix"], abs=1e-6)
+    assert first["by_matrix"] != pytest.approx(first["weights"], abs=1e-6)
     assert first["change"] == pytest.approx(alone["change"], rel=1e-3)
-    assert first["realised"] == pytest.approx(alone["realised"], rel=1e-5)
+    for key in ("realised", "realised_by_matrix"):
+        assert first[key] == pytest.approx(alone[key], rel=1e-5)
+    assert len(first["realised_by_matrix"]) > len(first["realised"])
     for key in ("depth/cka/slope", "equal_step/target", "update_ratio/spread"):
         steps = [row["step"] for row in rows if row[key]]
         assert steps == [row["step"] for row in rows_alone if row[key]]
