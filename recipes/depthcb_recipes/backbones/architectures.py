@@ -29,8 +29,8 @@ class Architecture:
         head: The class that the checkpoint was saved as, which tells its pretraining objective.
         model_type: Architecture name in transformers.
         settings: Fields of its configuration; those that are not given have transformers' defaults, as in the original.
-        parameters: Parameters that the checkpoint has, head included (tied weights count once), in millions, as far as
-            its model card or the weights' listing on the hub says; they check the settings.
+        parameters: Published number of parameters, head included (tied weights count once), which checks the settings.
+            Of CodeGen only "350M" is published.
         source: Where the settings can be looked up.
     """
 
@@ -40,7 +40,7 @@ class Architecture:
     head: str
     model_type: str
     settings: Mapping[str, Any]
-    parameters: float
+    parameters: int
     source: str
 
     @property
@@ -67,7 +67,7 @@ def _source(name: str) -> str:
     return f"config.json of {name} on the Hugging Face hub"
 
 
-def _bert(name: str, width: int, layers: int, heads: int, parameters: float, **more: Any) -> tuple[str, Architecture]:
+def _bert(name: str, width: int, layers: int, heads: int, parameters: int, **more: Any) -> tuple[str, Architecture]:
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -81,7 +81,7 @@ def _bert(name: str, width: int, layers: int, heads: int, parameters: float, **m
     return name, Architecture("encoder", "sequential", "post", head, model_type, settings, parameters, _source(name))
 
 
-def _gpt2(name: str, width: int, layers: int, heads: int, parameters: float) -> tuple[str, Architecture]:
+def _gpt2(name: str, width: int, layers: int, heads: int, parameters: int) -> tuple[str, Architecture]:
     settings = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024, "vocab_size": 50257,
                 "embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1, "tie_word_embeddings": True}  # fmt: skip
     return name, Architecture(
@@ -90,7 +90,7 @@ def _gpt2(name: str, width: int, layers: int, heads: int, parameters: float) -> 
 
 
 def _opt(
-    name: str, width: int, layers: int, heads: int, parameters: float, projected: int | None = None
+    name: str, width: int, layers: int, heads: int, parameters: int, projected: int | None = None
 ) -> tuple[str, Architecture]:
     settings = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * width,
                 "word_embed_proj_dim": projected or width, "do_layer_norm_before": projected is None,
@@ -103,7 +103,7 @@ def _opt(
 
 
 def _pythia(
-    name: str, width: int, layers: int, heads: int, parameters: float, vocabulary: int = 50304
+    name: str, width: int, layers: int, heads: int, parameters: int, vocabulary: int = 50304
 ) -> tuple[str, Architecture]:
     settings = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
                 "intermediate_size": 4 * width, "vocab_size": vocabulary, "max_position_embeddings": 2048,
@@ -126,25 +126,26 @@ _RWKV = {"hidden_size": 768, "attention_hidden_size": 768, "num_hidden_layers": 
 
 #: The 15 networks by hub id, in the order of their families.
 ARCHITECTURES: dict[str, Architecture] = dict([
-    _bert("bert-base-uncased", 768, 12, 12, 109.5),
-    _bert("bert-large-uncased", 1024, 24, 16, 335.2),
-    _bert("roberta-base", 768, 12, 12, 124.7, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
-          pad_token_id=1, bos_token_id=0, eos_token_id=2, layer_norm_eps=1e-5),
-    _gpt2("gpt2", 768, 12, 12, 124.4),
-    _gpt2("gpt2-medium", 1024, 24, 16, 354.8),
-    _opt("facebook/opt-125m", 768, 12, 12, 125.2),
-    _opt("facebook/opt-350m", 1024, 24, 16, 331.2, projected=512),
-    _opt("facebook/opt-1.3b", 2048, 24, 32, 1315.8),
-    _pythia("EleutherAI/pythia-160m", 768, 12, 12, 162.3),
-    _pythia("EleutherAI/pythia-410m", 1024, 24, 16, 405.3),
-    _pythia("EleutherAI/pythia-1.4b", 2048, 24, 16, 1414.6),
-    _pythia("EleutherAI/pythia-6.9b", 4096, 32, 32, 6857.3, vocabulary=50432),
+    _bert("bert-base-uncased", 768, 12, 12, 109_514_298),
+    _bert("bert-large-uncased", 1024, 24, 16, 335_174_458),
+    _bert("roberta-base", 768, 12, 12, 124_697_433, vocab_size=50265, max_position_embeddings=514,
+          type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2, layer_norm_eps=1e-5),
+    _gpt2("gpt2", 768, 12, 12, 124_439_808),
+    _gpt2("gpt2-medium", 1024, 24, 16, 354_823_168),
+    _opt("facebook/opt-125m", 768, 12, 12, 125_239_296),
+    _opt("facebook/opt-350m", 1024, 24, 16, 331_196_416, projected=512),
+    _opt("facebook/opt-1.3b", 2048, 24, 32, 1_315_758_080),
+    _pythia("EleutherAI/pythia-160m", 768, 12, 12, 162_322_944),
+    _pythia("EleutherAI/pythia-410m", 1024, 24, 16, 405_334_016),
+    _pythia("EleutherAI/pythia-1.4b", 2048, 24, 16, 1_414_647_808),
+    _pythia("EleutherAI/pythia-6.9b", 4096, 32, 32, 6_857_302_016, vocabulary=50432),
     ("Salesforce/codegen-350M-mono", Architecture(
-        "decoder", "parallel", "pre", "CodeGenForCausalLM", "codegen", _CODEGEN, 356.7,
+        "decoder", "parallel", "pre", "CodeGenForCausalLM", "codegen", _CODEGEN, 356_712_448,
         _source("Salesforce/codegen-350M-mono"))),
     ("state-spaces/mamba-130m-hf", Architecture(
-        "state-space", "single", "pre", "MambaForCausalLM", "mamba", _MAMBA, 129.1,
+        "state-space", "single", "pre", "MambaForCausalLM", "mamba", _MAMBA, 129_135_360,
         _source("state-spaces/mamba-130m-hf"))),
     ("RWKV/rwkv-4-169m-pile", Architecture(
-        "recurrent", "sequential", "pre", "RwkvForCausalLM", "rwkv", _RWKV, 169.3, _source("RWKV/rwkv-4-169m-pile"))),
+        "recurrent", "sequential", "pre", "RwkvForCausalLM", "rwkv", _RWKV, 169_342_464,
+        _source("RWKV/rwkv-4-169m-pile"))),
 ])  # fmt: skip
