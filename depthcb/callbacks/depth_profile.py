@@ -207,10 +207,6 @@ class DepthProfile(RecordedCallback):
         """All profiles so far, by measure."""
         return self.recorder.profiles_by_measure
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
     def deserves_pictures(self, measurements: int) -> bool:
         """Returns whether to log plots with this measurement: the first 32, then every 2nd, 4th, ... as runs double.
 

@@ -133,10 +133,6 @@ class EqualStep(RecordedCallback, OptimizerStepCallback):
             **unit_settings(control.unit, control.groups),
         }
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not later: after a forward, FSDP exposes gathered parameters instead of the shards that the optimizer owns.
         self._prepare(trainer, pl_module)

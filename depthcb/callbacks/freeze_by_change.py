@@ -86,10 +86,6 @@ class FreezeByChange(RecordedCallback):
         self._fresh = True
 
     @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
-    @property
     def steering(self) -> Mapping[str, Any]:
         return {"every": self.every, "below": self.below}
 

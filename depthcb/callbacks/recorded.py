@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -32,13 +32,37 @@ from depthcb.sinks import sink_of
 KEY = "depthcb"
 
 
+class StateKey(str):
+    """Names a callback's state in a checkpoint; raises an error when compared with the equal key of another callback.
+
+    A Trainer's constructor makes that comparison, before any hook, and its own message doesn't know of ``name=``.
+    """
+
+    def __new__(cls, key: str, owner: RecordedCallback) -> StateKey:
+        self = super().__new__(cls, key)
+        self.owner = owner
+        return self
+
+    owner: RecordedCallback
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        equal = super().__eq__(other)
+        if equal and isinstance(other, StateKey) and other.owner is not self.owner:
+            refuse_name(self.owner, other.owner)
+        return equal
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
 class RecordedCallback(NotForFabric, NotForTransformers, Callback):
     """Base class of the callbacks that leave a record; their checkpoints have the history of the fit.
 
     A run that was resumed with other callbacks is thus known as a mixed one, in whichever folder its record continues.
 
     Raises:
-        ValueError: At the start, two callbacks have the same name.
+        ValueError: Two callbacks of a Trainer have the same name, or would write to the same record.
     """
 
     name: str
@@ -46,6 +70,10 @@ class RecordedCallback(NotForFabric, NotForTransformers, Callback):
     redact: Collection[str]
     #: The fit's history so far: its initial weights and its parts; None before training.
     history: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        return StateKey(self._generate_state_key(name=self.name), self)
 
     @property
     def lost(self) -> Counter[str]:
@@ -66,10 +94,7 @@ class RecordedCallback(NotForFabric, NotForTransformers, Callback):
         for other in recorded_callbacks(trainer):
             taken = [name.casefold() for name in (other.name, *null_names(other.name))]
             if other is not self and self.name.casefold() in taken:
-                raise ValueError(
-                    f"{type(self).__name__} and {type(other).__name__} would write to the same record, {self.name!r}: "
-                    "give one of them another name=."
-                )
+                refuse_name(self, other)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
@@ -83,6 +108,7 @@ class RecordedCallback(NotForFabric, NotForTransformers, Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        checkpoint["callbacks"] = {str(key): state for key, state in checkpoint["callbacks"].items()}
         if self.history is not None:
             checkpoint[KEY] = self.history
 
@@ -110,6 +136,14 @@ class RecordedCallback(NotForFabric, NotForTransformers, Callback):
         }
         self.history = {**past, "parts": [*past["parts"], part]}
         return True
+
+
+def refuse_name(one: RecordedCallback, other: RecordedCallback) -> NoReturn:
+    """Raises an error for two callbacks with the same name."""
+    raise ValueError(
+        f"{type(one).__name__} and {type(other).__name__} would write to the same record, {one.name!r}: "
+        "give one of them another name=."
+    )
 
 
 def recorded_callbacks(trainer: pl.Trainer) -> list[RecordedCallback]:

@@ -97,10 +97,6 @@ class UpdateRatioMonitor(RecordedCallback, OptimizerStepCallback):
         """Mean ratio of each layer or other unit over the logged steps."""
         return self.meter.mean
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not later: after a forward, FSDP exposes gathered parameters instead of the shards that the optimizer owns.
         if "net_change" in self.meter.extras:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from support import TinyLM, fit, loaders, seeded
 
-from depthcb import DepthProfile, EqualStep, UpdateRatioMonitor
+from depthcb import DepthProfile, EqualStep, FreezeByChange, UpdateRatioMonitor
 from depthcb.report.groups import context, groups
 from depthcb.run import Run, read_runs
 
@@ -116,6 +118,25 @@ def test_two_callbacks_of_one_name_are_refused(one: Any, other: Any) -> None:
     with pytest.raises(ValueError, match=r"would write to the same record, '[xX].*': give one of them another name="):
         fit(seeded(TinyLM), [other("x"), one("x")])
     fit(seeded(TinyLM), [other("x"), one("y")], max_steps=1)
+
+
+@pytest.mark.parametrize("kind", [DepthProfile, EqualStep, UpdateRatioMonitor, FreezeByChange])
+def test_two_callbacks_of_one_kind_are_refused_in_our_words(kind: Any) -> None:
+    """Where Lightning's own message does not say what to change."""
+    with pytest.raises(
+        ValueError, match=rf"^{kind.__name__} and {kind.__name__} would .*: give one of them another name="
+    ):
+        pl.Trainer(callbacks=[kind(), kind()], logger=False)
+    pl.Trainer(callbacks=[kind(), kind(name="other")], logger=False)
+
+
+def test_checkpoints_name_states_in_plain_text(tmp_path: Path) -> None:
+    watches = [DepthProfile(name="x"), DepthProfile(name="y")]
+    fit(seeded(TinyLM), list(watches), max_steps=1).save_checkpoint(tmp_path / "last.ckpt")
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert {"DepthProfile{'name': 'x'}", "DepthProfile{'name': 'y'}"} <= set(states)
+    assert type(copy.deepcopy(watches[0].state_key)) is str
+    assert watches[0].state_key == watches[0].state_key != watches[1].state_key
 
 
 def test_each_profile_has_its_own_null(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,7 +87,7 @@ class DPO(CausalLM):
         """Returns what `loss` needs of the reference, from the current weights."""
         return dict(zip(REFERENCE, self._log_probabilities(batch), strict=True))
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adds the reference to the data, then returns the optimizer, see `Objective`."""
         # Here the weights are on their device, and the next thing is that the schedule has the data loaders built.
         self._add_references(getattr(self.trainer, "datamodule", None))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -191,7 +191,7 @@ class Objective(LightningModule):
         for metric in self.metrics.values():
             metric.update(loss.scores, loss.targets)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns AdamW or SGD with two parameter groups, and a per-step schedule with warm-up and linear decay."""
         args = self.hparams
         usual = 0.01 if args["optimizer"] == "adamw" else 0.0
