@@ -14,7 +14,6 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from depthcb.glossary import RATIO_UNIT
 from depthcb.site_names import is_head
@@ -29,8 +28,8 @@ from depthcb.style import (
     show,
     show_interval,
     thinned,
+    tick_format,
     tick_step,
-    tick_text,
 )
 from depthcb.unit_grid import UnitGrid
 
@@ -133,7 +132,7 @@ def draw_heatmap(ax: Axes, profiles: Sequence[Curve]) -> None:
     alone = ", one validation so far" if len(profiles) == 1 else ""
     ax.set_title(literal(profiles[0].title + alone), fontsize=10)
     assert ax.figure is not None
-    ax.figure.colorbar(image, ax=ax, label=literal(profiles[0].unit), format=FuncFormatter(tick_text))
+    ax.figure.colorbar(image, ax=ax, label=literal(profiles[0].unit), format=tick_format())
 
 
 def draw_units(ax: Axes, grid: UnitGrid, title: str) -> None:
@@ -209,7 +208,7 @@ def draw_heads(ax: Axes, latest: Sequence[Curve]) -> None:
     ax.set_ylabel("layer  (0 = input side)")
     ax.set_title(literal(f"change of each head at step {latest[0].step}"), fontsize=10)
     assert ax.figure is not None
-    ax.figure.colorbar(image, ax=ax, label=literal(latest[0].unit), format=FuncFormatter(tick_text))
+    ax.figure.colorbar(image, ax=ax, label=literal(latest[0].unit), format=tick_format())
 
 
 def sites_image(latest: Mapping[str, Curve]) -> npt.NDArray[np.uint8]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
 
 MISSING = "\N{EN DASH}"
 #: Colour-blind-safe Okabe-Ito colours with a contrast of at least 3:1 on white and on near-black.
@@ -79,12 +80,30 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def tick_text(value: float, _: int | None = None) -> str:
-    """Formats a tick label without matplotlib's common factor above the axis."""
-    if abs(value) >= 1e-2 or value == 0:
-        return f"{value:.4g}"
-    digits, exponent = f"{value:.3e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Returns tick labels that are all written in one way: with an exponent if all values are below 0.01.
+
+    >>> tick_texts([0.0, 0.008, 0.01]), tick_texts([0.0, 2e-5, 8e-5])
+    (['0', '0.008', '0.01'], ['0', '2e-5', '8e-5'])
+    """
+    if max(map(abs, values), default=0.0) >= 1e-2:
+        return [f"{value:.4g}" for value in values]
+    parts = [f"{value:.3e}".split("e") for value in values]
+    return [f"{float(digits):g}e{int(exponent)}" if float(digits) else "0" for digits, exponent in parts]
+
+
+def tick_format() -> Formatter:
+    """Returns a formatter that writes all labels of an axis as `tick_texts` does, without a common factor above it."""
+    from matplotlib.ticker import Formatter
+
+    class OneWay(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return tick_texts([x])[0]
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return tick_texts(values)
+
+    return OneWay()
 
 
 def layer_axis(ax: Axes, layers: int, ink: str = "black") -> None:
@@ -103,9 +122,7 @@ def mark_unresolved(ax: Axes, layers: Sequence[int], change: Sequence[float]) ->
 
 def decorate(ax: Axes, ink: str = "black") -> None:
     """Sets the grid, frame and number format of the axes."""
-    from matplotlib.ticker import FuncFormatter
-
-    ax.yaxis.set_major_formatter(FuncFormatter(tick_text))
+    ax.yaxis.set_major_formatter(tick_format())
     ax.grid(color=PALE, lw=0.6, alpha=0.3)
     ax.set_axisbelow(True)
     ax.tick_params(colors=ink)
