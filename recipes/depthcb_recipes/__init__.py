@@ -34,6 +34,22 @@ def _module_of(name: str) -> str | None:
     return f"{found[0]}.{file}" if found and name[0].isupper() else None
 
 
+def configuration_file(name: str) -> Path:
+    """Returns the file of a configuration.
+
+    Args:
+        name: Name of a bundled one, or a YAML file.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    bundled = CONFIGS / f"{name}.yaml"
+    if not bundled.is_file() and not Path(name).exists():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"There is no configuration {name!r}: name a YAML file, or one of {known}.")
+    return bundled if bundled.is_file() else Path(name)
+
+
 def import_all() -> None:
     """Imports all objectives and data modules, so that LightningCLI finds each by its bare name."""
     for package in _PACKAGES:

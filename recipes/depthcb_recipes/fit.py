@@ -23,7 +23,7 @@ import depthcb_recipes
 from depthcb import DepthProfile
 from depthcb.callbacks.logging import callbacks_of, run_folder, write_record
 from depthcb.run import write_header
-from depthcb_recipes import CONFIGS
+from depthcb_recipes import configuration_file
 from depthcb_recipes.backbones.pretraining import pretrain_if_missing
 from depthcb_recipes.data.probe_texts import ProbeTexts
 from depthcb_recipes.fit_progress import FitProgress
@@ -185,11 +185,7 @@ def _bundled(argv: Sequence[str]) -> Iterator[str]:
     for before, argument in itertools.pairwise(["", *argv]):
         named = before == "--config" or argument.startswith("--config=")
         flag, name = argument[: argument.find("=") + 1], argument[argument.find("=") + 1 :]
-        path = CONFIGS / f"{name}.yaml"
-        if named and not path.is_file() and not Path(name).exists():
-            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-            raise ValueError(f"There is no configuration {name!r}: name a YAML file, or one of {known}.")
-        yield f"{flag}{path}" if named and path.is_file() else argument
+        yield f"{flag}{configuration_file(name)}" if named else argument
 
 
 def _brief(message: str) -> str:

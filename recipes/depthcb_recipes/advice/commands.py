@@ -6,18 +6,19 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from depthcb.advice import LAST, RANDOM, RULES, Proposal, affordable, parse_budget, propose, sizes
+from depthcb.advice import DRAWS, LAST, RANDOM, RULES, Proposal, affordable, parse_budget, propose, sizes
 from depthcb.advice_formats import as_dict
 from depthcb.run import Run, read_runs
 from depthcb_recipes.advice.arms import Arm, Mode, arms, parse_modes
 from depthcb_recipes.advice.printed import print_proposals, print_trained
-from depthcb_recipes.advice.source import training_of
+from depthcb_recipes.advice.source import fit_command, training_named, training_of, without_a_run
 from depthcb_recipes.advice.trained import Trained, trained_table
 from depthcb_recipes.studies.commands import run_configs, writing
 from depthcb_recipes.studies.grid import RunConfig
@@ -26,19 +27,20 @@ from depthcb_recipes.studies.store import Store
 
 def advise(args: argparse.Namespace) -> int:
     """Prints what the rules propose; with ``--test`` trains it, and prints what the trainings say."""
-    share, run = parse_budget(args.budget), _run_of(args.run_dir)
-    wanted, modes = _rules(args.rules), parse_modes(args.modes)
+    share, wanted, modes = parse_budget(args.budget), _rules(args.rules), parse_modes(args.modes)
+    source = _of_run(args) if args.config is None else _of_model(args, wanted)
+    run = source.run
     layers = len(sizes(run))
     args.draws = layers // affordable(layers, share) if args.draws is None else args.draws
     if args.test and min(args.seeds, args.draws, args.lora_rank) < 1:
         raise ValueError("--seeds, --draws and --lora-rank must be at least 1.")
-    found = [p for p in propose(run, share) if p.rule.name in wanted]
+    found = source.proposals(share, wanted)
     console = Console(width=max(Console().width, 180))  # no figure is truncated, in a file either
     print_proposals(run, found, share, console)
     written = {"run": run.name, "budget": share, "rules": [_as_dict(run, p) for p in found]}
     status = 0
     if args.test:
-        status, tables = _test(args, run, share, wanted, modes)
+        status, tables = _test(args, source, share, wanted, modes)
         print_trained(tables, console)
         written["tested"] = [dataclasses.asdict(table) | {"conclusion": str(table.conclusion)} for table in tables]
     if args.json is not None:
@@ -47,11 +49,50 @@ def advise(args: argparse.Namespace) -> int:
     return status
 
 
-def _run_of(folder: Path) -> Run:
+@dataclass(frozen=True)
+class Source:
+    """What is advised on.
+
+    Args:
+        run: The record that rules read: of a run, or of the first steps of a training.
+        training: Returns the training that a test repeats.
+        name: Of the folder of a test's trainings.
+        fit: The command that makes a finished run, where the record is of none; else empty.
+    """
+
+    run: Run
+    training: Callable[[], RunConfig]
+    name: str
+    fit: str = ""
+
+    def proposals(self, share: float, wanted: Sequence[str], draws: Sequence[int] = range(DRAWS)) -> list[Proposal]:
+        """Returns what the wanted rules propose."""
+        found = [p for p in propose(self.run, share, draws) if p.rule.name in wanted]
+        return without_a_run(found, self.fit) if self.fit else found
+
+
+def _of_run(args: argparse.Namespace) -> Source:
+    folder = Path(args.source)
+    if args.options:
+        raise ValueError(f"unrecognized arguments: {' '.join(args.options)}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not the folder of a run; for a model, name what it would be trained on: --config masked_lm, "
+            "or another one of `depthcb recipes`."
+        )
     runs = read_runs(folder)
     if len(runs) > 1:
         raise ValueError(f"{folder} has {len(runs)} runs ({', '.join(r.name for r in runs[:3])}, ...): name one.")
-    return runs[0]
+    return Source(runs[0], lambda: training_of(folder), folder.resolve().name)
+
+
+def _of_model(args: argparse.Namespace, wanted: Sequence[str]) -> Source:
+    from depthcb_recipes.advice.start import first_steps  # slow: it imports torch
+
+    base = training_named(args.source, args.config, args.options)
+    run, training = first_steps(dataclasses.replace(base, threads=args.threads, gpus=args.gpus), wanted)
+    fit = fit_command(args.source, args.config, args.options)
+    return Source(run, lambda: training, f"{Path(base.model).name}-{base.objective}", fit)
 
 
 def _rules(text: str | None) -> list[str]:
@@ -72,17 +113,17 @@ def _as_dict(run: Run, proposal: Proposal) -> dict[str, Any]:
 
 
 def _test(
-    args: argparse.Namespace, run: Run, share: float, wanted: Sequence[str], modes: Sequence[Mode]
+    args: argparse.Namespace, source: Source, share: float, wanted: Sequence[str], modes: Sequence[Mode]
 ) -> tuple[int, list[Trained]]:
     """Trains what is missing, and returns the exit status and one table per mode."""
     if "lora" in modes and importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("peft is not installed", name="peft")
-    base = training_of(args.run_dir)
+    base = source.training()
     options = dict(base.options) | ({} if args.steps is None else {"trainer.max_steps": args.steps})
     base = dataclasses.replace(base, threads=args.threads, gpus=args.gpus, options=options)
-    proposals = [p for p in propose(run, share, range(args.seeds * args.draws)) if p.rule.name in wanted]
-    planned = arms(base, proposals, len(sizes(run)), modes, args.seeds, args.draws, args.lora_rank)
-    store = Store(args.out or Path("depthcb-advice") / Path(args.run_dir).resolve().name)
+    proposals = source.proposals(share, wanted, range(args.seeds * args.draws))
+    planned = arms(base, proposals, len(sizes(source.run)), modes, args.seeds, args.draws, args.lora_rank)
+    store = Store(args.out or Path("depthcb-advice") / source.name)
     status = run_configs(args, _distinct(planned), store, "`depthcb advise` with the same arguments")
     return status, [trained_table(proposals, [a for a in planned if a.mode == mode], store) for mode in modes]
 

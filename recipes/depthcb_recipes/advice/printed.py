@@ -18,8 +18,8 @@ from depthcb_recipes.advice.trained import Trained
 
 #: What is said of every list of proposals.
 NO_RULE = (
-    "These are proposals, not advice to trust: a slope of change is no placement rule. `depthcb advise RUN_DIR --test` "
-    "trains them."
+    "These are proposals, not advice to trust: a slope of change is no placement rule. The same command with "
+    "--test trains them."
 )
 
 
