@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from advised import trained
 from planted import OBJECTIVES, SMALL, paper, study
 from playwright.sync_api import Browser, Page, sync_playwright
 from runs import make_run, make_runs
 
 from depthcb import report
 from depthcb.run import Run
+from depthcb_recipes.advice.page import write_tested
 from depthcb_recipes.studies.page import write_study
 from depthcb_recipes.studies.tables import pairs_table, runs_table
 
@@ -176,4 +178,17 @@ def test_a_study(scheme: str, browser: Browser, tmp_path: Path) -> None:
         "C1 supported", "C2 supported", "C3 not enough models", "C4 not enough objectives (3 of 5)", "C5 not supported",
     ]  # fmt: skip
     opened.shot(f"study-{scheme}")
+    opened.check()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_losses_by_budget(scheme: str, browser: Browser, tmp_path: Path) -> None:
+    for share in (0.5, 0.25, 0.125):
+        page = write_tested(tmp_path, "a", share, [trained(tmp_path, share)[0]], "planted")
+    opened = Opened(browser, page, scheme)
+    boxes = opened.chart(1).evaluate(BOXES)
+    texts = {box["text"] for box in boxes}
+    assert {"budget 12.5 %100", "budget 25 %200", "budget 50 %400", "all layers800", "validation loss (nats)"} <= texts
+    assert overlapping(boxes) == []
+    opened.shot(f"budgets-{scheme}")
     opened.check()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from runs import changed, make_run
+from advised import BASE, LAYERS, run_with
 from scipy import stats
 from studies import FIGURES
 
@@ -27,15 +27,7 @@ from depthcb_recipes.studies.grid import RunConfig
 from depthcb_recipes.studies.result import FINISHED, Result, write_result
 from depthcb_recipes.studies.store import Store
 
-BASE = RunConfig("bert-tiny", "sequence_classification", "adamw", "standard", 5, options={"model.lr": 1e-3})
-SEEDS, DRAWS, LAYERS = 4, 2, 8
-
-
-def run_with(layers: int = LAYERS) -> Run:
-    def describe(found: dict[str, Any]) -> None:
-        found["settings"] |= {"parameters": [100] * layers, "linear": ["mlp"]}
-
-    return changed(make_run(0, "SGD", "standard", layers, 4), "DepthProfile", describe)
+SEEDS, DRAWS = 4, 2
 
 
 def planned(modes: str = "full,lora") -> tuple[list[Any], list[Arm]]:

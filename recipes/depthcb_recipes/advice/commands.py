@@ -16,6 +16,7 @@ from rich.console import Console
 from depthcb.advice import DRAWS, LAST, RANDOM, RULES, Proposal, affordable, parse_budget, propose, sizes
 from depthcb.advice_formats import as_dict
 from depthcb.run import Run, read_runs
+from depthcb.style import printable
 from depthcb_recipes.advice.arms import Arm, Mode, arms, parse_modes
 from depthcb_recipes.advice.printed import print_proposals, print_trained
 from depthcb_recipes.advice.source import fit_command, training_named, training_of, without_a_run
@@ -40,8 +41,9 @@ def advise(args: argparse.Namespace) -> int:
     written = {"run": run.name, "budget": share, "rules": [_as_dict(run, p) for p in found]}
     status = 0
     if args.test:
-        status, tables = _test(args, source, share, wanted, modes)
+        status, tables, page = _test(args, source, share, wanted, modes)
         print_trained(tables, console)
+        print(printable(f"{page} (open it in a browser)"))
         written["tested"] = [dataclasses.asdict(table) | {"conclusion": str(table.conclusion)} for table in tables]
     if args.json is not None:
         with writing("--json", args.json):
@@ -114,10 +116,12 @@ def _as_dict(run: Run, proposal: Proposal) -> dict[str, Any]:
 
 def _test(
     args: argparse.Namespace, source: Source, share: float, wanted: Sequence[str], modes: Sequence[Mode]
-) -> tuple[int, list[Trained]]:
-    """Trains what is missing, and returns the exit status and one table per mode."""
+) -> tuple[int, list[Trained], Path]:
+    """Trains what is missing, and returns the exit status, one table per mode, and the page."""
     if "lora" in modes and importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("peft is not installed", name="peft")
+    from depthcb_recipes.advice.page import write_tested  # plotly is slow to import
+
     base = source.training()
     options = dict(base.options) | ({} if args.steps is None else {"trainer.max_steps": args.steps})
     base = dataclasses.replace(base, threads=args.threads, gpus=args.gpus, options=options)
@@ -125,7 +129,9 @@ def _test(
     planned = arms(base, proposals, len(sizes(source.run)), modes, args.seeds, args.draws, args.lora_rank)
     store = Store(args.out or Path("depthcb-advice") / source.name)
     status = run_configs(args, _distinct(planned), store, "`depthcb advise` with the same arguments")
-    return status, [trained_table(proposals, [a for a in planned if a.mode == mode], store) for mode in modes]
+    tables = [trained_table(proposals, [a for a in planned if a.mode == mode], store) for mode in modes]
+    title = f"Which layers to train: {source.run.name}"
+    return status, tables, write_tested(store.root, base.hash, share, tables, title)
 
 
 def _distinct(planned: Sequence[Arm]) -> list[RunConfig]:
