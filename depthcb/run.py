@@ -221,6 +221,12 @@ class Run:
                 found.setdefault(key, []).append((row["step"], value))
         return found
 
+    @property
+    def validation_loss(self) -> list[tuple[int, float]]:
+        """The validation loss at each measurement: the first metric with "val" and "loss" in its name."""
+        found = [points for key, points in self.metrics.items() if "val" in key and "loss" in key]
+        return found[0] if found else []
+
     @cached_property
     def step_ratio(self) -> StepRatios:
         """The realised step ratios, from `EqualStep` after rescaling, or else from `UpdateRatioMonitor`."""

@@ -368,7 +368,7 @@ def progress_chart(group: Group, span: tuple[int, int] | None = None) -> go.Figu
         group: The runs.
         span: The decades of the step ratios' axis, which the charts of a page share; None for this chart's own.
     """
-    losses = [loss_of(run) for run in group.runs]
+    losses = [run.validation_loss for run in group.runs]
     smaller = any(run.unit_ratio.units for run in group.runs) and not any(run.layer_ratio.mean for run in group.runs)
     of_ratio = "mean step ratio per layer" + (": of smaller units, see below" if smaller else "")
     panels = ["slope", of_ratio, *(["validation loss"] if any(losses) else [])]
@@ -402,12 +402,6 @@ def progress_chart(group: Group, span: tuple[int, int] | None = None) -> go.Figu
         fig.add_annotation(text=text, x=0.5, y=0.97 if len(absent) < len(group.runs) else 0.5, showarrow=False,
                            xref="x2 domain", yref="y2 domain", font={"size": 12})  # fmt: skip
     return fig.update_yaxes(decades, row=1, col=2)
-
-
-def loss_of(run: Run) -> list[tuple[int, float]]:
-    """Returns the validation loss at each measurement: the first metric with "val" and "loss" in its name."""
-    found = [points for key, points in run.metrics.items() if "val" in key and "loss" in key]
-    return found[0] if found else []
 
 
 def _add_slopes(fig: go.Figure, group: Group, index: int) -> None:

@@ -27,6 +27,8 @@ from depthcb.verdict import (
     percent,
 )
 
+#: Class of the callback that freezes layers during a fit, which changes the training.
+FREEZING = "FreezeByChange"
 #: Marks a change that rounding alone may give.
 UNRESOLVED = "~"
 UNRESOLVED_NOTE = f"{UNRESOLVED} below {RESOLVED:g} x the rounding error of the forward: no evidence of a change"
@@ -140,7 +142,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     by_settings: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if not run.unpaired:
-            by_settings[_key(run)][run.control].append(run)
+            by_settings[settings_key(run)][run.control].append(run)
     pairs = [p for same in by_settings.values() for p in zip(same["standard"], same["equal-step"], strict=False)]
     paired = {id(run) for pair in pairs for run in pair}
     rest = tuple(run for run in runs if id(run) not in paired)
@@ -158,13 +160,14 @@ def replicates(found: Sequence[Group], fewest: int = 2) -> list[Replicates]:
     return [Replicates(tuple(pairs.values())) for pairs in by_settings.values() if len(pairs) >= fewest]
 
 
-def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
+def settings_key(run: Run, seedless: bool = False, weights: bool = True, freezing: bool = True) -> str:
     """Returns a key of all that a pair must share: training settings, seed, initial weights, layers, measures, probe.
 
     Args:
         run: A run that can be paired.
         seedless: Whether the seed may differ, and with it the initial weights and the probe that a data module draws.
         weights: Whether the initial weights count.
+        freezing: Whether `FreezeByChange` counts.
     """
     depth = run.record("DepthProfile")
     assert depth is not None
@@ -175,7 +178,8 @@ def _key(run: Run, seedless: bool = False, weights: bool = True) -> str:
         fit["hparams"] = {name: v for name, v in fit.get("hparams", {}).items() if "seed" not in name}
     if seedless or not weights:
         del fit["initial_weights"]
-    return json.dumps([measured, fit, _steering(depth), None if seedless else _seed(run)], sort_keys=True)
+    steering = {name: found for name, found in _steering(depth).items() if freezing or found[0] != FREEZING}
+    return json.dumps([measured, fit, steering, None if seedless else _seed(run)], sort_keys=True)
 
 
 def _steering(depth: Record) -> dict[str, Any]:
@@ -185,9 +189,9 @@ def _steering(depth: Record) -> dict[str, Any]:
 
 
 def _seedless(pair: Sequence[Run]) -> str:
-    """Returns a key of all that replicates share: `_key` without the seed, and what the steps are equal in."""
+    """Returns a key of all that replicates share: `settings_key` without the seed, and what the steps are equal in."""
     unit = {key: pair[1].controlled.get(key) for key in ("unit", "groups")}
-    return json.dumps([_key(pair[0], seedless=True), unit], sort_keys=True)
+    return json.dumps([settings_key(pair[0], seedless=True), unit], sort_keys=True)
 
 
 def _seed(run: Run) -> str:
@@ -298,8 +302,8 @@ def _why_unpaired(run: Run, others: Sequence[Run]) -> str:
     """Returns why a run has no twin; empty if there just is none."""
     if run.unpaired:
         return run.unpaired
-    key, there = _key(run, weights=False), [r for r in others if not r.unpaired and r.control != run.control]
-    twins = [r.name for r in there if _key(r, weights=False) == key]
+    key, there = settings_key(run, weights=False), [r for r in others if not r.unpaired and r.control != run.control]
+    twins = [r.name for r in there if settings_key(r, weights=False) == key]
     return f"its initial weights are not those of {', '.join(twins)}" if twins else ""
 
 

@@ -18,7 +18,6 @@ from depthcb.report.charts import (
     MOST_VALUES,
     head_heatmaps,
     heatmaps,
-    loss_of,
     measured_steps,
     profile_chart,
     progress_chart,
@@ -28,6 +27,7 @@ from depthcb.report.charts import (
     unit_heatmaps,
     worth_chart,
 )
+from depthcb.report.freezing import freezing_lines
 from depthcb.report.groups import (
     UNRESOLVED_NOTE,
     Group,
@@ -191,10 +191,16 @@ def _sections(runs: Sequence[Run]) -> list[str]:
     cards = "".join([*map(_verdict_card, words), *map(_group_card, found)]) or "<p>No run was started.</p>"
     return [
         f"<h2>{'Verdict' if words else 'Summary'}</h2>{cards}",
+        *_freezing_section(runs),
         *(_group_section(group, charts, MOST_VALUES // len(found), span) for group in found),
         f"<h2>Slopes at the last validation</h2>{_slopes_table(found)}" if found else "",
         f"<h2>Settings and provenance</h2>{_settings_table(runs)}" if found else "",
     ]
+
+
+def _freezing_section(runs: Sequence[Run]) -> list[str]:
+    lines = freezing_lines(runs)
+    return ["<h2>Layers frozen during the fit</h2>", _card("", lines, "")] if lines else []
 
 
 class Charts:
@@ -252,7 +258,7 @@ def _group_section(group: Group, charts: Charts, values: int, span: tuple[int, i
     else:
         parts += ["<p>No depth profile was measured.</p>"]
     ratios = [run for run in group.runs if run.layer_ratio.steps]
-    if ratios or group.measures or any(loss_of(run) for run in group.runs):
+    if ratios or group.measures or any(run.validation_loss for run in group.runs):
         parts += [charts(progress_chart(group, span), "Slope, step ratios and loss")]
     if ratios:
         fig = ratio_heatmaps(group, values)

@@ -23,7 +23,6 @@ from rich.console import Console
 
 from depthcb.cli import main
 from depthcb.report import read_html
-from depthcb.report.charts import loss_of
 from depthcb.report.groups import groups
 from depthcb.run import Run, read_runs
 from depthcb_recipes.demo import demo
@@ -63,7 +62,7 @@ def check_outcome(out: Path, settings: Settings) -> list[Run]:
         assert len(run.step_ratio.steps) == settings.steps
         if run.control == "equal-step":
             assert run.step_ratio.spread < 1 + 1e-3
-        assert len(loss_of(run)) == validations
+        assert len(run.validation_loss) == validations
         end = run.records["depth"].end
         assert 0 < end["probe_seconds"] < end["seconds"]
         with open(out / name / "metrics.csv", encoding="utf-8") as file:
@@ -226,5 +225,5 @@ def test_the_demo(tmp_path: Path) -> None:
     spreads = {group.title.partition(",")[0]: group.spread for group in groups(runs)}
     assert spreads["SGD"] > 2 > spreads["AdamW"], "with SGD the control has something to remove, with AdamW little"
     for run in runs:
-        losses = [loss for _, loss in loss_of(run)]
+        losses = [loss for _, loss in run.validation_loss]
         assert losses[-1] < 1.02 * losses[0], "a fit that diverges says nothing about fine-tuning"
