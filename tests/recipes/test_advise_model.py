@@ -21,6 +21,7 @@ from depthcb.advice import RUN as FINISHED_RUN
 from depthcb.cli import main
 from depthcb_recipes import CONFIGS
 from depthcb_recipes.advice.source import training_named
+from depthcb_recipes.backbones.loading import load_backbone
 
 OPTIONS = ["--model.lr=1e-3", "--data.max_length", "32", "--data.batch_size", "8"]
 MODEL = ["advise", "bert-tiny", "--config", "sequence_classification", *OPTIONS, "--budget", "50%"]
@@ -54,6 +55,21 @@ def test_a_model_is_advised_on_without_a_run_and_nothing_is_left(
     assert found[LAST] == [[2, 3]]
     assert "objective distance" not in found, "the only rule that is not cheap is left out unless asked for"
     assert [path.name for path in empty.iterdir()] == ["a.json"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_known_pretraining_objective_the_other_rules_are_named(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = load_backbone("bert-tiny", head=None)
+    for part in (model, tokenizer):
+        part.save_pretrained(empty / "bare")
+    command = ["advise", str(empty / "bare"), *MODEL[2:]]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "pretraining objective is unknown. Name the rules to ask with --rules, without objective distance." in error
+    assert main([*command, "--rules", "gradient norm"]) == 0
+    assert {path.name for path in empty.iterdir()} == {"bare"}
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from depthcb.callbacks.logging import callbacks_of
 from depthcb.run import Run, read_runs
 from depthcb_recipes.advice.source import TRAINER
+from depthcb_recipes.backbones.loading import pretraining
 from depthcb_recipes.fit import fit_cli
 from depthcb_recipes.silence import silent_libraries, silent_transformers
 from depthcb_recipes.stopping import stoppable
@@ -54,7 +56,13 @@ def first_steps(base: RunConfig, rules: Sequence[str]) -> tuple[Run, RunConfig]:
         with stoppable(stopped), silent_libraries(), silent_transformers():
             trainer = configuration(base, folder)["trainer"]
             cli = fit_cli(configuration(_shortened(base, trainer, rules), folder), run=False, exit_on_error=False)
-            print(f"Making the first {cli.trainer.max_steps} steps of {_name(base)}.", flush=True)
+            told = f"Making the first {cli.trainer.max_steps} steps of {_name(base)}."
+            if any(type(c).__name__ == _DISTANCE[1] for c in callbacks_of(cli.trainer)):
+                _check_distance(base.model)
+                told += (
+                    " The objective distance takes the most time of it: name other rules with --rules to do without."
+                )
+            print(told, flush=True)
             cli.trainer.fit(cli.model, cli.datamodule)
             (run,) = read_runs(folder)
     finally:
@@ -62,6 +70,14 @@ def first_steps(base: RunConfig, rules: Sequence[str]) -> tuple[Run, RunConfig]:
     known = {f"trainer.{name}": trainer[name] for name in TRAINER if name in trainer}
     options = {**known, **base.options, "model.lr": cli.model.hparams["lr"]}
     return dataclasses.replace(run, name=_name(base)), dataclasses.replace(base, options=options)
+
+
+def _check_distance(model: str) -> None:
+    """Raises a ValueError if the pretraining objective is not known."""
+    try:
+        pretraining(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Name the rules to ask with --rules, without {_DISTANCE[0]}.") from error
 
 
 def _shortened(base: RunConfig, trainer: dict[str, Any], rules: Sequence[str]) -> RunConfig:
