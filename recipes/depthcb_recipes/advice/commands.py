@@ -42,8 +42,8 @@ def advise(args: argparse.Namespace) -> int:
     status = 0
     if args.test:
         status, tables, page = _test(args, source, share, wanted, modes)
-        print_trained(tables, console)
         print(printable(f"{page} (open it in a browser)"))
+        print_trained(tables, console)
         written["tested"] = [dataclasses.asdict(table) | {"conclusion": str(table.conclusion)} for table in tables]
     if args.json is not None:
         with writing("--json", args.json):
