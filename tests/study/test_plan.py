@@ -31,7 +31,7 @@ FACTOR = 1.35
 def test_parameters_are_counted_without_a_network() -> None:
     runs = {(r.model, r.objective, r.control): r for r in read_study(PAPER)}
     found = needs(runs["EleutherAI/pythia-1.4b", "causal_lm", "equal-step"])
-    assert found.parameters / 1e6 == pytest.approx(ARCHITECTURES["EleutherAI/pythia-1.4b"].parameters, abs=0.1)
+    assert found.parameters == ARCHITECTURES["EleutherAI/pythia-1.4b"].parameters
     assert (found.weights, found.optimizer) == (8 * found.parameters, 8 * found.parameters)
     standard = needs(runs["EleutherAI/pythia-1.4b", "causal_lm", "standard"])
     assert found.control == 2 * standard.control, "EqualStep's copy beside the monitor's"

@@ -137,7 +137,7 @@ def test_the_papers_preset_has_its_runs() -> None:
     equal = [run for run in study.runs if run.control == "equal-step"]
     assert {run.model for run in standard} == set(ARCHITECTURES)
     assert (len(standard), len({(run.model, run.objective) for run in standard})) == (180, 60)
-    large = [run for run in equal if ARCHITECTURES[run.model].parameters > 1000]
+    large = [run for run in equal if ARCHITECTURES[run.model].parameters > 1e9]
     assert (len(equal), len(large), {run.objective for run in large}) == (46, 6, {"causal_lm"})
     assert all(ARCHITECTURES[run.model].family in ("encoder", "decoder") for run in equal)
     assert {run.pair for run in equal} < {run.pair for run in standard}, "each equal-step run has its standard twin"

@@ -303,7 +303,7 @@ def _complete(folder: Path) -> bool:
 def _convert(gguf: Path, folder: Path) -> None:
     flagged = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(flagged.config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # which not every version of transformers sets
     with torch.device("meta"):  # no storage: the tensors are assigned below, without a second copy in memory
         plain = type(flagged)(config)
     plain.load_state_dict(flagged.state_dict(), assign=True)
