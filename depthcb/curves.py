@@ -30,6 +30,7 @@ from depthcb.style import (
     thinned,
     tick_format,
     tick_step,
+    tick_texts,
 )
 from depthcb.unit_grid import UnitGrid
 
@@ -154,7 +155,7 @@ def draw_units(ax: Axes, grid: UnitGrid, title: str) -> None:
     ticks = [low, math.sqrt(low * high), high]
     bar = ax.figure.colorbar(image, ax=ax, label=literal(RATIO_UNIT))
     bar.ax.minorticks_off()
-    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar.set_ticks(ticks, labels=tick_texts(ticks, digits=2))
 
 
 def units_image(grid: UnitGrid, step: int) -> npt.NDArray[np.uint8]:

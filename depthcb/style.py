@@ -80,16 +80,24 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def tick_texts(values: Sequence[float]) -> list[str]:
-    """Returns tick labels that are all written in one way: with an exponent if all values are below 0.01.
+def tick_texts(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Returns tick labels that are all written in one way, without an exponent if all are readable so.
 
-    >>> tick_texts([0.0, 0.008, 0.01]), tick_texts([0.0, 2e-5, 8e-5])
-    (['0', '0.008', '0.01'], ['0', '2e-5', '8e-5'])
+    Args:
+        values: Where the ticks are.
+        digits: The largest number of significant digits.
+
+    Example:
+        >>> tick_texts([0.0, 0.008, 0.01]), tick_texts([0.0, 2e-5, 8e-5])
+        (['0', '0.008', '0.01'], ['0', '2e-5', '8e-5'])
+        >>> tick_texts([8.1e-5, 3.4e-4, 1.4e-2])
+        ['8.1e-5', '3.4e-4', '1.4e-2']
     """
-    if max(map(abs, values), default=0.0) >= 1e-2:
-        return [f"{value:.4g}" for value in values]
-    parts = [f"{value:.3e}".split("e") for value in values]
-    return [f"{float(digits):g}e{int(exponent)}" if float(digits) else "0" for digits, exponent in parts]
+    sizes = [abs(value) for value in values if value]
+    if not sizes or (min(sizes) >= 1e-4 and 1e-2 <= max(sizes) < 10**digits):
+        return [f"{value:.{digits}g}" for value in values]
+    parts = [f"{value:.{digits - 1}e}".split("e") for value in values]
+    return [f"{float(mantissa):g}e{int(exponent)}" if float(mantissa) else "0" for mantissa, exponent in parts]
 
 
 def tick_format() -> Formatter:

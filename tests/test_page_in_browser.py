@@ -30,6 +30,13 @@ BOXES = """plot => [...plot.querySelectorAll('svg text')]
     .map(t => { const b = t.getBoundingClientRect();
                 return {text: t.textContent, left: b.left, right: b.right, top: b.top, bottom: b.bottom}; })"""
 
+#: The tick labels of each axis and colour bar of a page.
+TICKS = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+    const axes = {};
+    for (const t of plot.querySelectorAll('g[class*=tick] > text'))
+        (axes[t.parentNode.getAttribute('class')] ||= []).push(t.textContent);
+    return Object.values(axes); })"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -67,6 +74,11 @@ class Opened:
     def check(self) -> None:
         assert self.faults == []
         assert self.requests == [self.address], "a page asks nobody for anything"
+        numbers = [
+            [text for text in axis if re.fullmatch(r"[\d.]+(e.\d+)?", text) and text != "0"]
+            for axis in self.page.evaluate(TICKS)
+        ]
+        assert all(len({"e" in text for text in axis}) <= 1 for axis in numbers), "an axis writes numbers in one way"
         self.page.close()
 
 

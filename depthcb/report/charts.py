@@ -17,7 +17,7 @@ from depthcb.report.groups import Group, label, last, title_of, unit_of
 from depthcb.report.panels import NO_RATIO, SHAPE, positions, ratio_decades, same_depth, shape_panel
 from depthcb.run import Run
 from depthcb.site_names import is_head
-from depthcb.style import PALE, line_style, thinned, tick_step
+from depthcb.style import PALE, line_style, thinned, tick_step, tick_texts
 
 #: Maximum number of validations on a slider and of heatmap columns; if there are more, evenly spaced ones are shown.
 MOST_VALIDATIONS, MOST_COLUMNS = 100, 300
@@ -319,7 +319,7 @@ def _log_colors(ratios: FloatArray, rows: int) -> dict[str, Any]:
     """Returns a colour axis for logarithms of step ratios, labelled with the ratios."""
     low, high = (math.log10(bound) for bound in (ratios[ratios > 0].min(), ratios[ratios > 0].max()))
     ticks = [low, (low + high) / 2, high]
-    bar: dict[str, Any] = {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
+    bar: dict[str, Any] = {"tickvals": ticks, "ticktext": tick_texts([10**tick for tick in ticks], digits=2)}
     bar |= {"title": {"text": RATIO_UNIT, "side": "right"}}
     colors = _colors(0, 1, rows)
     return colors | {"colorbar": colors["colorbar"] | bar}
