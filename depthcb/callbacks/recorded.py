@@ -38,13 +38,13 @@ class StateKey(str):
     A Trainer's constructor makes that comparison, before any hook, and its own message doesn't know of ``name=``.
     """
 
+    owner: RecordedCallback
+    __hash__ = str.__hash__
+
     def __new__(cls, key: str, owner: RecordedCallback) -> StateKey:
         self = super().__new__(cls, key)
         self.owner = owner
         return self
-
-    owner: RecordedCallback
-    __hash__ = str.__hash__
 
     def __eq__(self, other: object) -> bool:
         equal = super().__eq__(other)
