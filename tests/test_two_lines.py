@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from depthcb.report.groups import groups
 from depthcb.run import read_runs
 
 
-def report_on(folder: Path, *, seed: bool = True, log_every_n_steps: int = 1, **options: Any) -> str:
+def report_on(folder: Path, *, seeds: Sequence[int | None] = (0,), log_every_n_steps: int = 1, **options: Any) -> str:
     """Trains both runs with the Trainer's own logger, and returns the text of the page that the command writes."""
-    for control in ([], [EqualStep()]):
-        if seed:
-            pl.seed_everything(0, verbose=False)
+    for seed, control in itertools.product(seeds, (False, True)):
+        if seed is not None:
+            pl.seed_everything(seed, verbose=False)
         trainer = pl.Trainer(
-            callbacks=[*control, DepthProfile(**options)],
+            callbacks=[*([EqualStep()] if control else []), DepthProfile(**options)],
             max_steps=6,
             log_every_n_steps=log_every_n_steps,
             default_root_dir=folder,
@@ -63,6 +65,12 @@ def test_one_argument_gives_the_null_too(tmp_path: Path) -> None:
     assert "of the standard slope on average" in page or "can't be told from 0" in page
 
 
+def test_four_seeds_of_the_two_lines_have_a_verdict(tmp_path: Path) -> None:
+    page = report_on(tmp_path, seeds=range(4))
+    assert "AdamW, 4 pairs (seeds 0, 1, 2, 3): persists" in page, "steps of AdamW are nearly equal anyway"
+    assert "the control removed step-ratio spreads of 1.0" in page
+
+
 def test_what_a_short_fit_does_not_log_is_named(tmp_path: Path) -> None:
     page = report_on(tmp_path, log_every_n_steps=50)
     assert "the spread that the control removed is not known: lower the Trainer's log_every_n_steps" in page
@@ -71,7 +79,7 @@ def test_what_a_short_fit_does_not_log_is_named(tmp_path: Path) -> None:
 
 def test_without_a_seed_the_report_says_which_line_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    page = report_on(tmp_path, seed=False)
+    page = report_on(tmp_path, seeds=[None])
     for version in (0, 1):
         line = "no seed: add pl.seed_everything(0) before the model is built"
         assert f"version_{version} is not paired: {line}" in page
