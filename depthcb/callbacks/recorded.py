@@ -48,9 +48,9 @@ class StateKey(str):
 
     def __eq__(self, other: object) -> bool:
         equal = super().__eq__(other)
-        if equal and isinstance(other, StateKey) and other.owner is not self.owner:
+        if equal is True and isinstance(other, StateKey) and other.owner is not self.owner:
             refuse_name(self.owner, other.owner)
-        return equal
+        return equal  # NotImplemented for what is no string
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)

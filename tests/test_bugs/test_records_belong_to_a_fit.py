@@ -137,6 +137,7 @@ def test_checkpoints_name_states_in_plain_text(tmp_path: Path) -> None:
     assert {"DepthProfile{'name': 'x'}", "DepthProfile{'name': 'y'}"} <= set(states)
     assert type(copy.deepcopy(watches[0].state_key)) is str
     assert watches[0].state_key == watches[0].state_key != watches[1].state_key
+    assert watches[0].state_key not in (None, type(watches[0]))
 
 
 def test_each_profile_has_its_own_null(tmp_path: Path) -> None:
