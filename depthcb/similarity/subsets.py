@@ -10,7 +10,7 @@ columns of a 0/1 matrix (n, h); they return changes (h,).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,10 +53,16 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     relative = torch.where(subsets > 0, moved.diagonal / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
     p = w * torch.expm1(-torch.log1p(relative.clamp(min=-1)) / 2)
     now, v = w + p, w + p / 2
-    gg, gh, hh = _Product(before, before), _Product(before, moved), _Product(moved, moved)
-    nn = gg.of(w * w) - m
-    ne = 2 * gg(w * p, w * v) + gh.of(w * now)
-    ee = 2 * gg(p * p, v * v) + 2 * gg.of(p * v) + 4 * gh(p * now, v * now) + hh.of(now * now)
+    basis = (w * w, w * p, p * p)  # all products of two of w, p, v and w' are sums of these
+    of_before, of_moved = _products(before.k, basis), _products(moved.k, basis)
+    gg = _forms(basis, before, of_before, before, of_before)
+    gh = _forms(basis, before, of_before, moved, of_moved)
+    of_now = [of_moved[0] + 2 * of_moved[1] + of_moved[2]]
+    hh = _forms([now * now], moved, of_now, moved, of_now)
+    nn = gg[0, 0] - m
+    ne = 2 * gg[1, 0] + gg[1, 1] + gh[0, 0] + 2 * gh[1, 0] + gh[1, 1]
+    ee = 2 * gg[2, 0] + 4 * gg[2, 1] + 2 * gg[1, 1] + gg[2, 2] + hh[0, 0]
+    ee = ee + 4 * gh[1, 0] + 6 * gh[1, 1] + 4 * gh[2, 0] + 8 * gh[2, 1] + 2 * gh[2, 2]
     of_n = w * (before @ w) - subsets
     of_e = p * (before @ v) + v * (before @ p) + now * (moved @ now)
     nn, ne, ee = _u_inner(nn, of_n, of_n, m), _u_inner(ne, of_n, of_e, m), _u_inner(ee, of_e, of_e, m)
@@ -135,28 +141,32 @@ class _Centred:
         return self.k @ x - self.a * x.sum(dim=0) - (self.a * x).sum(dim=0)
 
 
-@dataclass
-class _Product:
-    """Quadratic forms sum over ij of x_i y_j G_ij H_ij for each subset."""
+def _products(k: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns k x for each of the vectors x, (n, h), by one product."""
+    return torch.split(k @ torch.cat(list(vectors), dim=1), vectors[0].shape[1], dim=1)
 
-    g: _Centred
-    h: _Centred
 
-    def __post_init__(self) -> None:
-        self.both = self.g.k * self.h.k
+def _forms(
+    vectors: Sequence[Tensor], g: _Centred, of_k: Sequence[Tensor], h: _Centred, of_l: Sequence[Tensor]
+) -> dict[tuple[int, int], Tensor]:
+    """Returns sum over ij of x_i y_j G_ij H_ij of each subset, (h,), for all pairs of vectors, by their numbers r >= s.
 
-    def of(self, x: Tensor) -> Tensor:
-        """Returns the form for y = x, with fewer matrix products."""
-        return self(x, x)
+    G_ij H_ij = (k_ij - a_i - a_j) (l_ij - b_i - b_j), where k and l are symmetric.
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        g, h = self.g, self.h
-        found = x * (self.both @ y)
-        mixed = [(2, g.k, g.a)] if g is h else [(1, g.k, h.a), (1, h.k, g.a)]
-        for times, k, a in mixed:  # - sum x_i y_j (a_i + a_j) k_ij
-            ky = k @ y
-            found = found - times * a * (x * ky + y * (ky if x is y else k @ x))
-        # + sum x_i y_j (a_i + a_j) (b_i + b_j)
-        sums = [(z * t).sum(dim=0) for z in (x, y) for t in (torch.ones_like(g.a), g.a, h.a, g.a * h.a)]
-        x1, xa, xb, xab, y1, ya, yb, yab = sums
-        return found.sum(dim=0) + xab * y1 + xa * yb + xb * ya + x1 * yab
+    Args:
+        vectors: The vectors x, (n, h).
+        g: G.
+        of_k: k x for each of the vectors.
+        h: H.
+        of_l: l x for each of the vectors.
+    """
+    of_both = _products(g.k * h.k, vectors)
+    mixed = [g.a * lx + h.a * kx for kx, lx in zip(of_k, of_l, strict=True)]
+    sums = [torch.stack([(x * t).sum(dim=0) for t in (g.a * h.a, g.a, h.a)] + [x.sum(dim=0)]) for x in vectors]
+    found = {}
+    for r, x in enumerate(vectors):
+        for s, y in enumerate(vectors[: r + 1]):
+            products = x * (of_both[s] - mixed[s]) - y * mixed[r]
+            # + sum x_i y_j (a_i b_i + a_i b_j + b_i a_j + a_j b_j)
+            found[r, s] = products.sum(dim=0) + (sums[r] * sums[s].flip(0)).sum(dim=0)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from benchmarking import note
+from benchmarking import alternate, note
 from dispatched import Dispatched
 from torch import nn
 
@@ -65,45 +66,53 @@ def test_a_measurement_grows_as_its_matrices(name: str, sizes: tuple[int, ...], 
         assert exponent < limit
 
 
-def test_a_measurement_does_not_grow_with_those_before() -> None:
-    torch.manual_seed(0)
-    recorder = ProfileRecorder(torch.randn(64, 32))
-    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)])
-    for layer in model:
-        nn.init.orthogonal_(layer.weight)
-    recorder.prepare(model)
-    seconds, sizes = [], {}
-    for number in range(2000):
-        start = time.perf_counter()
-        recorder.measure(number)
-        seconds.append(time.perf_counter() - start)
-        if number + 1 in (500, 1000, 2000):
-            file = io.BytesIO()
-            torch.save(recorder.state_dict(), file)
-            sizes[number + 1] = (np.median(seconds[-250:]), float(file.tell()))
-    for what, exponent in zip(("time", "size of its state"), exponents(sizes), strict=True):
-        note(f"exponent of a measurement's {what} in those before", exponent, 0.1)
+def check_no_growth(what: str, runs: Mapping[int, Callable[[], object]], states: Mapping[int, object]) -> None:
+    """Checks the time of a call, in turns, and the size of the state by the number of calls before."""
+    times = alternate({str(before): run for before, run in runs.items()}, rounds=250)
+    costs = {before: (float(np.median(times[str(before)])), _bytes(states[before])) for before in runs}
+    for kind, exponent in zip(("time", "size of its state"), exponents(costs), strict=True):
+        note(f"exponent of {what}'s {kind} in those before", exponent, 0.1)
         assert exponent < 0.1
+
+
+def _bytes(state: object) -> float:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return float(file.tell())
+
+
+def test_a_measurement_does_not_grow_with_those_before() -> None:
+    def measured(times: int) -> ProfileRecorder:
+        torch.manual_seed(0)
+        recorder = ProfileRecorder(torch.randn(64, 32))
+        model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)])
+        for layer in model:
+            nn.init.orthogonal_(layer.weight)
+        recorder.prepare(model)
+        for number in range(times):
+            recorder.measure(number)
+        return recorder
+
+    recorders = {before: measured(before) for before in (500, 1000, 2000)}
+    states = {before: recorder.state_dict() for before, recorder in recorders.items()}
+    runs = {before: functools.partial(recorder.measure, before) for before, recorder in recorders.items()}
+    check_no_growth("a measurement", runs, states)
 
 
 def test_a_logged_step_does_not_grow_with_those_before() -> None:
-    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    control, seconds, sizes = StepEqualizer().attach(model, [optimizer], log=lambda row, step: None), [], {}
-    for number in range(50_000):
-        start = time.perf_counter()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-        if number + 1 in (2_000, 10_000, 50_000):
-            file = io.BytesIO()
-            torch.save(control.state_dict(), file)
-            sizes[number + 1] = (np.median(seconds[-1000:]), float(file.tell()))
-    control.detach()
-    for what, exponent in zip(("time", "size of its state"), exponents(sizes), strict=True):
-        note(f"exponent of a logged step's {what} in those before", exponent, 0.1)
-        assert exponent < 0.1
+    controls, runs = {}, {}
+    for before in (2_000, 10_000, 50_000):
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        controls[before] = StepEqualizer().attach(model, [optimizer], log=lambda row, step: None)
+        runs[before] = optimizer.step
+        for _ in range(before):
+            optimizer.step()
+    check_no_growth("a logged step", runs, {before: control.state_dict() for before, control in controls.items()})
+    for control in controls.values():
+        control.detach()
 
 
 @pytest.mark.parametrize("width", [768, 4096])
