@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pytest
+from packaging.version import Version
 from pictures import DATA, PICTURE, draw, kept
 from PIL import Image
 from runs import changed, make_runs
@@ -16,9 +19,16 @@ from depthcb import report
 from depthcb.run import Run
 
 
-def test_the_picture_is_drawn_again_from_its_data(tmp_path: Path) -> None:
+def test_the_numbers_are_written_again_from_its_data(tmp_path: Path) -> None:
     beside = draw(DATA, tmp_path / PICTURE.name)
     assert beside.read_text(encoding="utf-8") == PICTURE.with_suffix(".csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(
+    Version(matplotlib.__version__) < Version("3.11"), reason="its letters have other widths before 3.11"
+)
+def test_the_picture_is_drawn_again_from_its_data(tmp_path: Path) -> None:
+    draw(DATA, tmp_path / PICTURE.name)
     drawn, committed = (np.asarray(Image.open(p).convert("RGB"), float) for p in (tmp_path / PICTURE.name, PICTURE))
     assert drawn.shape == committed.shape
     differs = np.abs(drawn - committed).max(axis=2) > 32
