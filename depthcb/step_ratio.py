@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 #: How the imposed ratio is derived from the measured ones; see `imposed_ratios`.
 Target = float | Sequence[float] | Callable[[Tensor, int], Tensor] | str  # str last: a command line tries them in order
-#: Weights are summed in rows of this length, and in blocks of so many rows, 1 MB in fp32, which stay in the cache.
+#: Weights are summed in rows of this length, and in blocks of so many rows per thread, 1 MB in fp32, which stay in the
+#: cache of its core.
 ROW, BLOCK = 128, 2048
 #: Number of elements below which tensors are summed together instead, which calls fewer functions.
 SMALL = 2**14
@@ -275,7 +276,8 @@ def _sums_on_cpu(
     With ``factors``, one scalar per tensor, rescales the steps first; the sums are then those of `rescaled_sums`.
     """
     of_now = factors is not None
-    scratch = {dtype: torch.empty(BLOCK, ROW, dtype=dtype) for dtype in {_summed_as(n) for n in now}}
+    block = BLOCK * torch.get_num_threads()
+    scratch = {dtype: torch.empty(block, ROW, dtype=dtype) for dtype in {_summed_as(n) for n in now}}
     parts, least = [], []
     for n, b, factor in zip(now, before, factors or itertools.repeat(None, len(now)), strict=True):
         large = n.numel() >= SMALL
@@ -301,10 +303,10 @@ def _row_norms(
 ) -> tuple[Tensor, Tensor]:
     """Returns the norms of pieces of a tensor and of its step, which is rescaled first if a factor is given.
 
-    The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4. Steps go to ``scratch``, (BLOCK, ROW).
+    The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4. Steps go to ``scratch``, (block, ROW).
     """
     sizes, steps = [], []
-    for n, b in zip(_rows(now), _rows(before), strict=True):
+    for n, b in zip(*(_rows(side, len(scratch)) for side in (now, before)), strict=True):
         if factor is not None:
             _interpolate(n, b, factor)
         size, step = _pair(n.to(scratch.dtype), b.to(scratch.dtype), of_now, scratch[: len(n), : n.shape[1]])
@@ -318,11 +320,11 @@ def _summed_as(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _rows(tensor: Tensor) -> list[Tensor]:
-    """Splits a tensor into blocks of at most BLOCK rows of ROW numbers, and the rest: views, if it is contiguous."""
+def _rows(tensor: Tensor, block: int) -> list[Tensor]:
+    """Splits a tensor into blocks of at most so many rows of ROW numbers, and the rest: views, if it is contiguous."""
     flat = tensor.reshape(-1)
     whole = len(flat) // ROW * ROW
-    blocks = torch.split(flat[:whole].view(-1, ROW), BLOCK)
+    blocks = torch.split(flat[:whole].view(-1, ROW), block)
     return [*blocks, flat[whole:][None]] if whole < len(flat) else list(blocks)
 
 
