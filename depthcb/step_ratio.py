@@ -306,7 +306,7 @@ def _row_norms(
     The pieces are short: 1M equal numbers summed in fp32 are off by 1e-4. Steps go to ``scratch``, (block, ROW).
     """
     sizes, steps = [], []
-    for n, b in zip(*(_rows(side, len(scratch)) for side in (now, before)), strict=True):
+    for n, b in zip(_rows(now, len(scratch)), _rows(before, len(scratch)), strict=True):
         if factor is not None:
             _interpolate(n, b, factor)
         size, step = _pair(n.to(scratch.dtype), b.to(scratch.dtype), of_now, scratch[: len(n), : n.shape[1]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Default for subprocesses of tests. Benchmarks use several threads, which it would slow down, and users don't set it.
+# Defaults for subprocesses of tests. Benchmarks run as users do, with several threads, which waiting passively slows down.
 if "DEPTHCB_FIGURES" not in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -40,7 +40,7 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     """Computes `cka_normalized_change_of_grams` of the sub-Grams of each subset; NaN where a row has no direction.
 
     Centred and scaled within its subset, entry ij is N_ij = w_i w_j G_ij with G = K - a 1' - 1 a', on the current side
-    N' = N + E. With G' = G + H and w' = w + p, v = w + p / 2: E_ij = (p_i v_j + v_i p_j) G_ij + w'_i w'_j H_ij, whose
+    N' = N + E. With G' = G + H and w' = w + p: E_ij = (p_i w_j + w_i p_j + p_i p_j) G_ij + w'_i w'_j H_ij, whose
     diagonal is 0, because that of N and of N' is 1.
     """
     m = subsets.sum(dim=0)
@@ -52,8 +52,8 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     # w' = w (1 + d/s)^(-1/2), where d is the change of the squared norms s: accurate for a tiny d.
     relative = torch.where(subsets > 0, moved.diagonal / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
     p = w * torch.expm1(-torch.log1p(relative.clamp(min=-1)) / 2)
-    now, v = w + p, w + p / 2
-    basis = (w * w, w * p, p * p)  # all products of two of w, p, v and w' are sums of these
+    now = w + p
+    basis = (w * w, w * p, p * p)  # all products of two of w, p and w' are sums of these
     of_before, of_moved = _products(before.k, basis), _products(moved.k, basis)
     gg = _forms(basis, before, of_before, before, of_before)
     gh = _forms(basis, before, of_before, moved, of_moved)
@@ -63,8 +63,9 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     ne = 2 * gg[1, 0] + gg[1, 1] + gh[0, 0] + 2 * gh[1, 0] + gh[1, 1]
     ee = 2 * gg[2, 0] + 4 * gg[2, 1] + 2 * gg[1, 1] + gg[2, 2] + hh[0, 0]
     ee = ee + 4 * gh[1, 0] + 6 * gh[1, 1] + 4 * gh[2, 0] + 8 * gh[2, 1] + 2 * gh[2, 2]
-    of_n = w * (before @ w) - subsets
-    of_e = p * (before @ v) + v * (before @ p) + now * (moved @ now)
+    of_w = before @ w
+    of_n = w * of_w - subsets
+    of_e = p * of_w + now * (before @ p + moved @ now)
     nn, ne, ee = _u_inner(nn, of_n, of_n, m), _u_inner(ne, of_n, of_e, m), _u_inner(ee, of_e, of_e, m)
     return torch.where(defined & (nn > 0), _change(nn, ne, ee, nn + 2 * ne + ee, nn + ne), torch.nan)
 
