@@ -10,8 +10,6 @@ columns of a 0/1 matrix (n, h); they return changes (h,).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,18 +18,18 @@ from depthcb.similarity.gram import DEGENERATE, unit_norm
 
 def cka_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
     """Computes `cka_change_of_grams` of the sub-Grams of each subset; NaN where a side's rows are equal."""
-    m = subsets.sum(dim=0)
+    s = subsets.mT.contiguous()
+    m = s.sum(dim=1)
     a, b = (k - torch.diag(k.diagonal()) for k in (reference, current))
     scale = (a * b).sum() / (a * a).sum()
     e = b - scale * a  # as far as possible orthogonal to a, so that a change of scale does not hide what else changed
-    of_a, of_e = subsets * (a @ subsets), subsets * (e @ subsets)
-
-    def inner(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
-        return _u_inner((subsets * ((x * y) @ subsets)).sum(dim=0), of_x, of_y, m)
-
-    aa, ae, ee = inner(a, a, of_a, of_a), inner(a, e, of_a, of_e), inner(e, e, of_e, of_e)
+    of_a, of_e = s * (s @ a), s * (s @ e)
+    totals = [_dot(s @ k, s) for k in (a * a, a * e, e * e)]
+    pairs = ((of_a, of_a), (of_a, of_e), (of_e, of_e))
+    aa, ae, ee = (_u_inner(total, *pair, m) for total, pair in zip(totals, pairs, strict=True))
     bb = scale**2 * aa + 2 * scale * ae + ee
-    sizes = [(subsets * ((k * k) @ subsets)).sum(dim=0) for k in (reference, current)]
+    diagonals = [s @ k.diagonal().square() for k in (reference, current)]
+    sizes = totals[0] + diagonals[0], scale**2 * totals[0] + 2 * scale * totals[1] + totals[2] + diagonals[1]
     defined = (aa > DEGENERATE**2 * sizes[0]) & (bb > DEGENERATE**2 * sizes[1])
     return torch.where(defined, _change(aa, ae, ee, bb, scale * aa + ae), torch.nan)
 
@@ -43,29 +41,30 @@ def cka_normalized_over_subsets(reference: Tensor, current: Tensor, subsets: Ten
     N' = N + E. With G' = G + H and w' = w + p: E_ij = (p_i w_j + w_i p_j + p_i p_j) G_ij + w'_i w'_j H_ij, whose
     diagonal is 0, because that of N and of N' is 1.
     """
-    m = subsets.sum(dim=0)
-    before, moved = _Centred(reference, subsets), _Centred(current - reference, subsets)
+    s = subsets.mT.contiguous()
+    m = s.sum(dim=1)
+    before, moved = _Centred(reference, s), _Centred(current - reference, s)
     squares = before.diagonal
     after = squares + moved.diagonal
-    defined = _directed(squares, subsets) & _directed(after, subsets)
-    w = subsets / squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    defined = _directed(squares, s) & _directed(after, s)
+    w = s / squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
     # w' = w (1 + d/s)^(-1/2), where d is the change of the squared norms s: accurate for a tiny d.
-    relative = torch.where(subsets > 0, moved.diagonal / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
+    relative = torch.where(s > 0, moved.diagonal / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
     p = w * torch.expm1(-torch.log1p(relative.clamp(min=-1)) / 2)
     now = w + p
-    basis = (w * w, w * p, p * p)  # all products of two of w, p and w' are sums of these
-    of_before, of_moved = _products(before.k, basis), _products(moved.k, basis)
+    basis = torch.stack((w * w, w * p, p * p), dim=1)  # all products of two of w, p and w' are sums of these
+    of_before, of_moved = basis @ before.k, basis @ moved.k
     gg = _forms(basis, before, of_before, before, of_before)
     gh = _forms(basis, before, of_before, moved, of_moved)
-    of_now = [of_moved[0] + 2 * of_moved[1] + of_moved[2]]
-    hh = _forms([now * now], moved, of_now, moved, of_now)
+    of_now = of_moved[:, :1] + 2 * of_moved[:, 1:2] + of_moved[:, 2:]
+    hh = _forms((now * now)[:, None], moved, of_now, moved, of_now)
     nn = gg[0, 0] - m
     ne = 2 * gg[1, 0] + gg[1, 1] + gh[0, 0] + 2 * gh[1, 0] + gh[1, 1]
     ee = 2 * gg[2, 0] + 4 * gg[2, 1] + 2 * gg[1, 1] + gg[2, 2] + hh[0, 0]
     ee = ee + 4 * gh[1, 0] + 6 * gh[1, 1] + 4 * gh[2, 0] + 8 * gh[2, 1] + 2 * gh[2, 2]
-    of_w = before @ w
-    of_n = w * of_w - subsets
-    of_e = p * of_w + now * (before @ p + moved @ now)
+    of_w = before.times(w)
+    of_n = w * of_w - s
+    of_e = p * of_w + now * (before.times(p) + moved.times(now))
     nn, ne, ee = _u_inner(nn, of_n, of_n, m), _u_inner(ne, of_n, of_e, m), _u_inner(ee, of_e, of_e, m)
     return torch.where(defined & (nn > 0), _change(nn, ne, ee, nn + 2 * ne + ee, nn + ne), torch.nan)
 
@@ -99,17 +98,22 @@ def procrustes_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor)
     return found
 
 
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Returns the inner products (h,) of the rows of two (h, n)."""
+    return (x * y).sum(dim=1)
+
+
 def _u_inner(total: Tensor, of_a: Tensor, of_b: Tensor, m: Tensor) -> Tensor:
     """Returns the U-centred inner products (h,) of two sides with zero diagonals.
 
     Args:
         total: (h,) sums of the elementwise product.
-        of_a: (n, h) row sums of one side, 0 outside of the subset.
-        of_b: (n, h) row sums of the other side.
+        of_a: (h, n) row sums of one side, 0 outside of the subset.
+        of_b: (h, n) row sums of the other side.
         m: (h,) sizes of the subsets.
     """
-    correction = of_a.sum(dim=0) * of_b.sum(dim=0) / ((m - 1) * (m - 2))
-    return total - 2 / (m - 2) * (of_a * of_b).sum(dim=0) + correction
+    correction = of_a.sum(dim=1) * of_b.sum(dim=1) / ((m - 1) * (m - 2))
+    return total - 2 / (m - 2) * _dot(of_a, of_b) + correction
 
 
 def _change(aa: Tensor, ae: Tensor, ee: Tensor, bb: Tensor, ab: Tensor) -> Tensor:
@@ -119,55 +123,44 @@ def _change(aa: Tensor, ae: Tensor, ee: Tensor, bb: Tensor, ab: Tensor) -> Tenso
     return torch.where(cos > 0, sin2 / (1 + cos), 1 - cos)
 
 
-def _directed(squares: Tensor, subsets: Tensor) -> Tensor:
+def _directed(squares: Tensor, s: Tensor) -> Tensor:
     """Returns for which subsets (h,) no row is at their mean."""
-    inside = torch.where(subsets > 0, squares, torch.inf).amin(dim=0)
-    return inside > DEGENERATE * (squares * subsets).amax(dim=0)
+    inside = torch.where(s > 0, squares, torch.inf).amin(dim=1)
+    return inside > DEGENERATE * (squares * s).amax(dim=1)
 
 
 class _Centred:
-    """K - a 1' - 1 a' for each subset: a Gram matrix doubly centred within the subset."""
+    """K - a 1' - 1 a' for each of the subsets s, (h, n): a Gram matrix doubly centred within the subset."""
 
-    def __init__(self, k: Tensor, subsets: Tensor) -> None:
-        m = subsets.sum(dim=0)
-        means = (k @ subsets) / m
-        self.k, self.a = k, means - (subsets * means).sum(dim=0) / m / 2
+    def __init__(self, k: Tensor, s: Tensor) -> None:
+        m = s.sum(dim=1, keepdim=True)
+        means = s @ k / m
+        self.k, self.a = k, means - (s * means).sum(dim=1, keepdim=True) / m / 2
 
     @property
     def diagonal(self) -> Tensor:
-        """(n, h)."""
-        return self.k.diagonal()[:, None] - 2 * self.a
+        """(h, n)."""
+        return self.k.diagonal() - 2 * self.a
 
-    def __matmul__(self, x: Tensor) -> Tensor:
-        return self.k @ x - self.a * x.sum(dim=0) - (self.a * x).sum(dim=0)
-
-
-def _products(k: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns k x for each of the vectors x, (n, h), by one product."""
-    return torch.split(k @ torch.cat(list(vectors), dim=1), vectors[0].shape[1], dim=1)
+    def times(self, x: Tensor) -> Tensor:
+        """Returns the product with one vector per subset, (h, n)."""
+        return x @ self.k - self.a * x.sum(dim=1, keepdim=True) - (self.a * x).sum(dim=1, keepdim=True)
 
 
-def _forms(
-    vectors: Sequence[Tensor], g: _Centred, of_k: Sequence[Tensor], h: _Centred, of_l: Sequence[Tensor]
-) -> dict[tuple[int, int], Tensor]:
-    """Returns sum over ij of x_i y_j G_ij H_ij of each subset, (h,), for all pairs of vectors, by their numbers r >= s.
+def _forms(x: Tensor, g: _Centred, of_k: Tensor, h: _Centred, of_l: Tensor) -> Tensor:
+    """Returns sum over ij of x_i y_j G_ij H_ij for all pairs of a subset's r vectors: (r, r, h).
 
     G_ij H_ij = (k_ij - a_i - a_j) (l_ij - b_i - b_j), where k and l are symmetric.
 
     Args:
-        vectors: The vectors x, (n, h).
+        x: The vectors of each subset, (h, r, n).
         g: G.
-        of_k: k x for each of the vectors.
+        of_k: k x for each of the vectors, (h, r, n).
         h: H.
-        of_l: l x for each of the vectors.
+        of_l: l x for each of the vectors, (h, r, n).
     """
-    of_both = _products(g.k * h.k, vectors)
-    mixed = [g.a * lx + h.a * kx for kx, lx in zip(of_k, of_l, strict=True)]
-    sums = [torch.stack([(x * t).sum(dim=0) for t in (g.a * h.a, g.a, h.a)] + [x.sum(dim=0)]) for x in vectors]
-    found = {}
-    for r, x in enumerate(vectors):
-        for s, y in enumerate(vectors[: r + 1]):
-            products = x * (of_both[s] - mixed[s]) - y * mixed[r]
-            # + sum x_i y_j (a_i b_i + a_i b_j + b_i a_j + a_j b_j)
-            found[r, s] = products.sum(dim=0) + (sums[r] * sums[s].flip(0)).sum(dim=0)
-    return found
+    mixed = x @ (h.a[:, None] * of_k + g.a[:, None] * of_l).mT
+    moments = x @ torch.stack((g.a * h.a, g.a, h.a, torch.ones_like(g.a)), dim=1).mT
+    # the last term: sum of x_i y_j (a_i b_i + a_i b_j + b_i a_j + a_j b_j)
+    found = x @ (x @ (g.k * h.k)).mT - mixed - mixed.mT + moments @ moments.flip(-1).mT
+    return found.permute(1, 2, 0)

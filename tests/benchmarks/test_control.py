@@ -17,6 +17,8 @@ from depthcb.engine import StepEqualizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: By 7 rounds, the same code read 1.6 to 2.6 steps of AdamW on one machine.
+ROUNDS = 31
 
 
 def gpt2_small() -> nn.Module:
@@ -74,10 +76,10 @@ def test_the_control_costs_few_steps_of_adamw_and_less_than_one_by_hand(make: An
     for control in controls.values():
         control.note_weights()
     steps = {"adamw": plain.step, "by hand": by_hand.step_by_hand, "control": quiet.step, "logged": logging.step}
-    times = alternate(steps)
+    times = alternate(steps, ROUNDS)
     for control in controls.values():
         control.detach()
-    assert len(rows) == 8
+    assert len(rows) == ROUNDS + 1
     realised = [value for key, value in rows[-1][0].items() if "/realised/" in key]
     assert max(realised) / min(realised) < 1.0001
     name = make.__name__
