@@ -16,6 +16,7 @@ from depthcb.probe import Probe, Recording
 from depthcb.profile import Profile
 from depthcb.rounding import rounding_floor
 from depthcb.similarity import Measure, check_defined, effective_rank, sketch
+from depthcb.similarity.gram import to_float64
 from depthcb.stack import LayerStack
 
 HALVES = 200
@@ -240,7 +241,8 @@ def _over_halves(measure: Measure, before: Tensor, after: Tensor, halves: Tensor
     if not len(changes):
         return changes
     if measure.over_subsets is not None:
-        return measure.over_subsets(before, after, halves.to(before.device)).cpu()
+        where = to_float64(before[:0]).device  # rows can be on MPS, which has no float64
+        return measure.over_subsets(before, after, halves.to(where)).cpu()
     sizes = halves.sum(dim=0).long()
     for size in set(sizes.tolist()):
         members = (sizes == size).nonzero().flatten()

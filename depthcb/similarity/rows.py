@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthcb.similarity.gram import half_squared_distance, to_float64, unit_norm
+from depthcb.similarity.gram import to_float64, unit_norm
 from depthcb.similarity.measure import register
-from depthcb.similarity.subsets import procrustes_over_subsets
+from depthcb.similarity.subsets import (
+    cosine_changes,
+    cosine_over_subsets,
+    procrustes_over_subsets,
+    relative_l2_over_subsets,
+)
 
 
 @register(
@@ -20,6 +25,7 @@ from depthcb.similarity.subsets import procrustes_over_subsets
     unit="1 - cosine  (0 = unchanged)",
     definition="1 - cosine similarity of a row before and now, averaged over the rows. 0 is unchanged, 1 orthogonal. "
     "Dimensionless.",
+    over_subsets=cosine_over_subsets,
 )
 def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns the mean over rows of 1 - cos(reference row, current row), in [0, 2].
@@ -31,10 +37,7 @@ def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
         >>> cosine_change(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
         1.0
     """
-    a, b = to_float64(reference), to_float64(current)
-    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
-    units = [x / torch.where(norm > 0, norm, torch.nan) for x, norm in zip((a, b), norms, strict=True)]
-    return half_squared_distance(units[0][..., None, :], units[1][..., None, :]).mean(dim=-1)
+    return cosine_changes(reference, current).mean(dim=-1)
 
 
 @register(
@@ -43,6 +46,7 @@ def cosine_change(reference: Tensor, current: Tensor) -> Tensor:
     title="relative L2 change",
     unit="‖ΔH‖ / ‖H‖",
     definition="Norm of the change of the activations divided by their norm before. Dimensionless.",
+    over_subsets=relative_l2_over_subsets,
 )
 def relative_l2_change(reference: Tensor, current: Tensor) -> Tensor:
     """Returns ||current - reference||_F / ||reference||_F, the norm of the change relative to the reference.

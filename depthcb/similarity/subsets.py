@@ -4,8 +4,8 @@ For CKA, with s the 0/1 vector of a subset of m rows, the U-centred inner produc
 diagonals is a quadratic form in s. Differences of the two sides are formed before any product, so that tiny changes
 keep their relative precision, as in `half_squared_distance`.
 
-Functions take Gram matrices (n, n), or factors (n, k), in float64, centred over all rows, and the subsets as the
-columns of a 0/1 matrix (n, h); they return changes (h,).
+Functions take Gram matrices (n, n), or factors (n, k), in float64, centred over all rows, or rows (n, d), and the
+subsets as the columns of a 0/1 matrix (n, h); they return changes (h,).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthcb.similarity.gram import DEGENERATE, unit_norm
+from depthcb.similarity.gram import DEGENERATE, half_squared_distance, to_float64, unit_norm
 
 
 def cka_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
@@ -96,6 +96,26 @@ def procrustes_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor)
     values = (n - 1) * (change - without)
     found: Tensor = change + subsets.mT @ (values - values.mean()) / subsets.sum(dim=0)
     return found
+
+
+def cosine_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
+    """Computes `cosine_change` of the rows of each subset: the mean of each row's change."""
+    return subsets.mT @ cosine_changes(reference, current) / subsets.sum(dim=0)
+
+
+def relative_l2_over_subsets(reference: Tensor, current: Tensor, subsets: Tensor) -> Tensor:
+    """Computes `relative_l2_change` of the rows of each subset; NaN where the reference is all zeros."""
+    a, b = to_float64(reference), to_float64(current)
+    size, moved = (subsets.mT @ x.square().sum(dim=-1) for x in (a, b - a))
+    return (moved / torch.where(size > 0, size, torch.nan)).sqrt()
+
+
+def cosine_changes(reference: Tensor, current: Tensor) -> Tensor:
+    """Returns 1 - cos(reference row, current row) of each of (..., n, d) rows: (..., n); NaN for a row of zeros."""
+    a, b = to_float64(reference), to_float64(current)
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
+    units = [x / torch.where(norm > 0, norm, torch.nan) for x, norm in zip((a, b), norms, strict=True)]
+    return half_squared_distance(units[0][..., None, :], units[1][..., None, :])
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

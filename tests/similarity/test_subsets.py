@@ -1,14 +1,20 @@
-"""CKA over halves by matrix products is CKA of each half's own Gram matrix."""
+"""Changes over halves by matrix products are those of each half's own rows."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from depthcb.similarity.cka import cka_change_of_grams, cka_normalized_change_of_grams
 from depthcb.similarity.gram import gram
-from depthcb.similarity.subsets import cka_normalized_over_subsets, cka_over_subsets
+from depthcb.similarity.subsets import (
+    cka_normalized_over_subsets,
+    cka_over_subsets,
+    cosine_over_subsets,
+    relative_l2_over_subsets,
+)
 
 PAIRS = [
     (cka_over_subsets, cka_change_of_grams),
@@ -63,3 +69,28 @@ def test_halves_of_equal_rows_are_undefined(fast, direct) -> None:  # type: igno
     chosen[:10, 0] = chosen[10:, 1] = 1
     found = fast(gram(rows), gram(moved), chosen)
     assert found.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("size", [3.0, 1e-2, 1e-6])
+def test_measures_of_rows_are_those_of_each_subset(size: float) -> None:
+    """Against NumPy in extended precision, because 1 - cosine is a small difference."""
+    before, after = sides("outlier", size)
+    chosen = subsets(60, [30] * 8 + [29, 1, 60])
+    a, b = (side.numpy().astype(np.longdouble) for side in (before, after))
+    norms = np.sqrt((a**2).sum(axis=1)), np.sqrt((b**2).sum(axis=1))
+    of_rows = 1 - (a * b).sum(axis=1) / norms[0] / norms[1]
+    inside = [column.numpy().astype(bool) for column in chosen.T]
+    cosine = [float(of_rows[i].mean()) for i in inside]
+    l2 = [float(np.sqrt(((b - a)[i] ** 2).sum() / (a[i] ** 2).sum())) for i in inside]
+    # The difference in extended precision is itself known to 1e-19 only.
+    assert cosine_over_subsets(before, after, chosen).tolist() == pytest.approx(cosine, rel=1e-9, abs=1e-18)
+    assert relative_l2_over_subsets(before, after, chosen).tolist() == pytest.approx(l2, rel=1e-12)
+
+
+def test_a_relative_change_from_nothing_is_undefined() -> None:
+    before, after = torch.zeros(4, 3), torch.ones(4, 3)
+    before[:2] = 1
+    chosen = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    found = relative_l2_over_subsets(before, after, chosen)
+    assert found[0] == 0
+    assert found[1].isnan()
